@@ -1,0 +1,25 @@
+"""The errors gtcompile raises, by who can act on them."""
+
+
+class GTCompileError(Exception):
+    """Base of every error gtcompile raises about its own work; bad arguments are `ValueError` or `TypeError`."""
+
+
+class CaptureError(GTCompileError):
+    """The model could not be captured as a joint graph; the message says what the user can change."""
+
+
+class GraphContractError(GTCompileError):
+    """A graph broke an invariant that gtcompile promises: a bug of gtcompile, not of the user."""
+
+
+class BudgetError(GTCompileError):
+    """The budget is smaller than any step that trains something.
+
+    Attributes:
+        minimum_budget_fraction: the smallest fraction of a full step's FLOPs that works, in (0, 1].
+    """
+
+    def __init__(self, message: str, minimum_budget_fraction: float) -> None:
+        super().__init__(message)
+        self.minimum_budget_fraction = minimum_budget_fraction

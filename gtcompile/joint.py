@@ -1,0 +1,123 @@
+"""A joint forward/backward graph and what its inputs and outputs mean."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from gtcompile.errors import GraphContractError
+
+ParameterStatus = Literal["selectable", "frozen by user", "unused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One `nn.Parameter` of a model: the unit of selection."""
+
+    fqn: str
+    """Fully qualified name, the first that `named_parameters` reports."""
+    aliases: tuple[str, ...] = ()
+    """The other names of the same tensor, when weights are tied."""
+    shape: tuple[int, ...]
+    """Unsharded shape."""
+    dtype: torch.dtype
+    """Type of the stored values."""
+    status: ParameterStatus = "selectable"
+    """`selectable` receives a gradient; `unused` has none to receive; `frozen by user` does not ask for one."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    def __str__(self) -> str:
+        tied = f" = {' = '.join(self.aliases)}" if self.aliases else ""
+        return f"{self.fqn}{tied} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointGraph:
+    """AOTAutograd's forward + backward graph: inputs (primals, tangents), outputs (forward outputs, gradients).
+
+    Never changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
+    """
+
+    module: fx.GraphModule
+    """The graph; every node carries `meta["val"]`, a fake tensor, a number or a tuple of them."""
+    forward_outputs: int
+    """How many leading outputs belong to the forward; the gradient slots follow."""
+    slots: tuple[str | None, ...]
+    """Per gradient slot the name of the input it is the gradient of; None for an input that never has one."""
+    parameters: tuple[Parameter, ...] = ()
+    """Every parameter of the model, in registration order; empty for a region of one."""
+    source: str = ""
+    """How the graph was captured, for logs and reports."""
+    provenance: tuple[str, ...] = ()
+    """The passes that made it, in order."""
+
+    @property
+    def outputs(self) -> tuple[fx.Node | None, ...]:
+        """All outputs, forward first."""
+        return tuple(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
+    def gradients(self) -> tuple[fx.Node | None, ...]:
+        """The gradient slots: a node, or None where no gradient is computed."""
+        return self.outputs[self.forward_outputs :]
+
+    @property
+    def live(self) -> frozenset[str]:
+        """Names of the inputs whose gradient this graph computes."""
+        pairs = zip(self.slots, self.gradients, strict=True)
+        return frozenset(name for name, gradient in pairs if name is not None and gradient is not None)
+
+    def forward_nodes(self) -> frozenset[fx.Node]:
+        """Nodes some forward output needs: they run whatever is trained."""
+        return ancestors(node for node in self.outputs[: self.forward_outputs] if node is not None)
+
+    def copy(self) -> "JointGraph":
+        """The same graph on nodes of its own; metadata dictionaries are copied, fake tensors shared."""
+        graph = fx.Graph(tracer_cls=self.module.graph._tracer_cls)
+        twin: dict[fx.Node, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            twin[node] = graph.node_copy(node, twin.__getitem__)
+        module = fx.GraphModule(self.module, graph)
+        module.meta = dict(self.module.meta)
+        return dataclasses.replace(self, module=module)
+
+    def __str__(self) -> str:
+        size = f"{len(self.module.graph.nodes)} nodes, {len(self.live)} gradients"
+        return f"joint graph ({self.source}): {size}" if self.source else f"joint graph: {size}"
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    """The given nodes and everything they are computed from."""
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return frozenset(seen)
+
+
+def verify(joint: JointGraph) -> None:
+    """Check what every joint graph promises.
+
+    Raises:
+        GraphContractError: naming the first broken promise.
+    """
+    outputs = joint.outputs
+    if len(outputs) != joint.forward_outputs + len(joint.slots):
+        counts = f"{joint.forward_outputs} forward outputs and {len(joint.slots)} gradient slots"
+        raise GraphContractError(f"expected {counts}, the graph has {len(outputs)} outputs")
+    for slot, gradient in zip(joint.slots, joint.gradients, strict=True):
+        if slot is None and gradient is not None:
+            raise GraphContractError(f"output {gradient.name} is a gradient of no known input")
+    for node in joint.module.graph.nodes:
+        if node.op not in ("output", "get_attr") and "val" not in node.meta:
+            raise GraphContractError(f"node {node.name} ({node.target}) has no meta['val']")

@@ -1,0 +1,1 @@
+"""Rewrites of joint graphs, one per module; `pipeline` puts them in order."""

@@ -1,0 +1,1 @@
+"""What people run on graphs and models: fine-tuning, inspection, benchmarks, the demo."""

@@ -1,0 +1,244 @@
+"""The demo's generated texts: a pretraining corpus and a summarisation task over the same small world.
+
+In this world a few people visit places and set out to do things; some succeed and some do not. A *source* is a report or a
+dialogue about two such events, one done and one not, amid unrelated remarks. Its *summary* follows from it by one
+rule: the event that was done, in one sentence with its person, deed, thing, place and day.
+
+The pretraining corpus tells events in the same manner and asks questions about single facts ("Where was Anna?"). So a
+pretrained model reads these texts, copies names and binds facts to people; which event to report, and a sentence with
+all of its facts, it sees in fine-tuning only. No corpus text contains a summary or the words "TL;DR".
+
+Every event belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its person, thing
+and place: no such combination occurs in two of them.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+
+_POOLS = ("pretraining", "train", "validation", "test")
+
+_PEOPLE = (
+    "Anna Omar Lena Hugo Mira Tom Nora Ivan Sara Paul Ella Karl Rosa Felix Ida Marco Julia Ben Clara Yusuf "
+    "Vera Max Emma Leo Alice Simon Maya Jack Olga David"
+).split()
+_PLACES = "harbour school market garden station museum farm library castle bridge mill park church hotel".split()
+_THINGS = (
+    "lamp boat kite clock chair bicycle radio fence piano door table wagon drum ladder basket mirror "
+    "bench stove window tent"
+).split()
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_ADJECTIVES = "old red small heavy green broken blue wooden".split()
+_ANIMALS = "dog cat horse goose fox goat".split()
+_WEATHER = "cold warm windy quiet rainy sunny".split()
+_OBSTACLES = ("there was no time", "it was too late", "the rain came", "the tools were lost")
+_REPORT_TITLES = ("News", "Report", "Diary", "Story")
+
+
+@dataclass(frozen=True, slots=True)
+class _Deed:
+    infinitive: str
+    past: str
+    synonym: str
+
+
+_DEEDS = (
+    _Deed("repair", "repaired", "mended"),
+    _Deed("sell", "sold", "traded"),
+    _Deed("paint", "painted", "coloured"),
+    _Deed("clean", "cleaned", "washed"),
+    _Deed("build", "built", "made"),
+    _Deed("find", "found", "discovered"),
+    _Deed("buy", "bought", "purchased"),
+    _Deed("move", "moved", "carried"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Event:
+    person: str
+    day: str
+    place: str
+    deed: _Deed
+    thing: str
+    done: bool
+
+    @property
+    def pool(self) -> str:
+        """The only pool of texts this event may appear in."""
+        return _POOLS[zlib.crc32(f"{self.person} {self.thing} {self.place}".encode()) % len(_POOLS)]
+
+
+def pretraining_corpus(seed: int, count: int) -> list[str]:
+    """Generate texts about two or three events each, followed by questions about single facts.
+
+    Args:
+        seed: Another seed gives other texts from the same pool of events.
+        count: Number of texts, at least 0. A longer corpus begins with the shorter one.
+
+    Returns:
+        `count` texts of about 50 to 150 words.
+
+    Raises:
+        ValueError: `count` is negative.
+
+    >>> pretraining_corpus(0, 2) == pretraining_corpus(0, 3)[:2]
+    True
+    """
+    return [_pretraining_text(rng) for rng in _generators(f"pretraining {seed}", count)]
+
+
+def summarisation_examples(split: Split, count: int) -> list[dict[str, str]]:
+    """Generate sources with their summaries; no event of one split occurs in another, or in the pretraining corpus.
+
+    Args:
+        split: "train", "validation" or "test".
+        count: Number of examples, at least 0. A longer list begins with the shorter one.
+
+    Returns:
+        `count` dictionaries with the keys "source" (about 45 to 80 words) and "target" (one sentence).
+
+    Raises:
+        ValueError: `split` is none of the three, or `count` is negative.
+
+    >>> example = summarisation_examples("test", 1)[0]
+    >>> sorted(example)
+    ['source', 'target']
+    """
+    if split not in _POOLS[1:]:
+        raise ValueError(f"split is one of {', '.join(_POOLS[1:])}; got {split!r}")
+    return [_summarisation_example(rng, split) for rng in _generators(split, count)]
+
+
+def _generators(stream: str, count: int) -> list[random.Random]:
+    if count < 0:
+        raise ValueError(f"count is at least 0; got {count}")
+    return [random.Random(f"{stream} {index}") for index in range(count)]
+
+
+def _pretraining_text(rng: random.Random) -> str:
+    dones = [rng.random() < 0.6 for _ in range(rng.choice((1, 2, 2, 3)))]
+    events = _draw_events(rng, "pretraining", dones)
+    questions = [question for event in events for question in _questions(rng, event)]
+    return " ".join([_tell(rng, events), *rng.sample(questions, min(len(questions), 6))])
+
+
+def _summarisation_example(rng: random.Random, split: Split) -> dict[str, str]:
+    done, failed = _draw_events(rng, split, [True, False])
+    events = [done, failed] if rng.random() < 0.5 else [failed, done]
+    return {"source": _tell(rng, events), "target": _summary(done)}
+
+
+def _summary(event: _Event) -> str:
+    return f"{event.person} {event.deed.past} the {event.thing} at the {event.place} on {event.day}."
+
+
+def _draw_events(rng: random.Random, pool: str, dones: list[bool]) -> list[_Event]:
+    """Draw one event per entry of `dones`, all from `pool`; nothing in them coincides."""
+    while True:
+        columns = (rng.sample(values, len(dones)) for values in (_PEOPLE, _DAYS, _PLACES, _DEEDS, _THINGS))
+        events = [
+            _Event(person=person, day=day, place=place, deed=deed, thing=thing, done=done)
+            for person, day, place, deed, thing, done in zip(*columns, dones, strict=True)
+        ]
+        if all(event.pool == pool for event in events):
+            return events
+
+
+def _tell(rng: random.Random, events: list[_Event]) -> str:
+    return rng.choice((_report, _dialogue))(rng, events)
+
+
+def _report(rng: random.Random, events: list[_Event]) -> str:
+    """Tell `events` in the third person, with remarks between their sentences."""
+    told = _interleave(rng, [[_visit(rng, event, event.person), _outcome(rng, event, event.person)] for event in events])
+    return " ".join([f"{rng.choice(_REPORT_TITLES)}:", *_with_remarks(rng, told, events)])
+
+
+def _dialogue(rng: random.Random, events: list[_Event]) -> str:
+    """Let the people of `events` tell each other what they did, in the first person."""
+    told = _interleave(
+        rng,
+        [
+            [f"{event.person}: {_visit(rng, event, 'I')}", f"{event.person}: {_outcome(rng, event, 'I')}"]
+            for event in events
+        ],
+    )
+    return " ".join(["Chat:", *_with_remarks(rng, told, events)])
+
+
+def _visit(rng: random.Random, event: _Event, subject: str) -> str:
+    return rng.choice(
+        (
+            f"On {event.day} {subject} went to the {event.place}.",
+            f"{subject} was at the {event.place} on {event.day}.",
+            f"{subject} came to the {event.place} on {event.day}.",
+        )
+    )
+
+
+def _outcome(rng: random.Random, event: _Event, subject: str) -> str:
+    deed, thing = event.deed, f"the {rng.choice(_ADJECTIVES)} {event.thing}"
+    if event.done:
+        return f"{subject} {rng.choice((deed.past, deed.synonym))} {thing} there."
+    return rng.choice(
+        (
+            f"{subject} wanted to {deed.infinitive} {thing}, but {rng.choice(_OBSTACLES)}.",
+            f"{subject} could not {deed.infinitive} {thing}, because {rng.choice(_OBSTACLES)}.",
+        )
+    )
+
+
+def _with_remarks(rng: random.Random, told: list[str], events: list[_Event]) -> list[str]:
+    """Put one to three remarks that matter to no event anywhere between the sentences `told`."""
+    remarks = [_remark(rng, events) for _ in range(rng.randint(1, 3))]
+    return _interleave(rng, [told, remarks])
+
+
+def _remark(rng: random.Random, events: list[_Event]) -> str:
+    bystander = rng.choice([person for person in _PEOPLE if all(person != event.person for event in events)])
+    return rng.choice(
+        (
+            f"The morning was {rng.choice(_WEATHER)}.",
+            f"{bystander} saw a {rng.choice(_ANIMALS)}.",
+            f"{bystander} sent a letter to {rng.choice(events).person}.",
+            f"The {rng.choice(_ANIMALS)} was {rng.choice(_ADJECTIVES)}.",
+        )
+    )
+
+
+def _interleave(rng: random.Random, sequences: list[list[str]]) -> list[str]:
+    """Merge `sequences` at random, each in its own order."""
+    owners = [index for index, sequence in enumerate(sequences) for _ in sequence]
+    rng.shuffle(owners)
+    iterators = [iter(sequence) for sequence in sequences]
+    return [next(iterators[owner]) for owner in owners]
+
+
+def _questions(rng: random.Random, event: _Event) -> list[str]:
+    person, deed, thing = event.person, event.deed, event.thing
+    where, when = f"At the {event.place}.", f"On {event.day}."
+    asked = [
+        ("Who was at the " + event.place, f"{person}."),
+        (f"Where was {person}", where),
+        (f"When was {person} at the {event.place}", when),
+        (f"Did {person} {deed.infinitive} the {thing}", "Yes." if event.done else "No."),
+    ]
+    if event.done:
+        asked += [
+            (f"Who {deed.past} the {thing}", f"{person}."),
+            (f"What did {person} do", f"{person} {deed.past} the {thing}."),
+            (f"What happened to the {thing}", f"{person} {deed.past} the {thing}."),
+            (f"Where did {person} {deed.infinitive} the {thing}", where),
+            (f"When did {person} {deed.infinitive} the {thing}", when),
+        ]
+    else:
+        asked += [
+            (f"What did {person} want", f"To {deed.infinitive} the {thing}."),
+            (f"What did {person} do", "Nothing."),
+            (f"Who {deed.past} the {thing}", "Nobody."),
+        ]
+    return [f"Question: {question}? Answer: {answer}" for question, answer in asked]
