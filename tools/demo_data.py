@@ -4,7 +4,7 @@ In this world a few people visit places and set out to do things; some succeed a
 dialogue about two such events, one done and one not, amid unrelated remarks. Its *summary* follows from it by one
 rule: the event that was done, in one sentence with its person, deed, thing, place and day.
 
-The pretraining corpus tells events in the same manner and asks questions about single facts ("Where was Anna?"). So a
+The pretraining corpus tells events in the same manner and asks questions about single facts ("Where was Anna? At the harbour."). So a
 pretrained model reads these texts, copies names and binds facts to people; which event to report, and a sentence with
 all of its facts, it sees in fine-tuning only. No corpus text contains a summary or the words "TL;DR".
 
@@ -80,7 +80,7 @@ def pretraining_corpus(seed: int, count: int) -> list[str]:
         count: Number of texts, at least 0. A longer corpus begins with the shorter one.
 
     Returns:
-        `count` texts of about 50 to 150 words.
+        `count` texts of about 20 to 140 words.
 
     Raises:
         ValueError: `count` is negative.
@@ -138,14 +138,33 @@ def _summary(event: _Event) -> str:
 
 def _draw_events(rng: random.Random, pool: str, dones: list[bool]) -> list[_Event]:
     """Draw one event per entry of `dones`, all from `pool`; nothing in them coincides."""
-    while True:
-        columns = (rng.sample(values, len(dones)) for values in (_PEOPLE, _DAYS, _PLACES, _DEEDS, _THINGS))
-        events = [
-            _Event(person=person, day=day, place=place, deed=deed, thing=thing, done=done)
-            for person, day, place, deed, thing, done in zip(*columns, dones, strict=True)
-        ]
-        if all(event.pool == pool for event in events):
-            return events
+    events: list[_Event] = []
+    while len(events) < len(dones):
+        event = _draw_event(rng, done=dones[len(events)])
+        if event.pool == pool and not any(_overlap(event, other) for other in events):
+            events.append(event)
+    return events
+
+
+def _draw_event(rng: random.Random, *, done: bool) -> _Event:
+    return _Event(
+        person=rng.choice(_PEOPLE),
+        day=rng.choice(_DAYS),
+        place=rng.choice(_PLACES),
+        deed=rng.choice(_DEEDS),
+        thing=rng.choice(_THINGS),
+        done=done,
+    )
+
+
+def _overlap(one: _Event, other: _Event) -> bool:
+    return (
+        one.person == other.person
+        or one.day == other.day
+        or one.place == other.place
+        or one.deed == other.deed
+        or one.thing == other.thing
+    )
 
 
 def _tell(rng: random.Random, events: list[_Event]) -> str:
@@ -205,7 +224,7 @@ def _remark(rng: random.Random, events: list[_Event]) -> str:
             f"The morning was {rng.choice(_WEATHER)}.",
             f"{bystander} saw a {rng.choice(_ANIMALS)}.",
             f"{bystander} sent a letter to {rng.choice(events).person}.",
-            f"The {rng.choice(_ANIMALS)} was {rng.choice(_ADJECTIVES)}.",
+            f"The {rng.choice(_ANIMALS)} was asleep.",
         )
     )
 
@@ -241,4 +260,4 @@ def _questions(rng: random.Random, event: _Event) -> list[str]:
             (f"What did {person} do", "Nothing."),
             (f"Who {deed.past} the {thing}", "Nobody."),
         ]
-    return [f"Question: {question}? Answer: {answer}" for question, answer in asked]
+    return [f"{question}? {answer}" for question, answer in asked]

@@ -1,0 +1,242 @@
+"""Capture a model and one batch as a joint graph, on fake tensors: nothing is computed and nothing in the model changes."""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gtcompile.errors import CaptureError
+from gtcompile.joint import JointGraph, Parameter, ParameterStatus, verify
+from gtcompile.torch_internals import (
+    FakeTensorMode,
+    GradAOTOutput,
+    ParamAOTInput,
+    TangentAOTInput,
+    TracingContext,
+    aot_export_joint_with_descriptors,
+    dynamo_config,
+    dynamo_graph_capture_for_export,
+    tracing,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The scalar loss in what a model returned: itself, `.loss`, or `["loss"]`.
+
+    Raises:
+        CaptureError: when there is none.
+    """
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif not isinstance(output, torch.Tensor):
+        loss = getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(output).__name__
+        raise CaptureError(
+            f"expected the model to return its loss (a scalar, or an output with a scalar .loss), got {got}. "
+            f"Does the batch contain labels?"
+        )
+    return loss.reshape(())
+
+
+class LossModule(nn.Module):
+    """A model narrowed to its loss, so that the joint graph has one tangent."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> torch.Tensor:
+        """The scalar loss of one batch."""
+        return loss_of(self.model(**batch))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`'s wrapper, where there is one."""
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    return inner
+
+
+def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Refuse a batch that `model.forward` cannot take, before any work.
+
+    Raises:
+        TypeError: when the batch is not a mapping from argument names.
+        ValueError: when the model takes no argument of some name.
+    """
+    if not isinstance(batch, Mapping) or not all(isinstance(key, str) for key in batch):
+        raise TypeError(
+            f"expected one batch as the keyword dictionary of the model's forward, got {type(batch).__name__}"
+        )
+    signature = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+        return
+    unknown = [key for key in batch if key not in signature]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__}.forward takes no {', '.join(map(repr, unknown))}; "
+            f"it takes {', '.join(signature)}. Remove the extra keys from the batch."
+        )
+
+
+def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
+    """Every parameter of the model in registration order, tied weights as one."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(fqn)
+        tensors[id(parameter)] = parameter
+    return tuple(_describe(tensors[key], fqns) for key, fqns in names.items())
+
+
+def _describe(parameter: nn.Parameter, fqns: list[str]) -> Parameter:
+    status: ParameterStatus = "selectable" if parameter.requires_grad else "frozen by user"
+    shape = tuple(parameter.shape)
+    return Parameter(fqn=fqns[0], aliases=tuple(fqns[1:]), shape=shape, dtype=parameter.dtype, status=status)
+
+
+def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
+    """Capture the model's loss and all its gradients on one batch as a joint graph.
+
+    Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, the forward is run on fake tensors
+    and traced operator by operator instead, which follows eager execution exactly but cannot follow branches on data.
+
+    Args:
+        model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
+        example_inputs: keyword dictionary of one batch, ordinary tensors, labels included.
+
+    Raises:
+        CaptureError: when neither way succeeds, or nothing is trainable.
+    """
+    model = unwrap(model)
+    check_batch(model, example_inputs)
+    parameters = list_parameters(model)
+    if not any(parameter.status == "selectable" for parameter in parameters):
+        raise CaptureError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+    model = _off_meta(model, example_inputs)
+    failures = []
+    for route in (_through_dynamo, _through_eager):
+        try:
+            with contextlib.ExitStack() as stack:
+                module, source = route(model, dict(example_inputs), stack)
+                joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
+            return _whole_model(joint.graph_module, parameters, source)
+        except CaptureError:
+            raise
+        except Exception as error:  # torch raises many types; each is reported if both ways fail
+            failures.append((route, error))
+            logger.info("capture %s failed: %s", route.__doc__, error)
+    raise CaptureError(_explain(model, failures)) from failures[0][1]
+
+
+def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
+    lines = [f"could not capture {type(model).__name__} as one graph"]
+    for route, error in failures:
+        first_line = str(error).strip().partition("\n")[0]
+        lines.append(f"  {route.__doc__} {type(error).__name__}: {first_line}")
+    lines.append("A branch on data or an operator without a fake kernel usually explains both; remove it from the forward.")
+    return "\n".join(lines)
+
+
+def _through_dynamo(
+    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[nn.Module, str]:
+    """Through Dynamo:"""  # noqa: D400, D415 - completed by the failure it introduces
+    stack.enter_context(_static_and_quiet())
+    module = dynamo_graph_capture_for_export(LossModule(model))(**batch)
+    context: TracingContext = module.meta["tracing_context"]
+    stack.enter_context(tracing(context))
+    return module, "dynamo"
+
+
+def _through_eager(
+    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[nn.Module, str]:
+    """Traced without Dynamo:"""  # noqa: D400, D415
+    return LossModule(model), "eager trace"
+
+
+@contextlib.contextmanager
+def _static_and_quiet() -> Iterator[None]:
+    """Shapes as they come, and log calls in the forward passed over rather than refused."""
+    loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
+    ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
+    with dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False):
+        yield
+
+
+def _loggers_own_methods() -> set[Any]:
+    """Methods other libraries add to `logging.Logger`, such as transformers' `warning_once`."""
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))}
+
+
+def _off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
+    """The model itself, or when its tensors are on the meta device a twin on fake tensors of the batch's device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_meta for tensor in tensors):
+        return model
+    devices = {value.device for value in batch.values() if isinstance(value, torch.Tensor)}
+    device = next(iter(devices), torch.device("cpu"))
+    twin = copy.deepcopy(model)
+    memo: dict[int, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in twin.modules():
+            for tensors_of in (module._parameters, module._buffers):
+                for name, tensor in tensors_of.items():
+                    if tensor is not None and tensor.is_meta:
+                        tensors_of[name] = _fake_twin(tensor, device, memo)  # type: ignore[assignment]
+    return twin
+
+
+def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch.Tensor]) -> torch.Tensor:
+    if id(tensor) not in memo:
+        fake = torch.empty_like(tensor, device=device)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fake
+    return memo[id(tensor)]
+
+
+def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str) -> JointGraph:
+    canonical = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+    descriptors = module.graph.output_node().meta["desc"]
+    forward_outputs = count_forward_outputs(descriptors)
+    slots = tuple(
+        canonical[desc.grad_of.target.removeprefix("model.")]
+        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput)
+        else None
+        for desc in descriptors[forward_outputs:]
+    )
+    joint = JointGraph(module=module, forward_outputs=forward_outputs, slots=slots, source=source)
+    verify(joint)
+    return dataclasses.replace(joint, parameters=tuple(_mark_unused(p, joint.live) for p in parameters))
+
+
+def _mark_unused(parameter: Parameter, live: frozenset[str]) -> Parameter:
+    if parameter.status == "selectable" and parameter.fqn not in live:
+        return dataclasses.replace(parameter, status="unused")
+    return parameter
+
+
+def count_forward_outputs(descriptors: Sequence[object]) -> int:
+    """How many leading outputs of a joint graph belong to the forward; the rest are gradient slots, some empty."""
+    forward = takewhile(lambda desc: desc is not None and not isinstance(desc, GradAOTOutput), descriptors)
+    return sum(1 for _ in forward)
+
+
+def tangents(joint: JointGraph) -> tuple[fx.Node, ...]:
+    """The placeholders that seed the backward."""
+    placeholders = joint.module.graph.find_nodes(op="placeholder")
+    return tuple(node for node in placeholders if isinstance(node.meta.get("desc"), TangentAOTInput))

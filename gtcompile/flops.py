@@ -1,0 +1,155 @@
+"""FLOPs of one graph node, 2 per multiply-add, by the formulas of `torch.utils.flop_counter`.
+
+Importing this module registers the formulas torch lacks (CPU flash attention, matrix-vector products, grouped products)
+in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
+"""
+
+import re
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from gtcompile.errors import CaptureError
+from gtcompile.torch_internals import OpOverload
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+
+def _matrix_vector(matrix: Shape, vector: Shape, **_: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _added_matrix_vector(base: Shape, matrix: Shape, vector: Shape, **_: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _dot(left: Shape, right: Shape, **_: Any) -> int:
+    return 2 * prod(left)
+
+
+def _outer(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
+    return 2 * prod(left) * prod(right)
+
+
+def _summed_batch_matmul(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _flash_attention_cpu(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _flash_attention_cpu_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def _triangular_solve(matrix: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """Substitution: half a matrix product."""
+    return prod(out_shape) * matrix[-1]
+
+
+def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """Every row of the left operand meets one group's matrix; a 2-d pair contracts over the grouped dimension."""
+    if len(left) == 2 and len(right) == 2:
+        return 2 * prod(left) * right[-1]
+    return 2 * prod(out_shape) * left[-1]
+
+
+MISSING_FORMULAS: dict[str, Callable[..., int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _flash_attention_cpu,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_attention_cpu_backward,
+    "mv": _matrix_vector,
+    "addmv": _added_matrix_vector,
+    "dot": _dot,
+    "vdot": _dot,
+    "addr": _outer,
+    "addbmm": _summed_batch_matmul,
+    "_grouped_mm": _grouped_matmul,
+    "linalg_solve_triangular": _triangular_solve,
+}
+"""What torch 2.13's registry lacks, by aten name."""
+
+
+def register_missing_formulas() -> None:
+    """Add the missing formulas to torch's registry; names it has by now, or this build lacks, are left alone."""
+    for name, formula in MISSING_FORMULAS.items():
+        packet = getattr(aten, name, None)
+        if packet is not None and packet not in flop_registry:
+            register_flop_formula(packet)(formula)
+
+
+register_missing_formulas()
+
+MATMUL_LIKE = re.compile(r"(^|_)(mm|bmm|matmul|conv(?!ert)\w*|linear|attention|rnn|gru|lstm|bilinear|trilinear|cdist|einsum|solve)($|_)")
+"""Names of aten operators whose work must not be taken for zero."""
+NOT_MATMUL = re.compile(r"_(pad|logical|shape)")
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of running this node once at the shapes it was captured with.
+
+    Raises:
+        CaptureError: for a matmul-like operator without a formula.
+    """
+    if not isinstance(node.target, OpOverload):
+        return _higher_order_flops(node)
+    formula = flop_registry.get(node.target.overloadpacket)
+    if formula is None:
+        _refuse_unknown_matmul(node)
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def output_flops(node: fx.Node) -> dict[int, int]:
+    """FLOPs each output of a masked multi-output backward operator asks for by itself; empty for other nodes.
+
+    A convolution's backward computes the gradients of input, weight and bias independently, as its mask says.
+    """
+    if node.target is not aten.convolution_backward.default:
+        return {}
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    formula, mask = flop_registry[aten.convolution_backward], args[-1]
+    flops = {}
+    for index in (i for i, wanted in enumerate(mask) if wanted):
+        only = [i == index for i in range(len(mask))]
+        kept = tuple(value if i == index else None for i, value in enumerate(node.meta["val"]))
+        flops[index] = int(formula(*args[:-1], only, **kwargs, out_val=kept))
+    return flops
+
+
+def _higher_order_flops(node: fx.Node) -> int:
+    formula = flop_registry.get(node.target) if node.op == "call_function" else None
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _refuse_unknown_matmul(node: fx.Node) -> None:
+    assert isinstance(node.target, OpOverload)
+    namespace, _, name = node.target.overloadpacket._qualified_op_name.partition("::")
+    if namespace in ("aten", "prims"):
+        suspicious = MATMUL_LIKE.search(name) is not None and NOT_MATMUL.search(name) is None
+    else:
+        suspicious = sum(_is_float_matrix(argument) for argument in node.all_input_nodes) >= 2
+    if suspicious:
+        raise CaptureError(
+            f"operator {node.target} does matmul-like work and has no FLOP formula, so no cost would be true. "
+            f"Register one: torch.utils.flop_counter.register_flop_formula(torch.ops.{namespace}.{name})."
+        )
+
+
+def _is_float_matrix(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2

@@ -1,0 +1,99 @@
+"""Every private torch name gtcompile uses, each with its reason; read at torch 2.13.0.
+
+Nothing else in the project imports from a `torch._*` module. A torch outside the supported range is refused here, before
+any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
+"""
+
+import os
+
+import torch
+from packaging.version import Version
+
+SUPPORTED = ("2.11", "2.14")
+"""First supported torch release, first one that is not."""
+
+
+def check_version(version: str, *, anyway: bool) -> None:
+    """Refuse a torch that gtcompile was not tested with.
+
+    Raises:
+        ImportError: when `version` is outside the supported range and `anyway` is false.
+    """
+    release = Version(version).release
+    first, end = (Version(bound).release for bound in SUPPORTED)
+    if not (first <= release < end) and not anyway:
+        raise ImportError(
+            f"gtcompile supports torch >={SUPPORTED[0]},<{SUPPORTED[1]}; this is torch {version}. "
+            f"Install a supported torch, or set GTCOMPILE_ANY_TORCH=1 to try this one."
+        )
+
+
+check_version(torch.__version__, anyway=os.environ.get("GTCOMPILE_ANY_TORCH") == "1")
+
+# Ours to patch for the length of a capture or a compilation.
+import torch._dynamo.config as dynamo_config  # noqa: E402
+import torch._functorch.config as functorch_config  # noqa: E402
+import torch._inductor.config as inductor_config  # noqa: E402
+
+# Dynamo: the error it raises on what it cannot capture, and counters of its captures.
+from torch._dynamo.exc import TorchDynamoException  # noqa: E402
+
+# Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented, experimental).
+from torch._dynamo.functional_export import dynamo_graph_capture_for_export  # noqa: E402
+from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
+
+# The backend route: AOTAutograd over a graph that Dynamo captured.
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402, I001
+
+# What placeholders and outputs of a joint graph mean.
+from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
+    BufferAOTInput,
+    GradAOTOutput,
+    ParamAOTInput,
+    PlainAOTInput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import (  # noqa: E402
+    aot_export_joint_with_descriptors,
+    boxed_nop_preserve_node_meta,
+)
+
+# Splits a joint graph in two, recomputing what is cheap: the least saved for backward.
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+
+# Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
+from torch._guards import TracingContext, tracing  # noqa: E402
+from torch._inductor.compile_fx import compile_fx  # noqa: E402
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files  # noqa: E402
+
+# The class of an aten operator in a graph.
+from torch._ops import OpOverload  # noqa: E402
+
+# Shapes without values: capture from a configuration alone.
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+__all__ = [
+    "BufferAOTInput",
+    "CustomPartitionerFn",
+    "FakeTensorMode",
+    "GradAOTOutput",
+    "OpOverload",
+    "ParamAOTInput",
+    "PlainAOTInput",
+    "TangentAOTInput",
+    "TorchDynamoException",
+    "TracingContext",
+    "aot_autograd",
+    "aot_export_joint_with_descriptors",
+    "boxed_nop_preserve_node_meta",
+    "check_version",
+    "compile_fx",
+    "dynamo_config",
+    "dynamo_counters",
+    "dynamo_graph_capture_for_export",
+    "functorch_config",
+    "get_hash_for_files",
+    "inductor_config",
+    "min_cut_rematerialization_partition",
+    "tracing",
+]
