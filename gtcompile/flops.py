@@ -5,13 +5,15 @@ in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import (
+    FlopCounterMode,
     flop_registry,
     register_flop_formula,
     sdpa_backward_flop_count,
@@ -19,7 +21,7 @@ from torch.utils.flop_counter import (
 )
 
 from gtcompile.errors import CaptureError
-from gtcompile.torch_internals import OpOverload
+from gtcompile.torch_internals import CountingMode, OpOverload
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -89,6 +91,27 @@ def register_missing_formulas() -> None:
 
 
 register_missing_formulas()
+
+class _CountingCompiledCode(CountingMode):
+    """Counts inside compiled code instead of having `torch.compile` step aside."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell torch.compile to go on working under this mode."""
+        return True
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCounterMode]:
+    """Count FLOPs as `FlopCounterMode` does, compiled regions included: `counter.get_total_flops()` afterwards.
+
+    Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another program than the one
+    in use. Call a compiled step once before counting it: operators traced while it compiles would be counted too.
+    """
+    counter = FlopCounterMode(display=False)
+    with _CountingCompiledCode(counter):
+        yield counter
+
 
 MATMUL_LIKE = re.compile(r"(^|_)(mm|bmm|matmul|conv(?!ert)\w*|linear|attention|rnn|gru|lstm|bilinear|trilinear|cdist|einsum|solve)($|_)")
 """Names of aten operators whose work must not be taken for zero."""

@@ -46,7 +46,7 @@ class JointGraph:
     """
 
     module: fx.GraphModule
-    """The graph; every node carries `meta["val"]`, a fake tensor, a number or a tuple of them."""
+    """The graph; every operator carries `meta["val"]`, a fake tensor, a number or a tuple of them."""
     forward_outputs: int
     """How many leading outputs belong to the forward; the gradient slots follow."""
     slots: tuple[str | None, ...]
@@ -119,5 +119,5 @@ def verify(joint: JointGraph) -> None:
         if slot is None and gradient is not None:
             raise GraphContractError(f"output {gradient.name} is a gradient of no known input")
     for node in joint.module.graph.nodes:
-        if node.op not in ("output", "get_attr") and "val" not in node.meta:
+        if node.op == "call_function" and "val" not in node.meta:
             raise GraphContractError(f"node {node.name} ({node.target}) has no meta['val']")

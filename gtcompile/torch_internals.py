@@ -72,7 +72,11 @@ from torch._ops import OpOverload  # noqa: E402
 # Shapes without values: capture from a configuration alone.
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+# FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
+from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
+
 __all__ = [
+    "CountingMode",
     "BufferAOTInput",
     "CustomPartitionerFn",
     "FakeTensorMode",

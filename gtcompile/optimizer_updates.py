@@ -1,0 +1,111 @@
+"""What an optimizer's next step would do to one parameter, computed on a shadow so that the optimizer stays as it is."""
+
+import copy
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+class ShadowOptimizer:
+    """Steps copies of single parameters with an optimizer's own rule, moments and hyperparameters.
+
+    The optimizer is read, never written. One parameter is stepped at a time, so the memory needed is a small multiple of that
+    parameter: its copy, its moments' copies and the rule's temporaries.
+
+    A learning rate of 0 that a scheduler is about to raise (the first step of a warm-up) would make every update 0: where a
+    group's `lr` is 0, its `initial_lr`, which schedulers leave there, is used instead.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` whose rule treats each parameter by itself; wrappers that keep one in
+            `.optimizer`, as accelerate's do, are looked through.
+
+    Raises:
+        TypeError: for something else.
+        ValueError: when its step needs a closure (LBFGS), or every learning rate is 0.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = _innermost(optimizer)
+        _refuse_closure(self._optimizer)
+        self._groups = {
+            parameter: _moving(group) for group in self._optimizer.param_groups for parameter in group["params"]
+        }
+        if all(_is_zero(group.get("lr")) for group in self._groups.values()):
+            raise ValueError(
+                f"every learning rate of this {type(self._optimizer).__name__} is 0 and no scheduler left an initial_lr, "
+                f"so no update could reduce the loss; set a learning rate"
+            )
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer updates this parameter."""
+        return parameter in self._groups
+
+    @torch.no_grad()
+    def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+        """The parameter's value after the optimizer's next step with this gradient, as a new tensor on its device.
+
+        Args:
+            parameter: one the optimizer owns.
+            gradient: of its shape, on any device; consumed, a rule may write to it.
+        """
+        twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        twin.grad = gradient.to(parameter.device)
+        self._shadow(parameter, twin).step()
+        return twin.detach()
+
+    @torch.no_grad()
+    def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+        """What the optimizer's next step with this gradient would add to the parameter; takes what `stepped` takes.
+
+        All of it, weight decay included: it is what training the parameter would do to it, and what freezing it would leave
+        out. (Only a decoupled decay could be told apart; SGD's and Adam's goes through the moments.)
+        """
+        return self.stepped(parameter, gradient).sub_(parameter)
+
+    def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
+        """An optimizer of the same kind that owns `twin` alone, made as unpickling makes one.
+
+        Hooks on the step, and wrappers around it that schedulers or compilers install, belong to the real one.
+        """
+        own = {
+            name: value
+            for name, value in vars(self._optimizer).items()
+            if name != "step" and not name.endswith("_hooks")
+        }
+        state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
+        kept = self._optimizer.state.get(parameter)
+        if kept:
+            state[twin] = copy.deepcopy(kept)
+        own |= {"state": state, "param_groups": [{**self._groups[parameter], "params": [twin]}]}
+        shadow = object.__new__(type(self._optimizer))
+        shadow.__setstate__(own)
+        return shadow
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _refuse_closure(optimizer: Optimizer) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} steps by calling the model itself, all parameters together, so no parameter has an "
+            f"update of its own; use an optimizer such as AdamW"
+        )
+
+
+def _moving(group: dict[str, Any]) -> dict[str, Any]:
+    """The group's hyperparameters, with the learning rate it starts from where it has not started."""
+    return {**group, "lr": group["initial_lr"]} if _is_zero(group.get("lr")) and "initial_lr" in group else group
+
+
+def _is_zero(rate: float | torch.Tensor | None) -> bool:
+    return rate is not None and bool(rate == 0)

@@ -1,0 +1,91 @@
+"""The oracles gtcompile is tested against, for your own tests: eager gradients and what must equal them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtcompile.capture import loss_of, unwrap
+from gtcompile.trained import trained_parameters
+
+
+def reference_gradients(
+    model: nn.Module, batch: Mapping[str, Any], trained: Iterable[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradients of one batch by eager autograd, `requires_grad=False` on everything that is not trained.
+
+    Nothing changes: parameters, their gradients, buffers, and random state are as before, so that a step taken next draws
+    the same dropout masks.
+
+    Args:
+        model: compiled or not; runs eagerly here.
+        batch: keyword dictionary of the model's forward, labels included.
+        trained: FQNs, each under its first name; None for those trained now.
+
+    Returns:
+        FQN -> gradient, for the trained parameters the loss depends on.
+    """
+    chosen = trained_parameters(model) if trained is None else frozenset(trained)
+    inner = unwrap(model)
+    parameters = dict(inner.named_parameters())
+    unknown = sorted(chosen - parameters.keys())
+    if unknown:
+        raise ValueError(f"no parameter is called {', '.join(unknown)}")
+    with _everything_restored(inner), torch.compiler.set_stance("force_eager"):
+        for fqn, parameter in parameters.items():
+            parameter.requires_grad_(fqn in chosen)
+        names = sorted(chosen)
+        loss = loss_of(inner(**batch))
+        gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+@contextlib.contextmanager
+def _everything_restored(model: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def assert_same_gradients(
+    actual: nn.Module | Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> None:
+    """Check that exactly the expected parameters have a gradient, and the right one.
+
+    Args:
+        actual: a model after its backward, or its gradients by FQN.
+        expected: as `reference_gradients` returns it.
+        rtol: relative tolerance; with the "eager" compiler 0 holds.
+        atol: absolute tolerance.
+
+    Raises:
+        AssertionError: naming the parameters that have a gradient and should not, lack one, or have another.
+    """
+    gradients = _gradients(actual) if isinstance(actual, nn.Module) else dict(actual)
+    extra, missing = sorted(gradients.keys() - expected.keys()), sorted(expected.keys() - gradients.keys())
+    if extra or missing:
+        raise AssertionError(f"gradients of the wrong parameters: unexpected {extra}, missing {missing}")
+    for fqn, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[fqn], gradient, rtol=rtol, atol=atol, msg=lambda text, fqn=fqn: f"gradient of {fqn}: {text}"
+        )
+
+
+def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    named = unwrap(model).named_parameters()
+    return {fqn: parameter.grad for fqn, parameter in named if parameter.grad is not None}

@@ -1,0 +1,148 @@
+"""Which parameters are trained now.
+
+Parameters that a compiled region computes gradients for keep `requires_grad=True`, so that no Dynamo guard ever fails; that
+they are frozen is written down here, and regions ask. Parameters that eager code uses are frozen by `requires_grad_`.
+"""
+
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gtcompile.capture import list_parameters, unwrap
+
+_frozen: WeakIdKeyDictionary[nn.Parameter, RemovableHandle] = WeakIdKeyDictionary()
+_in_region: WeakIdKeyDictionary[nn.Parameter, bool] = WeakIdKeyDictionary()
+_generation = itertools.count(1)
+_current_generation = 0
+
+
+def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[str]:
+    """Train exactly these parameters of `model` from now on.
+
+    The rest get no gradient: an optimizer skips them altogether (no decay, no moments, no step count). What they had
+    accumulated in `.grad` so far is dropped, so they stay as they are. Nothing is compiled here, and a model compiled with
+    gtcompile needs no new Dynamo capture for it.
+
+    Args:
+        model: compiled or not.
+        patterns: FQNs, or shell-style patterns matched on whole names, of which each must match; None trains everything that
+            was trainable when gtcompile first saw the model.
+
+    Returns:
+        The trained FQNs.
+
+    Raises:
+        ValueError: when a pattern matches nothing (lists near names), or nothing would be trained.
+    """
+    global _current_generation
+    selectable = _selectable(model)
+    trained = frozenset(selectable) if patterns is None else match_patterns(_names(model), patterns)
+    if not trained:
+        raise ValueError("expected at least one parameter to train, got no pattern; None trains everything")
+    compiled = uses_compiled_code(model)
+    for fqn, parameter in selectable.items():
+        if fqn in trained:
+            _thaw(parameter)
+        else:
+            _freeze(parameter, outside=not compiled or _known_outside(parameter))
+    _current_generation = next(_generation)
+    return trained
+
+
+def trained_parameters(model: nn.Module) -> frozenset[str]:
+    """FQNs of the parameters that are trained now; tied weights under their first name."""
+    return frozenset(fqn for fqn, parameter in _selectable(model).items() if parameter not in _frozen)
+
+
+def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str]) -> frozenset[str]:
+    """The names that match any of the patterns.
+
+    Args:
+        names: the names to choose from, or a dictionary from every name (aliases too) to the one to return.
+        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names, case-sensitive.
+
+    Raises:
+        ValueError: naming each pattern that matches nothing and the names closest to it.
+        TypeError: for a single string, which would be taken letter by letter.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"expected a collection of patterns, got the string {patterns!r}; write [{patterns!r}]")
+    canonical = names if isinstance(names, dict) else {name: name for name in names}
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = [pattern] if pattern in canonical else fnmatch.filter(canonical, pattern)
+        if not found:
+            near = difflib.get_close_matches(pattern, canonical, n=3, cutoff=0.4)
+            hint = f"near names: {', '.join(near)}" if near else f"names look like {next(iter(canonical), 'nothing')}"
+            raise ValueError(f"{pattern!r} matches no selectable parameter; {hint}")
+        matched.update(canonical[name] for name in found)
+    return frozenset(matched)
+
+
+def is_frozen(parameter: nn.Parameter) -> bool:
+    """Whether `train_only` froze this parameter."""
+    return parameter in _frozen
+
+
+def generation() -> int:
+    """Counts the calls of `train_only`: what was worked out from `is_frozen` holds until it changes."""
+    return _current_generation
+
+
+def enter_region(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that a compiled region computes these parameters' gradients."""
+    for parameter in parameters:
+        _in_region[parameter] = True
+
+
+def uses_compiled_code(model: nn.Module) -> bool:
+    """Whether `torch.compile` wraps the model or any module in it."""
+    return unwrap(model) is not model or any(
+        module._compiled_call_impl is not None or "forward" in vars(module) for module in model.modules()
+    )
+
+
+def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that ask for a gradient, or did until `train_only` froze them, under their first name."""
+    named = unwrap(model).named_parameters()
+    return {fqn: parameter for fqn, parameter in named if parameter.requires_grad or parameter in _frozen}
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Every name of every selectable parameter, and the first name it goes by."""
+    selectable = _selectable(model)
+    described = list_parameters(unwrap(model))
+    return {name: p.fqn for p in described if p.fqn in selectable for name in (p.fqn, *p.aliases)}
+
+
+def _known_outside(parameter: nn.Parameter) -> bool:
+    return not parameter.requires_grad and parameter not in _in_region
+
+
+def _freeze(parameter: nn.Parameter, *, outside: bool) -> None:
+    parameter.grad = None
+    if parameter not in _frozen:
+        _frozen[parameter] = parameter.register_post_accumulate_grad_hook(_drop_stray_gradient)
+    if outside:
+        parameter.requires_grad_(False)
+
+
+def _thaw(parameter: nn.Parameter) -> None:
+    handle = _frozen.pop(parameter, None)
+    if handle is not None:
+        handle.remove()
+        parameter.requires_grad_(True)
+
+
+def _drop_stray_gradient(parameter: torch.Tensor) -> None:
+    """Eager code computed a gradient for a frozen parameter: drop it, and have autograd skip it from now on."""
+    assert isinstance(parameter, nn.Parameter)
+    parameter.grad = None
+    if parameter not in _in_region:
+        parameter.requires_grad_(False)

@@ -1,0 +1,20 @@
+"""The passes in order: from everything a graph can compute to what a trained set needs."""
+
+from collections.abc import Set
+
+from gtcompile.joint import JointGraph
+from gtcompile.passes.dead_nodes import eliminate_dead_nodes
+from gtcompile.passes.output_masks import narrow_output_masks
+from gtcompile.passes.weight_gradients import drop_gradients
+
+
+def restrict_gradients(joint: JointGraph, keep: Set[str]) -> JointGraph:
+    """The joint graph that computes the gradients of `keep` and nothing that only the others needed.
+
+    Args:
+        joint: left as it is.
+        keep: names of the inputs whose gradients stay live; names without a gradient are allowed and change nothing.
+    """
+    joint = drop_gradients(joint, keep)
+    joint = eliminate_dead_nodes(joint)
+    return narrow_output_masks(joint)
