@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from gtcompile.capture import capture
 from gtcompile.errors import CaptureError
-from gtcompile.flops import node_flops, output_flops
+from gtcompile.flops import node_flops, output_flops, register_missing_formulas
 from gtcompile.joint import JointGraph, Parameter
 
 
@@ -114,6 +114,7 @@ def costs_of(joint: JointGraph) -> BackwardCosts:
     """
     if not joint.live:
         raise CaptureError("no parameter receives a gradient: the loss depends on none that asks for one")
+    register_missing_formulas()
     needed_by = parameters_needing(joint)
     forward = joint.forward_nodes()
     forward_flops = 0

@@ -67,30 +67,43 @@ def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: 
     return 2 * prod(out_shape) * left[-1]
 
 
+def _expert_matmul(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(rows) * experts[-1]
+
+
+def _expert_matmul_backward(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
+    """One operator computes the gradients of rows and experts, whichever is wanted."""
+    return 2 * _expert_matmul(rows, experts)
+
+
 MISSING_FORMULAS: dict[str, Callable[..., int]] = {
-    "_scaled_dot_product_flash_attention_for_cpu": _flash_attention_cpu,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_attention_cpu_backward,
-    "mv": _matrix_vector,
-    "addmv": _added_matrix_vector,
-    "dot": _dot,
-    "vdot": _dot,
-    "addr": _outer,
-    "addbmm": _summed_batch_matmul,
-    "_grouped_mm": _grouped_matmul,
-    "linalg_solve_triangular": _triangular_solve,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_attention_cpu,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_attention_cpu_backward,
+    "aten::mv": _matrix_vector,
+    "aten::addmv": _added_matrix_vector,
+    "aten::dot": _dot,
+    "aten::vdot": _dot,
+    "aten::addr": _outer,
+    "aten::addbmm": _summed_batch_matmul,
+    "aten::_grouped_mm": _grouped_matmul,
+    "aten::linalg_solve_triangular": _triangular_solve,
+    "transformers::grouped_mm_fallback": _expert_matmul,
+    "transformers::grouped_mm_fallback_backward": _expert_matmul_backward,
 }
-"""What torch 2.13's registry lacks, by aten name."""
+"""What torch 2.13's registry lacks, by qualified operator name; libraries define theirs when they are imported."""
 
 
 def register_missing_formulas() -> None:
-    """Add the missing formulas to torch's registry; names it has by now, or this build lacks, are left alone."""
-    for name, formula in MISSING_FORMULAS.items():
-        packet = getattr(aten, name, None)
+    """Add the missing formulas to torch's registry; operators it has by now, or that do not exist here, are left alone."""
+    for qualified_name, formula in MISSING_FORMULAS.items():
+        namespace, _, name = qualified_name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), name, None)
         if packet is not None and packet not in flop_registry:
             register_flop_formula(packet)(formula)
 
 
 register_missing_formulas()
+
 
 class _CountingCompiledCode(CountingMode):
     """Counts inside compiled code instead of having `torch.compile` step aside."""
@@ -108,6 +121,7 @@ def count_flops() -> Iterator[FlopCounterMode]:
     Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another program than the one
     in use. Call a compiled step once before counting it: operators traced while it compiles would be counted too.
     """
+    register_missing_formulas()
     counter = FlopCounterMode(display=False)
     with _CountingCompiledCode(counter):
         yield counter

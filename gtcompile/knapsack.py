@@ -101,10 +101,9 @@ def inclusion_pairs(sets: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _decisions(values: Sequence[float], works: Mapping[int, int]) -> list[_Node]:
-    """One node per work that costs something, and one without cost where items need several works side by
-    side.
+    """The works that cost something, and nodes without cost for items that need several works side by side.
 
-    An item's node is the intersection of the works it needs: exactly they include it.
+    An item's node is the intersection of the works it needs: exactly those works include it.
     """
     cost = {items: cost for items, cost in works.items() if cost}
     gained: dict[int, list[float]] = {items: [] for items in cost}

@@ -1,4 +1,4 @@
-"""What an optimizer's next step would do to one parameter, computed on a shadow so that the optimizer stays as it is."""
+"""What an optimizer's next step would do to one parameter, worked out on a shadow of the optimizer."""
 
 import copy
 import inspect
@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 class ShadowOptimizer:
     """Steps copies of single parameters with an optimizer's own rule, moments and hyperparameters.
 
-    The optimizer is read, never written. One parameter is stepped at a time, so the memory needed is a small multiple of that
-    parameter: its copy, its moments' copies and the rule's temporaries.
+    The optimizer is read, never written. One parameter is stepped at a time, so the memory needed is a small
+    multiple of that parameter: its copy, copies of its moments, the rule's temporaries.
 
-    A learning rate of 0 that a scheduler is about to raise (the first step of a warm-up) would make every update 0: where a
-    group's `lr` is 0, its `initial_lr`, which schedulers leave there, is used instead.
+    A learning rate of 0 that a scheduler is about to raise (the first step of a warm-up) would make every
+    update 0: where a group's `lr` is 0, its `initial_lr`, which schedulers leave there, is used instead.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` whose rule treats each parameter by itself; wrappers that keep one in
-            `.optimizer`, as accelerate's do, are looked through.
+        optimizer: any `torch.optim.Optimizer` whose rule treats each parameter by itself; wrappers that keep
+            one in `.optimizer`, as accelerate's do, are looked through.
 
     Raises:
         TypeError: for something else.
@@ -31,13 +31,12 @@ class ShadowOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = _innermost(optimizer)
         _refuse_closure(self._optimizer)
-        self._groups = {
-            parameter: _moving(group) for group in self._optimizer.param_groups for parameter in group["params"]
-        }
-        if all(_is_zero(group.get("lr")) for group in self._groups.values()):
+        groups = [(_moving(group), group["params"]) for group in self._optimizer.param_groups]
+        self._groups = {parameter: group for group, parameters in groups for parameter in parameters}
+        if all(_is_zero(group.get("lr")) for group, _ in groups):
             raise ValueError(
-                f"every learning rate of this {type(self._optimizer).__name__} is 0 and no scheduler left an initial_lr, "
-                f"so no update could reduce the loss; set a learning rate"
+                f"every learning rate of this {type(self._optimizer).__name__} is 0 and no scheduler left an "
+                f"initial_lr, so no update could reduce the loss; set a learning rate"
             )
 
     def owns(self, parameter: nn.Parameter) -> bool:
@@ -46,11 +45,11 @@ class ShadowOptimizer:
 
     @torch.no_grad()
     def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """The parameter's value after the optimizer's next step with this gradient, as a new tensor on its device.
+        """The parameter's value after the optimizer's next step with this gradient, a new tensor.
 
         Args:
             parameter: one the optimizer owns.
-            gradient: of its shape, on any device; consumed, a rule may write to it.
+            gradient: of its shape, on any device; consumed, since a rule may write to it.
         """
         twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         twin.grad = gradient.to(parameter.device)
@@ -59,17 +58,17 @@ class ShadowOptimizer:
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """What the optimizer's next step with this gradient would add to the parameter; takes what `stepped` takes.
+        """What the optimizer's next step would add to the parameter; arguments as for `stepped`.
 
-        All of it, weight decay included: it is what training the parameter would do to it, and what freezing it would leave
-        out. (Only a decoupled decay could be told apart; SGD's and Adam's goes through the moments.)
+        All of it, weight decay included: that is what training the parameter would do to it, and what
+        freezing it leaves out. (Only a decoupled decay could be told apart; SGD's goes through its momentum.)
         """
         return self.stepped(parameter, gradient).sub_(parameter)
 
     def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
-        """An optimizer of the same kind that owns `twin` alone, made as unpickling makes one.
+        """An optimizer of the same kind that owns `twin` alone, made the way unpickling makes one.
 
-        Hooks on the step, and wrappers around it that schedulers or compilers install, belong to the real one.
+        Hooks on the step, and wrappers that schedulers or compilers put around it, belong to the real one.
         """
         own = {
             name: value
@@ -77,8 +76,7 @@ class ShadowOptimizer:
             if name != "step" and not name.endswith("_hooks")
         }
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
-        kept = self._optimizer.state.get(parameter)
-        if kept:
+        if kept := self._optimizer.state.get(parameter):
             state[twin] = copy.deepcopy(kept)
         own |= {"state": state, "param_groups": [{**self._groups[parameter], "params": [twin]}]}
         shadow = object.__new__(type(self._optimizer))
@@ -97,14 +95,15 @@ def _refuse_closure(optimizer: Optimizer) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
-            f"{type(optimizer).__name__} steps by calling the model itself, all parameters together, so no parameter has an "
-            f"update of its own; use an optimizer such as AdamW"
+            f"{type(optimizer).__name__} steps all parameters together and calls the model itself, so no "
+            f"parameter has an update of its own; use an optimizer such as AdamW"
         )
 
 
 def _moving(group: dict[str, Any]) -> dict[str, Any]:
     """The group's hyperparameters, with the learning rate it starts from where it has not started."""
-    return {**group, "lr": group["initial_lr"]} if _is_zero(group.get("lr")) and "initial_lr" in group else group
+    starts = _is_zero(group.get("lr")) and "initial_lr" in group
+    return {**group, "lr": group["initial_lr"]} if starts else group
 
 
 def _is_zero(rate: float | torch.Tensor | None) -> bool:

@@ -49,8 +49,8 @@ class Selection:
         budget = _share(self.budget_flops, self.full_flops)
         proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"
         return (
-            f"{len(self.trained)} of {self.selectable} parameters trained, {self.step_fraction:.1%} of a full "
-            f"step's FLOPs (budget {budget:.1%}), importance {self.importance:.4g}, {proof}"
+            f"{len(self.trained)} of {self.selectable} parameters, {self.step_fraction:.1%} of a full step's "
+            f"FLOPs (budget {budget:.1%}), importance {self.importance:.4g}, {proof}"
         )
 
 
@@ -148,12 +148,12 @@ def _check_terms(
     costs: "BackwardCosts", budget_fraction: float, always: Iterable[str], never: Iterable[str]
 ) -> _Terms:
     budget = budget_flops(costs, budget_fraction)
-    parameters = [p for p in costs.parameters if p.fqn in costs.fqns]
-    names = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+    fqns = costs.fqns
+    names = {name: p.fqn for p in costs.parameters if p.fqn in fqns for name in (p.fqn, *p.aliases)}
     always, never = match_patterns(names, always), match_patterns(names, never)
     if both := always & never:
         raise ValueError(f"{_some(both)} in both always and never; a parameter can be in one of them")
-    step_flops = _step_flops_with(costs, costs.fqns - always - never, always)
+    step_flops = _step_flops_with(costs, fqns - always - never, always)
     if not always and not step_flops:
         raise ValueError("never leaves no parameter to train; expected at least one that it does not match")
     minimum = costs.step_flops(always) if always else min(step_flops.values())
@@ -204,7 +204,7 @@ def _check_importance(
 
 
 def _works(costs: "BackwardCosts", names: Iterable[str], always: frozenset[str]) -> dict[int, int]:
-    """FLOPs of the works that `always` leaves undone, by the set of names (bit i for name i) that need them."""
+    """FLOPs of the works that `always` leaves undone, by the names that need them (bit i for name i)."""
     bit = {name: 1 << index for index, name in enumerate(names)}
     works: dict[int, int] = {}
     for work in costs.shared_work:

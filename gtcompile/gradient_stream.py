@@ -1,0 +1,90 @@
+"""Gradients handed over one at a time as a backward completes them, and let go of."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtcompile.capture import loss_of
+from gtcompile.errors import GTCompileError
+
+Consumer = Callable[[str, nn.Parameter, torch.Tensor], None]
+"""Takes a parameter's FQN, the parameter and its gradient, which it may keep or write to."""
+
+
+class NotFiniteError(GTCompileError):
+    """A loss, gradient or update is infinite or not a number; the message says which."""
+
+
+@dataclass(slots=True)
+class GradientStream:
+    """Runs batches; at no time do more gradients exist than autograd holds between two operators."""
+
+    module: nn.Module
+    """Returns its loss or an output with `.loss`."""
+    names: Mapping[nn.Parameter, str]
+    """The parameters whose gradients are handed over, with their FQNs; other gradients are dropped."""
+    arrived: set[str] = field(default_factory=set)
+    """FQNs that had a gradient in any completed batch."""
+
+    def run(self, batch: Mapping[str, Any], consume: Consumer) -> None:
+        """Forward and backward of one batch.
+
+        Raises:
+            NotFiniteError: at the first loss or gradient that is not finite; the backward ends there.
+            CaptureError: the model returned no loss.
+            GTCompileError: a gradient came in several parts.
+        """
+        seen: set[str] = set()
+
+        def hand_over(parameter: nn.Parameter) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if parameter in self.names and gradient is not None:
+                fqn = self.names[parameter]
+                _check_gradient(fqn, gradient, seen)
+                seen.add(fqn)
+                consume(fqn, parameter, gradient)
+
+        asking = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        handles = [
+            parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+            for parameter in asking
+        ]
+        try:
+            self._forward_backward(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.arrived |= seen
+
+    def _forward_backward(self, batch: Mapping[str, Any]) -> None:
+        device = next(iter(self.names)).device
+        with torch.enable_grad():
+            loss = loss_of(self.module(**_on_device(batch, device)))
+        if not torch.isfinite(loss):
+            raise NotFiniteError(f"the loss is {loss.item()}")
+        with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _check_gradient(fqn: str, gradient: torch.Tensor, seen: Collection[str]) -> None:
+    if fqn in seen:
+        raise GTCompileError(
+            f"the gradient of {fqn} came in several parts, as reentrant activation checkpointing does; "
+            f"checkpoint with use_reentrant=False"
+        )
+    if not torch.isfinite(gradient).all():
+        raise NotFiniteError(f"the gradient of {fqn} is not finite")
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A batch, or anything nested in one, with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _on_device(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_device(item, device) for item in value)
+    return value

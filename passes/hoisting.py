@@ -1,0 +1,208 @@
+"""Move weight gradients out of a backward graph, so that one compilation serves every trained set.
+
+Weight gradients are leaves of the backward: nothing reads them. What remains without them, the *chain* of activation
+gradients, is compiled once; it hands out the operands of the leaves, and a leaf runs only when its parameter is trained.
+"""
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from gtcompile.flops import node_flops
+from gtcompile.joint import ancestors
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.expand.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.select.int,
+    }
+)
+"""Operators that cost nothing and may as well run next to the leaf they serve."""
+
+SCATTERS = frozenset(
+    {
+        aten.embedding_dense_backward.default,
+        aten.index_put.default,
+        aten._unsafe_index_put.default,
+        aten.scatter_add.default,
+        aten.index_add.default,
+    }
+)
+"""Operators without FLOPs that write a gradient as large as the parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Where a leaf finds one of its inputs."""
+
+    saved: bool
+    """True for an input of the backward graph, False for an output of the chain."""
+    index: int
+    """Position among the backward graph's inputs, or among the chain's outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """How to finish one weight gradient."""
+
+    slot: int
+    """Position of the gradient among the backward graph's outputs."""
+    module: fx.GraphModule
+    """From the operands to the gradient."""
+    operands: tuple[Operand, ...]
+    """In the order `module` takes them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoistedBackward:
+    """A backward graph in two parts: what is compiled, and what runs on demand."""
+
+    chain: fx.GraphModule
+    """Same inputs as the backward graph; outputs: the slots it computes itself, then the leaves' operands."""
+    chain_slots: tuple[int, ...]
+    """Slots the chain computes: gradients of activations, and of parameters too cheap to hoist."""
+    leaves: tuple[Leaf, ...]
+    """In slot order."""
+
+    def __str__(self) -> str:
+        return f"chain of {len(self.chain.graph.nodes)} nodes with {len(self.chain_slots)} slots, {len(self.leaves)} leaves"
+
+
+def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[int]) -> HoistedBackward:
+    """Split a backward graph into the chain and its leaves.
+
+    Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
+    After:  chain `dx = mm(dy, w); return (dx, dy)`, leaf of slot 1 `(dy, x) -> mm(t(dy), x)`
+
+    Sound because a leaf's nodes serve its slot alone, so the chain never misses them, and a leaf sees the very values the
+    graph would have fed it.
+
+    Args:
+        backward: as the partitioner made it; left as it is.
+        keep: slots that the chain must compute.
+        hoist: slots that may become leaves; a slot without matrix products or scatters stays in the chain.
+    """
+    output = backward.graph.output_node()
+    gradients = output.args[0]
+    assert isinstance(gradients, (tuple, list))
+    bodies = {slot: leaf_nodes(gradients[slot], output) for slot in sorted(hoist) if gradients[slot] is not None}
+    bodies = {slot: body for slot, body in bodies.items() if body}
+    chain_slots = tuple(
+        slot
+        for slot, gradient in enumerate(gradients)
+        if gradient is not None and slot not in bodies and (slot in keep or slot in hoist)
+    )
+    inputs = backward.graph.find_nodes(op="placeholder")
+    handed_out = [gradients[slot] for slot in chain_slots]
+    leaves = []
+    for slot, body in bodies.items():
+        ordered = [node for node in backward.graph.nodes if node in body]
+        operands = list(dict.fromkeys(i for node in ordered for i in node.all_input_nodes if i not in body))
+        for operand in operands:
+            if operand.op != "placeholder" and operand not in handed_out:
+                handed_out.append(operand)
+        sources = tuple(_source(operand, inputs, handed_out) for operand in operands)
+        leaves.append(Leaf(slot, _leaf_module(ordered, operands, gradients[slot]), sources))
+    chain = subgraph(backward, handed_out)
+    return HoistedBackward(chain=chain, chain_slots=chain_slots, leaves=tuple(leaves))
+
+
+def leaf_nodes(gradient: fx.Node, output: fx.Node) -> frozenset[fx.Node]:
+    """The matrix products or scatters that serve this slot alone, what follows them, and the views before them.
+
+    Empty when there is no such product or scatter.
+    """
+    private = _private(gradient, output)
+    heavy = {node for node in private if node.target in SCATTERS or _has_flops(node)}
+    body = set(heavy)
+    for node in sorted(private - body):
+        if any(source in body for source in node.all_input_nodes):
+            body.add(node)
+    for node in sorted(private - body, reverse=True):
+        if node.target in VIEWS and all(user in body for user in node.users):
+            body.add(node)
+    return frozenset(body) if heavy else frozenset()
+
+
+def _private(gradient: fx.Node, output: fx.Node) -> set[fx.Node]:
+    """Nodes that nothing but this slot needs."""
+    if [*output.all_input_nodes].count(gradient) != 1 or list(output.args[0]).count(gradient) != 1:  # type: ignore[arg-type]
+        return set()
+    private: set[fx.Node] = set()
+    for node in sorted(ancestors([gradient]), reverse=True):
+        users_private = all(user in private or (user is output and node is gradient) for user in node.users)
+        if node.op == "call_function" and users_private:
+            private.add(node)
+    return private
+
+
+def _has_flops(node: fx.Node) -> bool:
+    return node.op == "call_function" and node_flops(node) > 0
+
+
+def _source(operand: fx.Node, inputs: list[fx.Node], handed_out: list[fx.Node]) -> Operand:
+    if operand.op == "placeholder":
+        return Operand(saved=True, index=inputs.index(operand))
+    return Operand(saved=False, index=handed_out.index(operand))
+
+
+def _leaf_module(body: list[fx.Node], operands: list[fx.Node], gradient: fx.Node) -> fx.GraphModule:
+    graph = fx.Graph()
+    twin = {operand: graph.placeholder(operand.name) for operand in operands}
+    for operand, placeholder in twin.items():
+        placeholder.meta = dict(operand.meta)
+    for node in body:
+        twin[node] = graph.node_copy(node, twin.__getitem__)
+    graph.output(twin[gradient])
+    return fx.GraphModule({}, graph)
+
+
+def subgraph(module: fx.GraphModule, outputs: Iterable[fx.Node | None]) -> fx.GraphModule:
+    """The same inputs, these outputs, and nothing that they do not need."""
+    outputs = list(outputs)
+    needed = ancestors(node for node in outputs if node is not None)
+    graph = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            twin[node] = graph.node_copy(node, twin.__getitem__)
+    result = graph.output(tuple(None if node is None else twin[node] for node in outputs))
+    result.meta = dict(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph)
+
+
+def used_inputs(module: fx.GraphModule) -> frozenset[int]:
+    """Positions of the inputs that some node of the graph reads."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return frozenset(index for index, node in enumerate(placeholders) if node.users)
+
+
+def graph_flops(module: fx.GraphModule) -> int:
+    """FLOPs of running the whole graph once."""
+    return sum(node_flops(node) for node in module.graph.nodes if node.op == "call_function")
+
+
+__all__ = [
+    "HoistedBackward",
+    "Leaf",
+    "Operand",
+    "graph_flops",
+    "hoist_weight_gradients",
+    "leaf_nodes",
+    "subgraph",
+    "used_inputs",
+]
