@@ -1,8 +1,8 @@
-"""Adaptive backpropagation in a training loop: measure, select, train that, again every epoch."""
+"""Adaptive backpropagation in a training loop: measure, select, train that; again every epoch."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,28 +14,212 @@ from gtcompile.dependencies import BackwardCosts, backward_costs
 from gtcompile.errors import GTCompileError
 from gtcompile.importance import check_batches, measure_importance
 from gtcompile.restoration import restored, temporarily_training
-from gtcompile.selection import Selection, check_budget_fraction, parameters_to_measure, select_parameters
-from gtcompile.trained import train_only, trained_parameters
+from gtcompile.selection import Selection, parameters_to_measure, select_parameters
+from gtcompile.trained import match_patterns, train_only, trained_parameters
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """What the user asked of every selection."""
+
+    budget_fraction: float
+    always: tuple[str, ...]
+    never: tuple[str, ...]
 
 
 class AdaptiveBackprop:
     """Keeps a model training the parameters most worth it within a FLOPs budget.
 
-    Call `reselect` with a few batches at the start of training and then every epoch or so; between the calls
-    train as always. It works on a plain model, `torch.compile(model, backend="gtcompile")` and compiled
-    blocks alike.
+    Call `reselect` with a few batches before the first epoch and then every epoch or so; in between, train as
+    always. The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have
+    compiled blocks.
 
     Args:
-        model: compiled or not; returns its scalar loss or an output with `.loss`.
+        model: returns its scalar loss or an output with `.loss`.
         optimizer: the one that trains it.
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
-        two_pass: measure importance as the paper does.
+        two_pass: measure importance as the paper does, not across batches.
 
     Raises:
-        ValueError: for a budget outside (0, 1].
-        TypeError: for a single string where patterns are expected.
+        ValueError: a budget outside (0, 1], or a pattern that matches nothing.
+        TypeError: a single string where patterns are expected.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        budget_fraction: float = 0.5,
+        *,
+        always: Iterable[str] = (),
+        never: Iterable[str] = (),
+        two_pass: bool = False,
+    ) -> None:
+        self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
+        self._terms = _check_terms(model, budget_fraction, always, never)
+        self._history: tuple[Selection, ...] = ()
+        self._importance: dict[str, float] = {}
+        self._known_costs: dict[object, BackwardCosts] = {}
+
+    @property
+    def budget_fraction(self) -> float:
+        """Share of a full step's FLOPs that a step may take, in (0, 1]."""
+        return self._terms.budget_fraction
+
+    @property
+    def selection(self) -> Selection | None:
+        """The latest selection; None before the first."""
+        return self._history[-1] if self._history else None
+
+    @property
+    def history(self) -> tuple[Selection, ...]:
+        """The selections so far, one per `reselect`."""
+        return self._history
+
+    @property
+    def importance(self) -> Mapping[str, float]:
+        """Importance by FQN as the latest `reselect` measured it, of the parameters it had to decide on."""
+        return self._importance
+
+    def reselect(self, batches: Iterable[Mapping[str, Any]]) -> Selection:
+        """Select anew from these batches and train that from now on.
+
+        Costs are those of a batch with the shapes of the first; importance is averaged over all. When nothing
+        affordable is predicted to reduce the loss, the former selection stays, with a log message. Until the
+        new trained set is applied nothing changes, so a call that fails leaves everything as it was.
+
+        Args:
+            batches: keyword dictionaries with labels; at least two, or one with `two_pass`.
+
+        Returns:
+            The selection, which prints as one line.
+
+        Raises:
+            BudgetError: the budget trains nothing on this model, or not even `always`; names the smallest
+                that works.
+            CaptureError: the model could not be captured or returns no loss.
+            GTCompileError: too few batches are finite, or nothing is predicted to reduce the loss and there
+                is no former selection.
+            ValueError, TypeError: batches, patterns or optimizer do not fit the model.
+        """
+        with restored(unwrap(self._model)):
+            checked = check_batches(self._model, batches, minimum=1 if self._two_pass else 2)
+            costs = self._costs(checked[0])
+            importance = self._measure(costs, checked)
+        terms = self._terms
+        selection = select_parameters(
+            costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
+        )
+        if not selection.trained:
+            selection = self._former_selection(selection)
+        train_only(self._model, selection.trained)
+        self._importance = importance
+        self._history += (selection,)
+        return selection
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
+        return {
+            "budget_fraction": self._terms.budget_fraction,
+            "always": list(self._terms.always),
+            "never": list(self._terms.never),
+            "parameters": _shapes(self._model),
+            "trained": sorted(trained_parameters(self._model)),
+            "importance": dict(self._importance),
+            "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken: budget, patterns, history and, from now on, its trained set.
+
+        Raises:
+            ValueError: for something else than such a state, or the state of another model (names the
+                differences); nothing has changed then.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
+        _refuse_other_model(state["parameters"], _shapes(self._model))
+        history = tuple(
+            Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
+        )
+        terms = _check_terms(self._model, state["budget_fraction"], state["always"], state["never"])
+        train_only(self._model, state["trained"])
+        self._terms, self._history, self._importance = terms, history, dict(state["importance"])
+
+    def _costs(self, batch: Mapping[str, Any]) -> BackwardCosts:
+        """The costs at this batch's shapes, captured anew only when they differ from the last."""
+        key = _shapes_in(batch)
+        if key not in self._known_costs:
+            with temporarily_training(self._model, None):
+                self._known_costs = {key: backward_costs(self._model, batch)}
+        return self._known_costs[key]
+
+    def _measure(self, costs: BackwardCosts, batches: tuple[Mapping[str, Any], ...]) -> dict[str, float]:
+        """Importance of what is not settled otherwise; 0 for parameters these batches did not use."""
+        terms = self._terms
+        asked = parameters_to_measure(costs, terms.budget_fraction, always=terms.always, never=terms.never)
+        if not asked:
+            return {}
+        measured = measure_importance(
+            self._model, self._optimizer, batches, only=asked, two_pass=self._two_pass
+        )
+        return {fqn: measured.get(fqn, 0.0) for fqn in sorted(asked)}
+
+    def _former_selection(self, empty: Selection) -> Selection:
+        reason = f"training any of the {empty.selectable} parameters is predicted to raise the loss"
+        if self.selection is None:
+            raise GTCompileError(f"{reason}; measure on more batches, or lower the learning rate")
+        logger.warning("%s: the former selection stays", reason)
+        return self.selection
+
+
+def _check_terms(
+    model: nn.Module, budget_fraction: float, always: Iterable[str], never: Iterable[str]
+) -> _Terms:
+    if not 0 < budget_fraction <= 1:
+        raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+    parameters = list_parameters(unwrap(model))
+    names = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+    return _Terms(
+        budget_fraction=budget_fraction,
+        always=_check_patterns(names, always),
+        never=_check_patterns(names, never),
+    )
+
+
+def _check_patterns(names: dict[str, str], patterns: Iterable[str]) -> tuple[str, ...]:
+    given = patterns if isinstance(patterns, str) else tuple(patterns)
+    match_patterns(names, given)  # also refuses a single string
+    return tuple(given)
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {p.fqn: list(p.shape) for p in list_parameters(unwrap(model))}
+
+
+def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    differences = [f"{fqn} is not in this model" for fqn in saved.keys() - present.keys()]
+    differences += [f"{fqn} is not in the state" for fqn in present.keys() - saved.keys()]
+    differences += [
+        f"{fqn} is {list(saved[fqn])} in the state and {present[fqn]} in this model"
+        for fqn in saved.keys() & present.keys()
+        if list(saved[fqn]) != present[fqn]
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(f"this is the state of another model: {'; '.join(sorted(differences)[:3])}{more}")
+
+
+def _shapes_in(value: Any) -> object:
+    """What of a batch its costs depend on: shapes and types of tensors, and every other value."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, Mapping):
+        return tuple((key, _shapes_in(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_shapes_in(item) for item in value)
+    return repr(value)
