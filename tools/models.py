@@ -1,0 +1,152 @@
+"""Load a language model and its tokenizer by hub id, from a local directory, or the demo's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gtcompile.tools.byte_tokenizer import byte_tokenizer
+from gtcompile.tools.demo_model import load_demo
+
+DEMO = "demo"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+"""A directory without any of these has no tokenizer, whatever `AutoTokenizer` makes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A model with the tokenizer that feeds it."""
+
+    model: PreTrainedModel
+    """In training mode, float32."""
+    tokenizer: PreTrainedTokenizerBase
+    """Has an end-of-sequence and a padding token."""
+    tokenizer_origin: str
+    """Where the tokenizer comes from, for the report."""
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether sources go to an encoder of their own."""
+        return bool(self.model.config.is_encoder_decoder)
+
+
+def load_language_model(name: str, tokenizer_name: str | None = None) -> LanguageModel:
+    """Load a model with its weights, and its tokenizer.
+
+    Args:
+        name: hub id, local directory, or `demo`.
+        tokenizer_name: hub id or directory of another tokenizer, or `bytes` for one token per byte. None
+            takes the model's own, and one token per byte for a local directory without one.
+
+    Raises:
+        ValueError: the model or the tokenizer could not be loaded, or do not fit each other.
+    """
+    if name == DEMO:
+        model, own = load_demo()
+    else:
+        config = load_config(name)
+        model, own = _load("model", name, _auto_class(config), dtype=torch.float32), None
+    tokenizer, origin = _tokenizer(name, tokenizer_name, model.config, own)
+    _complete(tokenizer, model)
+    return LanguageModel(model.train(), tokenizer, origin)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a model on the hub or in a directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if _looks_local(name) and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"no model in {name!r}: expected a directory with a config.json, a hub id, or demo")
+    return _load("configuration", name, AutoConfig)
+
+
+def model_on_meta(name: str) -> PreTrainedModel:
+    """A model's architecture with all tensors on the meta device; only its configuration is read.
+
+    Raises:
+        ValueError: the configuration could not be loaded.
+    """
+    config = load_demo()[0].config if name == DEMO else load_config(name)
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config).train()
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _looks_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _load(what: str, name: str, auto_class: Any, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"could not load the {what} of {name!r}: {reason}") from error
+
+
+def _tokenizer(
+    name: str, wanted: str | None, config: PretrainedConfig, own: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    if wanted is None and own is not None:
+        return own, "the demo's own"
+    if wanted is None and Path(name).is_dir() and not has_tokenizer(Path(name)):
+        return byte_tokenizer(config), f"{name} has none; one token per byte was made for it"
+    if wanted == "bytes":
+        return byte_tokenizer(config), "one token per byte, as asked"
+    source = wanted or name
+    return _load("tokenizer", source, AutoTokenizer), source
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a local model directory holds a tokenizer."""
+    return any((directory / file).is_file() for file in TOKENIZER_FILES)
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """See that padding and the end of a sequence are agreed on between tokenizer and model."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end-of-sequence token, so no answer could end; pass another --tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model {size} embeddings; pass another --tokenizer"
+        )
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        if not _ends_with(settings.eos_token_id, tokenizer.eos_token_id):
+            settings.eos_token_id = tokenizer.eos_token_id
+    if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
+        for settings in (model.config, model.generation_config):
+            settings.decoder_start_token_id = tokenizer.pad_token_id
+
+
+def _ends_with(known: int | list[int] | None, token: int) -> bool:
+    return token in known if isinstance(known, list) else token == known
