@@ -28,7 +28,7 @@ def test_buffers_keep_their_identity_and_values_whether_written_or_replaced():
     module.register_buffer("replaced", torch.ones(2))
     module.register_buffer("absent", None)
     written, replaced = module.written, module.replaced
-    with pytest.raises(KeyboardInterrupt), restored(module):
+    with pytest.raises(KeyboardInterrupt), restored(module):  # noqa: PT012 - the interruption comes last
         module.written.add_(1)
         module.replaced = module.replaced + 1
         module.absent = torch.ones(1)
@@ -53,7 +53,7 @@ def test_accumulated_gradients_are_set_aside_and_come_back_as_the_same_tensors()
 def test_the_trained_set_and_the_gradients_asked_for_come_back_after_a_failure():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     train_only(model, ["1.*"])
-    with pytest.raises(RuntimeError), temporarily_training(model, ["0.weight"]):
+    with pytest.raises(RuntimeError), temporarily_training(model, ["0.weight"]):  # noqa: PT012
         assert trained_parameters(model) == {"0.weight"}
         raise RuntimeError
     assert trained_parameters(model) == {"1.weight", "1.bias"}
