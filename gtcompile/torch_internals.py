@@ -63,11 +63,17 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition  #
 
 # Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
 from torch._guards import TracingContext, tracing  # noqa: E402
-from torch._inductor.compile_fx import compile_fx  # noqa: E402
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files  # noqa: E402
 
 # The class of an aten operator in a graph.
 from torch._ops import OpOverload  # noqa: E402
+
+# Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
+from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
+
+# Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
+from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 
 # Shapes without values: capture from a configuration alone.
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -75,7 +81,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 # FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
 from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
 
+# The autograd node whose backward is running.
+current_autograd_node = torch._C._current_autograd_node
+
 __all__ = [
+    "BoxedCodeGen",
     "CountingMode",
     "BufferAOTInput",
     "CustomPartitionerFn",
@@ -92,12 +102,15 @@ __all__ = [
     "boxed_nop_preserve_node_meta",
     "check_version",
     "compile_fx",
+    "compile_fx_inner",
+    "current_autograd_node",
     "dynamo_config",
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
     "functorch_config",
     "get_hash_for_files",
     "inductor_config",
+    "inductor_state",
     "min_cut_rematerialization_partition",
     "tracing",
 ]

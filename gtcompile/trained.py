@@ -85,13 +85,13 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
     return frozenset(matched)
 
 
-def is_frozen(parameter: nn.Parameter) -> bool:
-    """Whether `train_only` froze this parameter."""
-    return parameter in _frozen
+def is_trained(parameter: nn.Parameter) -> bool:
+    """Whether a gradient is wanted for this parameter."""
+    return parameter.requires_grad and parameter not in _frozen
 
 
 def generation() -> int:
-    """Counts the calls of `train_only`: what was worked out from `is_frozen` holds until it changes."""
+    """Counts the calls of `train_only`: what was worked out from `is_trained` holds until it changes."""
     return _current_generation
 
 

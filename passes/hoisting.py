@@ -4,7 +4,7 @@ Weight gradients are leaves of the backward: nothing reads them. What remains wi
 gradients, is compiled once; it hands out the operands of the leaves, and a leaf runs only when its parameter is trained.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -63,23 +63,41 @@ class Leaf:
     """Position of the gradient among the backward graph's outputs."""
     module: fx.GraphModule
     """From the operands to the gradient."""
+    flops: int
+    """FLOPs of running it once."""
     operands: tuple[Operand, ...]
     """In the order `module` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a backward graph that can run by itself."""
+
+    module: fx.GraphModule
+    """Takes the inputs it reads and no others; returns a tuple."""
+    inputs: tuple[int, ...]
+    """Their positions among the backward graph's inputs."""
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of running it once."""
+        return sum(node_flops(node) for node in self.module.graph.nodes if node.op == "call_function")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoistedBackward:
     """A backward graph in two parts: what is compiled, and what runs on demand."""
 
-    chain: fx.GraphModule
-    """Same inputs as the backward graph; outputs: the slots it computes itself, then the leaves' operands."""
+    chain: Part
+    """Outputs: the slots it computes itself, then the leaves' operands."""
     chain_slots: tuple[int, ...]
     """Slots the chain computes: gradients of activations, and of parameters too cheap to hoist."""
     leaves: tuple[Leaf, ...]
     """In slot order."""
 
     def __str__(self) -> str:
-        return f"chain of {len(self.chain.graph.nodes)} nodes with {len(self.chain_slots)} slots, {len(self.leaves)} leaves"
+        size = len(self.chain.module.graph.nodes)
+        return f"chain of {size} nodes with {len(self.chain_slots)} slots, {len(self.leaves)} leaves"
 
 
 def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[int]) -> HoistedBackward:
@@ -106,19 +124,17 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
         for slot, gradient in enumerate(gradients)
         if gradient is not None and slot not in bodies and (slot in keep or slot in hoist)
     )
-    inputs = backward.graph.find_nodes(op="placeholder")
     handed_out = [gradients[slot] for slot in chain_slots]
+    inputs = backward.graph.find_nodes(op="placeholder")
     leaves = []
     for slot, body in bodies.items():
         ordered = [node for node in backward.graph.nodes if node in body]
         operands = list(dict.fromkeys(i for node in ordered for i in node.all_input_nodes if i not in body))
-        for operand in operands:
-            if operand.op != "placeholder" and operand not in handed_out:
-                handed_out.append(operand)
+        handed_out += [o for o in operands if o.op != "placeholder" and o not in handed_out]
         sources = tuple(_source(operand, inputs, handed_out) for operand in operands)
-        leaves.append(Leaf(slot, _leaf_module(ordered, operands, gradients[slot]), sources))
-    chain = subgraph(backward, handed_out)
-    return HoistedBackward(chain=chain, chain_slots=chain_slots, leaves=tuple(leaves))
+        flops = sum(node_flops(node) for node in ordered)
+        leaves.append(Leaf(slot, _leaf_module(ordered, operands, gradients[slot]), flops, sources))
+    return HoistedBackward(chain=extract(backward, handed_out), chain_slots=chain_slots, leaves=tuple(leaves))
 
 
 def leaf_nodes(gradient: fx.Node, output: fx.Node) -> frozenset[fx.Node]:
@@ -163,46 +179,29 @@ def _source(operand: fx.Node, inputs: list[fx.Node], handed_out: list[fx.Node]) 
 def _leaf_module(body: list[fx.Node], operands: list[fx.Node], gradient: fx.Node) -> fx.GraphModule:
     graph = fx.Graph()
     twin = {operand: graph.placeholder(operand.name) for operand in operands}
-    for operand, placeholder in twin.items():
-        placeholder.meta = dict(operand.meta)
     for node in body:
         twin[node] = graph.node_copy(node, twin.__getitem__)
     graph.output(twin[gradient])
+    free_strides(graph)
     return fx.GraphModule({}, graph)
 
 
-def subgraph(module: fx.GraphModule, outputs: Iterable[fx.Node | None]) -> fx.GraphModule:
-    """The same inputs, these outputs, and nothing that they do not need."""
-    outputs = list(outputs)
+def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
+    """What these outputs need of a backward graph; side effects are not kept, a partitioned backward has none."""
     needed = ancestors(node for node in outputs if node is not None)
     graph = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node in needed or node.op == "placeholder":
+    for node in backward.graph.nodes:
+        if node in needed:
             twin[node] = graph.node_copy(node, twin.__getitem__)
     result = graph.output(tuple(None if node is None else twin[node] for node in outputs))
-    result.meta = dict(module.graph.output_node().meta)
-    return fx.GraphModule(module, graph)
+    result.meta = dict(backward.graph.output_node().meta)
+    placeholders = backward.graph.find_nodes(op="placeholder")
+    read = tuple(index for index, node in enumerate(placeholders) if node in needed)
+    return Part(fx.GraphModule(backward, graph), read)
 
 
-def used_inputs(module: fx.GraphModule) -> frozenset[int]:
-    """Positions of the inputs that some node of the graph reads."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    return frozenset(index for index, node in enumerate(placeholders) if node.users)
-
-
-def graph_flops(module: fx.GraphModule) -> int:
-    """FLOPs of running the whole graph once."""
-    return sum(node_flops(node) for node in module.graph.nodes if node.op == "call_function")
-
-
-__all__ = [
-    "HoistedBackward",
-    "Leaf",
-    "Operand",
-    "graph_flops",
-    "hoist_weight_gradients",
-    "leaf_nodes",
-    "subgraph",
-    "used_inputs",
-]
+def free_strides(graph: fx.Graph) -> None:
+    """Let views be copies where strides ask for it: compiled code may lay its outputs out in its own way."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default

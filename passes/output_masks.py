@@ -30,6 +30,11 @@ def narrow_output_masks(graph: fx.Graph, joint: JointGraph) -> None:
 
     Sound because the outputs of these operators are independent of each other. Expects dead `getitem` nodes to be gone.
     """
+    narrow_masks(graph)
+
+
+def narrow_masks(graph: fx.Graph) -> None:
+    """The edit itself, on any FX graph."""
     for node in graph.nodes:
         if node.target in MASKED_OPERATORS:
             _narrow(node)

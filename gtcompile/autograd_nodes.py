@@ -1,0 +1,26 @@
+"""Finding the autograd node that a compiled region's call made."""
+
+from collections.abc import Iterable
+
+import torch
+
+COMPILED = "CompiledFunctionBackward"
+"""What AOTAutograd calls its node."""
+
+
+def region_node(outputs: Iterable[object], inputs: Iterable[object]) -> torch.autograd.graph.Node | None:
+    """The node behind the outputs of one call, looking through views of its outputs; None when nothing needs a gradient.
+
+    An output that is an input passed through leads to somebody else's node, which is not it.
+    """
+    others = {value.grad_fn for value in inputs if isinstance(value, torch.Tensor)}
+    todo = [value.grad_fn for value in outputs if isinstance(value, torch.Tensor)]
+    while todo:
+        node = todo.pop(0)
+        if node is None or node in others:
+            continue
+        if node.name() == COMPILED:
+            return node
+        others.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return None

@@ -1,0 +1,320 @@
+"""Hoisted variants: one compilation serves every set of live gradients.
+
+AOTAutograd traces and partitions the region once, with every gradient live. Its backward is split into the chain of
+activation gradients, which is compiled, and the weight gradients, which are not (`passes/hoisting.py`). For every set of live
+gradients a *plan* says which saved values the forward may let go, and what the backward runs:
+
+* the compiled chain, then the leaves of the trained parameters, where the whole chain is needed;
+* where it is not, in the block in which the backward ends: the backward graph without what nobody needs, run operator by
+  operator, for a compilation would cost seconds for one block of many.
+
+Either way the FLOPs are exactly those of the live gradients.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx
+
+from gtcompile.autograd_nodes import region_node
+from gtcompile.passes.hoisting import HoistedBackward, Leaf, Part, extract, free_strides, hoist_weight_gradients
+from gtcompile.passes.output_masks import narrow_masks
+from gtcompile.region_graph import Live, input_name, region_joint
+from gtcompile.torch_internals import (
+    BoxedCodeGen,
+    CustomPartitionerFn,
+    TracingContext,
+    aot_autograd,
+    boxed_nop_preserve_node_meta,
+    compile_fx,
+    compile_fx_inner,
+    current_autograd_node,
+    functorch_config,
+    get_hash_for_files,
+    inductor_config,
+    inductor_state,
+    min_cut_rematerialization_partition,
+    tracing,
+)
+
+PLAN = "gtcompile.plan"
+"""Key of the plan in the metadata of a region's autograd node."""
+
+Slots = frozenset[int]
+"""Positions among the gradients a backward graph returns."""
+Boxed = Callable[[list[Any]], Sequence[Any]]
+"""From a list of inputs, which it empties, to outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one set of live gradients asks of a region."""
+
+    released: tuple[int, ...]
+    """Positions among the forward graph's outputs of the saved values that the backward will not read."""
+    backward: Boxed
+    """From the backward graph's inputs to one gradient or None per slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The two graphs of a region with every gradient live."""
+
+    backward: fx.GraphModule
+    """Inputs: saved values and tangents; outputs: one gradient or None per slot."""
+    saved: dict[int, int]
+    """From positions among the backward's inputs to positions among the forward's outputs."""
+    slots: tuple[str | None, ...]
+    """Per slot, the name of the region's input it is the gradient of."""
+
+    def gradients(self, live: Slots) -> list[fx.Node | None]:
+        """The backward's outputs, None where the slot is not live."""
+        outputs: Any = self.backward.graph.output_node().args[0]
+        return [node if slot in live else None for slot, node in enumerate(outputs)]
+
+    def released(self, read: set[int]) -> tuple[int, ...]:
+        """Positions of the saved values among the forward's outputs that are not among the backward inputs `read`."""
+        return tuple(output for position, output in self.saved.items() if position not in read)
+
+
+class HoistingPartitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """Splits the joint graph where least is saved for backward, and keeps a copy of the result."""
+
+    partition: Partition
+
+    def __call__(
+        self, graph: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split `graph` into forward and backward."""
+        slots = region_joint(graph).slots
+        forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
+        positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
+        outputs: Any = forward.graph.output_node().args[0]
+        saved = {positions[o.name]: i for i, o in enumerate(outputs) if i >= kwargs["num_fwd_outputs"]}
+        self.partition = Partition(_copy(backward), saved, slots)
+        return forward, backward
+
+    def uuid(self) -> str:
+        """Tells Inductor's cache that what is compiled under this key is given nothing to overwrite."""
+        return f"hoisted: {get_hash_for_files((__file__,))!r}"
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        twin[node] = graph.node_copy(node, twin.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+class HoistedVariants:
+    """One compilation of a region, and a plan for each set of live gradients it was asked for."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        compiler: Literal["inductor", "eager"],
+        cut_chains: Literal["run", "compile"],
+        parameters: frozenset[int],
+    ) -> None:
+        self._compiler = compiler
+        self._cut_chains = cut_chains
+        self._parameters = {input_name(i) for i in parameters}
+        self._inputs = {input_name(i) for i in range(len(example_inputs))}
+        self._plans: dict[Live, Plan] = {}
+        self._chains: dict[Slots, tuple[HoistedBackward, Boxed]] = {}
+        self._compile_part: Callable[[Part], Boxed] = run_operators
+        self._current = threading.local()
+        self._partition, self._code = self._compile(graph, example_inputs)
+
+    def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
+        """Run the region so that its backward computes the live gradients alone."""
+        plan = self._plans.get(live)
+        if plan is None:
+            plan = self._plans[live] = self._plan(live)
+        self._current.plan = plan
+        outputs = self._code(*inputs)
+        node = region_node(outputs, inputs)
+        if node is not None:
+            node.metadata[PLAN] = plan
+        return outputs
+
+    def _compile(
+        self, graph: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> tuple[Partition, Callable[..., Any]]:
+        """Compile the forward; the parts of the backward are compiled when first run."""
+        partitioner = HoistingPartitioner()
+        with without_donation():
+            if self._compiler == "inductor":
+                patches = {"custom_partitioner_fn": partitioner}
+                code = compile_fx(graph, example_inputs, inner_compile=self._inductor, config_patches=patches)
+            else:
+                code = aot_autograd(
+                    fw_compiler=lambda module, inputs: self._forward(boxed_nop_preserve_node_meta(module, inputs)),
+                    bw_compiler=lambda module, inputs: boxed(self._run_plan),
+                    partition_fn=partitioner,
+                    keep_inference_input_mutations=True,
+                )(graph, example_inputs)
+        return partitioner.partition, code
+
+    def _inductor(self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+        """Inductor's `inner_compile`: the forward as ever; of the backward, only what its parts will need."""
+        if not options.get("is_backward"):
+            return self._forward(compile_fx_inner(module, example_inputs, **options))
+        resume = resumable_compilation()
+
+        def compile_part(part: Part) -> Boxed:
+            inputs = [example_inputs[i] for i in part.inputs]
+            mark_outputs_visible(part.module)
+            with resume():
+                return compile_fx_inner(part.module, inputs, **options | {"static_input_idxs": range(len(inputs))})
+
+        self._compile_part = compile_part
+        return boxed(self._run_plan)
+
+    def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
+        """The compiled forward, which lets go of what the plan's backward will not read."""
+
+        def forward(inputs: list[Any]) -> Sequence[Any]:
+            outputs = list(compiled(inputs))
+            for position in self._current.plan.released:
+                outputs[position] = outputs[position].new_empty(0)
+            return outputs
+
+        return boxed(forward)
+
+    def _run_plan(self, inputs: list[Any]) -> Sequence[Any]:
+        """The backward, by the plan its forward ran with."""
+        plan: Plan = current_autograd_node().metadata[PLAN]
+        return plan.backward(inputs)
+
+    def _plan(self, live: Live) -> Plan:
+        names = {input_name(i) for i in live}
+        slots = enumerate(self._partition.slots)
+        live_slots = frozenset(i for i, name in slots if name in names or (name and name not in self._inputs))
+        needed = extract(self._partition.backward, self._partition.gradients(live_slots))
+        narrow_masks(needed.module.graph)
+        if self._compiler == "inductor":
+            whole_chain = self._whole_chain(live_slots, needed.flops)
+            if whole_chain is not None:
+                return whole_chain
+        compiled = self._compiler == "inductor" and (self._cut_chains == "compile" or draws_random_numbers(needed))
+        run = lazily(self._compile_part if compiled else run_operators, needed)
+        return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
+
+    def _whole_chain(self, live: Slots, flops: int) -> Plan | None:
+        """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
+        slots = self._partition.slots
+        activations = frozenset(slot for slot in live if slots[slot] not in self._parameters)
+        if not activations and self._cut_chains == "run":
+            return None  # the backward ends in this block
+        if activations not in self._chains:
+            hoistable = {slot for slot, name in enumerate(slots) if name in self._parameters}
+            hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
+            self._chains[activations] = hoisted, lazily(self._compile_part, hoisted.chain)
+        hoisted, chain = self._chains[activations]
+        leaves = tuple(leaf for leaf in hoisted.leaves if leaf.slot in live)
+        if hoisted.chain.flops + sum(leaf.flops for leaf in leaves) != flops:
+            return None
+        read = {*hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
+        backward = functools.partial(run_chain, hoisted, chain, leaves, live, len(slots))
+        return Plan(self._partition.released(read), backward)
+
+
+def run_part(part: Part, run: Boxed, inputs: list[Any]) -> Sequence[Any]:
+    """Run a part on the backward graph's inputs, which are let go."""
+    own = [inputs[i] for i in part.inputs]
+    inputs.clear()
+    return run(own)
+
+
+def run_chain(
+    hoisted: HoistedBackward, chain: Boxed, leaves: Sequence[Leaf], live: Slots, slots: int, inputs: list[Any]
+) -> Sequence[Any]:
+    """Run the chain, then the leaves one by one; what no later leaf reads is let go."""
+    saved = {o.index: inputs[o.index] for leaf in leaves for o in leaf.operands if o.saved}
+    computed = list(run_part(hoisted.chain, chain, inputs))
+    gradients: list[Any] = [None] * slots
+    for position, slot in enumerate(hoisted.chain_slots):
+        if slot in live:
+            gradients[slot] = computed[position]
+    for leaf in leaves:
+        operands = [saved[o.index] if o.saved else computed[o.index] for o in leaf.operands]
+        gradients[leaf.slot] = leaf.module(*operands)
+    return gradients
+
+
+def run_operators(part: Part) -> Boxed:
+    """Run a part operator by operator, freeing values after their last use."""
+    free_strides(part.module.graph)
+    part.module.graph.set_codegen(BoxedCodeGen())
+    part.module.recompile()
+    return part.module.forward
+
+
+def lazily(make: Callable[[Part], Boxed], part: Part) -> Boxed:
+    """What `make(part)` returns, made at the first call."""
+    made: list[Boxed] = []
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        if not made:
+            made.append(make(part))
+        return made[0](inputs)
+
+    return run
+
+
+def boxed(function: Boxed) -> Boxed:
+    """Tell AOTAutograd that a function takes one list and empties it."""
+
+    def call(inputs: list[Any]) -> Sequence[Any]:
+        return function(inputs)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def mark_outputs_visible(module: fx.GraphModule) -> None:
+    """Have Inductor keep the strides of all outputs: leaves and autograd read them."""
+    output = module.graph.output_node()
+    outputs: Any = output.args[0]
+    output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(outputs) if node is not None]
+
+
+def draws_random_numbers(part: Part) -> bool:
+    """Whether a part recomputes random numbers that only compiled code can draw again."""
+    return any("inductor_rand" in str(node.target) for node in part.module.graph.find_nodes(op="call_function"))
+
+
+@contextlib.contextmanager
+def without_donation() -> Iterator[None]:
+    """Compile code that never overwrites saved values: leaves read them afterwards (`TORCH.md`, 16).
+
+    AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's `uuid`.
+    """
+    with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
+        yield
+
+
+def resumable_compilation() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Remember the compilation under way; what is returned enters it again later."""
+    context, fake_mode = TracingContext.get(), inductor_state.fake_mode
+    settings = {"custom_partitioner_fn": inductor_config.custom_partitioner_fn}
+
+    @contextlib.contextmanager
+    def resume() -> Iterator[None]:
+        with (
+            tracing(context),
+            inductor_state.set_fake_mode(fake_mode),
+            without_donation(),
+            inductor_config.patch(settings),
+        ):
+            yield
+
+    return resume
