@@ -88,10 +88,8 @@ def test_on_a_chain_the_general_selection_reaches_the_chain_optimum(tensors, fra
 @given(TENSORS, st.integers(0, 400))
 def test_without_rounding_the_published_method_keeps_the_budget_and_never_beats_the_optimum(tensors, budget):
     weight, activation, importance = zip(*tensors, strict=True)
-    full = max(sum(weight) + sum(activation), 1)
-    trained = select_by_paper(
-        weight, activation, importance, budget, full, levels=full, deepest_selectable=True
-    )
+    levels = sum(weight) + sum(activation)
+    trained = select_by_paper(weight, activation, importance, budget, levels=levels, deepest_selectable=True)
     assert chain_cost(trained, weight, activation) <= budget
     exact = select_on_chain(weight, activation, importance, budget)
     assert gain(trained, importance) <= gain(exact, importance) + 1e-9
@@ -105,9 +103,7 @@ def test_the_published_method_misses_the_optimum_of_about_a_tenth_of_random_chai
         importance = [rng.random() for _ in range(8)]
         full = sum(weight) + sum(activation)
         budget = full * rng.randint(30, 90) // 100
-        found = select_by_paper(
-            weight, activation, importance, budget, full, levels=full, deepest_selectable=True
-        )
+        found = select_by_paper(weight, activation, importance, budget, levels=full, deepest_selectable=True)
         best = select_on_chain(weight, activation, importance, budget)
         ratios.append(gain(found, importance) / gain(best, importance) if best else 1.0)
     missed = [ratio for ratio in ratios if ratio < 1 - 1e-9]
@@ -119,13 +115,13 @@ def test_the_published_method_loses_the_choice_that_has_paid_for_the_path():
     # with 5 to spend on two tensors, training the first alone is best; that hides the second, which leads on
     weight, activation, importance = [3, 1, 1], [2, 1, 0], [1.5, 1.0, 1.0]
     assert select_on_chain(weight, activation, importance, 6) == (1, 2)
-    assert select_by_paper(weight, activation, importance, 6, 8, levels=8, deepest_selectable=True) == (0,)
+    assert select_by_paper(weight, activation, importance, 6, levels=8, deepest_selectable=True) == (0,)
 
 
 def test_the_published_method_never_trains_the_deepest_tensor():
     weight, activation, importance = [10, 10, 10], [10, 10, 10], [1.0, 1.0, 9.0]
-    assert select_by_paper(weight, activation, importance, 60, 90) == (0, 1)
-    assert select_by_paper(weight, activation, importance, 60, 90, deepest_selectable=True) == (0, 1, 2)
+    assert select_by_paper(weight, activation, importance, 60) == (0, 1)
+    assert select_by_paper(weight, activation, importance, 60, deepest_selectable=True) == (0, 1, 2)
 
 
 def test_flooring_makes_small_tensors_free_and_the_budget_is_overspent():
