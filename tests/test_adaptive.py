@@ -87,12 +87,12 @@ def test_a_transformer_trains_within_the_budget_and_learns(compiled):
     model = make_opt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     runner = torch.compile(model, **COMPILED) if compiled else model
-    adaptive = AdaptiveBackprop(runner, optimizer, budget_fraction=0.6)
+    adaptive = AdaptiveBackprop(runner, optimizer, budget_fraction=0.8)
     all_losses = []
     for _ in range(2):
         batches = opt_batches(3) * 4
         selection = adaptive.reselect(batches[:3])
-        assert selection.step_flops <= 0.6 * selection.full_flops
+        assert selection.step_flops <= 0.8 * selection.full_flops
         losses, with_gradient = train(runner, optimizer, batches)
         assert with_gradient == selection.trained == trained_parameters(model)
         all_losses += losses
