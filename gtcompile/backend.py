@@ -23,8 +23,17 @@ def gtcompile(
     Raises:
         ValueError: for an unknown option or value, listing the known ones.
     """
-    region = Region(graph, example_inputs, parse_options(options or {}))
-    return torch.compiler.disable(region, recursive=True)  # type: ignore[no-any-return]
+    return make_backend(parse_options(options or {}))(graph, example_inputs)
+
+
+def make_backend(options: RegionOptions) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A backend with its options decided; blocks compiled with the same one share their captures."""
+
+    def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        region = Region(graph, example_inputs, options)
+        return torch.compiler.disable(region, recursive=True)  # type: ignore[no-any-return]
+
+    return backend
 
 
 def parse_options(options: Mapping[str, Any]) -> RegionOptions:

@@ -16,7 +16,7 @@ from gtcompile.errors import GTCompileError
 from gtcompile.gradient_stream import GradientStream, NotFiniteError
 from gtcompile.optimizer_updates import ShadowOptimizer
 from gtcompile.restoration import restored, temporarily_training
-from gtcompile.trained import is_frozen, match_patterns
+from gtcompile.trained import match_patterns, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ def measure_importance(
             parameter). Single bad batches are left out, with a log message.
     """
     module = unwrap(model)
-    parameters = _measured(module, only)
     shadow = ShadowOptimizer(optimizer)
-    _check_owned(shadow, parameters)
     with restored(module):
+        parameters = _measured(model, only)
+        _check_owned(shadow, parameters)
         checked = check_batches(model, batches, minimum=1 if two_pass else 2)
         stream = GradientStream(module, {parameter: fqn for fqn, parameter in parameters.items()})
         with temporarily_training(model, _asked_of(model, parameters)):
@@ -206,17 +206,19 @@ def _check_update(fqn: str, update: torch.Tensor) -> None:
         raise NotFiniteError(f"the optimizer's update of {fqn} is not finite")
 
 
-def _measured(module: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
+def _measured(model: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
     """The parameters to measure by FQN, in registration order."""
-    selectable = {fqn: p for fqn, p in module.named_parameters() if p.requires_grad or is_frozen(p)}
-    if not selectable:
+    module = unwrap(model)
+    if not trained_parameters(model):
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True to measure")
+    with temporarily_training(model, None):
+        selectable = trained_parameters(model)
     described = [p for p in list_parameters(module) if p.fqn in selectable]
     names = {name: p.fqn for p in described for name in (p.fqn, *p.aliases)}
-    chosen = frozenset(selectable) if only is None else match_patterns(names, only)
+    chosen = match_patterns(names, names if only is None else only)
     if not chosen:
         raise ValueError("expected at least one parameter to measure, got none in `only`; None means all")
-    return {fqn: parameter for fqn, parameter in selectable.items() if fqn in chosen}
+    return {fqn: parameter for fqn, parameter in module.named_parameters() if fqn in chosen}
 
 
 def _check_owned(shadow: ShadowOptimizer, parameters: Mapping[str, nn.Parameter]) -> None:

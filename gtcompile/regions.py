@@ -13,6 +13,7 @@ from gtcompile.autograd_nodes import region_node
 from gtcompile.cuts import cut, wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.hoisted import HoistedVariants
+from gtcompile.joint import ancestors
 from gtcompile.region_graph import Live
 from gtcompile.specialized import SpecializedVariants
 from gtcompile.torch_internals import TracingContext, tracing
@@ -42,6 +43,8 @@ class Region:
         self._activations = [i for i in tensors if example_inputs[i].requires_grad]
         self._differentiable = torch.is_grad_enabled()
         self._tracing_context = TracingContext.get()
+        self._output_sources = _output_sources(graph)
+        self._cut_positions: dict[Live, tuple[int, ...]] = {}
         self._variants = self._make_variants(graph, _fake_inputs(graph, example_inputs), options)
         self._live_parameters: dict[tuple[int, ...], Live] = {}
         self._generation = -1
@@ -59,7 +62,21 @@ class Region:
                 outputs = self._variants(live, inputs)
             expect_gradients(outputs, inputs, live)
             self._checked.add(live)
-        return outputs if live else _cut_all(outputs)
+        return self._cut(outputs, live)
+
+    def _cut(self, outputs: Sequence[Any], live: Live) -> Sequence[Any]:
+        """End the backward at every output that depends on nothing trained, here or before."""
+        positions = self._cut_positions.get(live)
+        if positions is None:
+            positions = tuple(i for i, sources in enumerate(self._output_sources) if sources.isdisjoint(live))
+            self._cut_positions[live] = positions
+        if not positions:
+            return outputs
+        outputs = list(outputs)
+        for i in positions:
+            if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
+                outputs[i] = cut(outputs[i])
+        return outputs
 
     def _make_variants(
         self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: RegionOptions
@@ -103,9 +120,16 @@ def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[A
     ]
 
 
-def _cut_all(outputs: Sequence[Any]) -> Sequence[Any]:
-    """The backward ends here: nothing in this region or before it is trained."""
-    return [cut(o) if isinstance(o, torch.Tensor) and o.requires_grad else o for o in outputs]
+def _output_sources(graph: fx.GraphModule) -> tuple[Live, ...]:
+    """Per output of a Dynamo graph, the positions of the inputs it is computed from."""
+    positions = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    outputs: Any = graph.graph.output_node().args[0]
+    return tuple(
+        frozenset(positions[n] for n in ancestors([node]) if n in positions)
+        if isinstance(node, fx.Node)
+        else frozenset()
+        for node in outputs
+    )
 
 
 def expect_gradients(outputs: Any, inputs: Sequence[Any], live: Live) -> None:

@@ -18,6 +18,7 @@ from gtcompile.capture import list_parameters, unwrap
 
 _frozen: WeakIdKeyDictionary[nn.Parameter, RemovableHandle] = WeakIdKeyDictionary()
 _in_region: WeakIdKeyDictionary[nn.Parameter, bool] = WeakIdKeyDictionary()
+_outside: WeakIdKeyDictionary[nn.Parameter, bool] = WeakIdKeyDictionary()
 _generation = itertools.count(1)
 _current_generation = 0
 
@@ -78,11 +79,16 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
     for pattern in patterns:
         found = [pattern] if pattern in canonical else fnmatch.filter(canonical, pattern)
         if not found:
-            near = difflib.get_close_matches(pattern, canonical, n=3, cutoff=0.4)
-            hint = f"near names: {', '.join(near)}" if near else f"names look like {next(iter(canonical), 'nothing')}"
-            raise ValueError(f"{pattern!r} matches no selectable parameter; {hint}")
+            raise ValueError(f"{pattern!r} matches no selectable parameter; {near_names(pattern, canonical)}")
         matched.update(canonical[name] for name in found)
     return frozenset(matched)
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """The names closest to a mistaken one, for an error message."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"near names: {', '.join(near)}" if near else f"names look like {next(iter(names), 'nothing')}"
 
 
 def is_trained(parameter: nn.Parameter) -> bool:
@@ -101,10 +107,23 @@ def enter_region(parameters: Iterable[nn.Parameter]) -> None:
         _in_region[parameter] = True
 
 
+def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that eager code alone uses these parameters of a model otherwise compiled."""
+    for parameter in parameters:
+        _outside[parameter] = True
+
+
+def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
+    """Forget that parameters belong to regions or to the eager rest: their model is not compiled any more."""
+    for parameter in parameters:
+        _in_region.pop(parameter, None)
+        _outside.pop(parameter, None)
+
+
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
     return unwrap(model) is not model or any(
-        module._compiled_call_impl is not None or "forward" in vars(module) for module in model.modules()
+        module._compiled_call_impl is not None or hasattr(module.forward, "compiled") for module in model.modules()
     )
 
 
@@ -122,7 +141,7 @@ def _names(model: nn.Module) -> dict[str, str]:
 
 
 def _known_outside(parameter: nn.Parameter) -> bool:
-    return not parameter.requires_grad and parameter not in _in_region
+    return parameter not in _in_region and (parameter in _outside or not parameter.requires_grad)
 
 
 def _freeze(parameter: nn.Parameter, *, outside: bool) -> None:

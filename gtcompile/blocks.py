@@ -1,0 +1,150 @@
+"""Compile a model block by block: repeated blocks share one capture and one compilation, whatever the depth."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtcompile import trained
+from gtcompile.backend import make_backend, parse_options
+from gtcompile.capture import unwrap
+from gtcompile.cuts import cut
+from gtcompile.torch_internals import dynamo_config
+
+BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
+"""What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
+RECOMPILE_LIMIT = 64
+"""Captures of one forward before Dynamo gives up: blocks of all layers and stacks share a code object."""
+
+
+def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
+    """Make each repeated block of `model` a compiled region of its own.
+
+    Blocks run compiled while gradients are enabled, and eagerly otherwise: evaluation and generation compile nothing. The rest
+    of the model (embeddings, final norm, head, loss) is left eager, where `train_only` freezes by `requires_grad_`.
+
+    Args:
+        model: any module; changed in place, `uncompile_blocks` undoes it.
+        blocks: FQNs of the modules to compile, instead of those `find_blocks` finds.
+        **options: fields of `RegionOptions`, by default `variants="hoisted"`, `cut_chains="run"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled already.
+    """
+    model = unwrap(model)
+    parsed = parse_options(BLOCK_DEFAULTS | options)
+    if trained.uses_compiled_code(model):
+        raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
+    names = tuple(find_blocks(model) if blocks is None else blocks)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks; name them with blocks=[...], "
+            f'or compile the model as a whole: torch.compile(model, backend="gtcompile")'
+        )
+    modules = [_submodule(model, name) for name in names]
+    backend = make_backend(parsed)
+    seen: dict[type[nn.Module], set[int | str]] = {}
+    for block in modules:
+        compiled = torch.compile(block.forward, backend=backend)
+        block.forward = BlockForward(block.forward, compiled, seen.setdefault(type(block), set()))
+    inside = set(chain.from_iterable(block.parameters() for block in modules))
+    trained.enter_region(inside)
+    trained.leave_to_eager(p for p in model.parameters() if p not in inside)
+    return model
+
+
+def uncompile_blocks(model: nn.Module) -> nn.Module:
+    """Undo `compile_blocks`: the model runs eagerly again, with the same parameters trained."""
+    model = unwrap(model)
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), BlockForward):
+            del module.forward
+    chosen = trained.trained_parameters(model)
+    trained.enter_eager(model.parameters())
+    if chosen:
+        trained.train_only(model, chosen)
+    return model
+
+
+def find_blocks(model: nn.Module) -> Iterator[str]:
+    """FQNs of the repeated blocks: in every container the members of which some share a class, outermost first.
+
+    A container is any module; a block is a member with parameters and submodules of its own, so that the linear layers of a
+    multi-layer perceptron are not blocks, and the experts inside a transformer block belong to it.
+    """
+    yield from _blocks_below(model, "")
+
+
+def _blocks_below(module: nn.Module, prefix: str) -> Iterator[str]:
+    members = {name: child for name, child in module.named_children() if _could_be_block(child)}
+    repeated = {kind for kind, count in Counter(map(type, members.values())).items() if count > 1}
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and bool(repeated)
+    for name, child in module.named_children():
+        fqn = f"{prefix}{name}"
+        if name in members and (is_list or type(child) in repeated) and not _is_stack(child):
+            yield fqn
+        else:
+            yield from _blocks_below(child, f"{fqn}.")
+
+
+def _could_be_block(module: nn.Module) -> bool:
+    has_children = any(True for _ in module.children())
+    return has_children and not isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module itself holds a list of repeated blocks, as an encoder and a decoder of one class do."""
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
+    return any(
+        count > 1
+        for members in lists
+        for kind, count in Counter(map(type, members)).items()
+        if any(True for _ in kind.__mro__) and all(_could_be_block(m) for m in members if type(m) is kind)
+    )
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = trained.near_names(name, [n for n, _ in model.named_modules() if n])
+        raise ValueError(f"blocks: {type(model).__name__} has no module {name!r}; {near}") from None
+
+
+class BlockForward:
+    """A block's forward: compiled when gradients are enabled, and shown inputs that look the same to Dynamo every time.
+
+    An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that it still looks as
+    it did, and no guard fails.
+    """
+
+    def __init__(
+        self, eager: Callable[..., Any], compiled: Callable[..., Any], differentiable: set[int | str]
+    ) -> None:
+        self.eager = eager
+        self.compiled = compiled
+        self._differentiable = differentiable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        if not torch.is_grad_enabled():
+            return self.eager(*args, **kwargs)
+        args = tuple(self._steady(position, value) for position, value in enumerate(args))
+        kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
+        with dynamo_config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+            return self.compiled(*args, **kwargs)
+
+    def _steady(self, key: int | str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        if value.requires_grad:
+            self._differentiable.add(key)
+        elif key in self._differentiable:
+            return cut(value)
+        return value
