@@ -115,6 +115,24 @@ def test_compiled_and_plain_models_select_and_train_alike():
     assert run(compiled=True) == run(compiled=False)
 
 
+def test_a_compiled_model_is_captured_once_however_often_it_is_reselected(monkeypatch):
+    import gtcompile.backend as backend
+
+    captures = []
+    region = backend.Region
+    monkeypatch.setattr(backend, "Region", lambda *args: captures.append(1) or region(*args))
+    torch.compiler.reset()  # what other tests captured of this class would be used again
+    model, optimizer, _ = make_regression()
+    runner = torch.compile(model, **COMPILED)
+    adaptive = AdaptiveBackprop(runner, optimizer, 0.6)
+    trained = set()
+    for epoch in range(5):
+        trained.add(adaptive.reselect(make_batches(seed=epoch)).trained)
+        train(runner, optimizer, make_batches(seed=9))
+    assert len(trained) > 1
+    assert len(captures) == 1
+
+
 def test_reselecting_is_costs_importance_and_selection_one_after_the_other():
     model, optimizer, adaptive = make_regression(
         budget_fraction=0.8, never=["*.bias"], always=["layers.3.weight"]
