@@ -1,0 +1,28 @@
+"""Cheaper fine-tuning by a compiler pass: compute the weight gradients that are worth their FLOPs, and no others."""
+
+from gtcompile.adaptive import AdaptiveBackprop
+from gtcompile.backend import gtcompile
+from gtcompile.blocks import compile_blocks, uncompile_blocks
+from gtcompile.dependencies import BackwardCosts, backward_costs
+from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
+from gtcompile.importance import measure_importance
+from gtcompile.selection import Selection, select_parameters
+from gtcompile.trained import train_only, trained_parameters
+
+__all__ = [
+    "AdaptiveBackprop",
+    "BackwardCosts",
+    "BudgetError",
+    "CaptureError",
+    "GTCompileError",
+    "GraphContractError",
+    "Selection",
+    "backward_costs",
+    "compile_blocks",
+    "gtcompile",
+    "measure_importance",
+    "select_parameters",
+    "train_only",
+    "trained_parameters",
+    "uncompile_blocks",
+]

@@ -129,7 +129,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     failures = []
     for route in (_through_dynamo, _through_eager):
         try:
-            with contextlib.ExitStack() as stack:
+            with blocks_uncompiled(model), contextlib.ExitStack() as stack:
                 module, source = route(model, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             return _whole_model(joint.graph_module, parameters, source)
@@ -166,6 +166,19 @@ def _through_eager(
 ) -> tuple[nn.Module, str]:
     """Traced without Dynamo:"""  # noqa: D400, D415
     return LossModule(model), "eager trace"
+
+
+@contextlib.contextmanager
+def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
+    """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
+    compiled = {m: vars(m)["forward"] for m in model.modules() if hasattr(vars(m).get("forward"), "compiled")}
+    for module in compiled:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in compiled.items():
+            module.forward = forward
 
 
 @contextlib.contextmanager

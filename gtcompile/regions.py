@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.autograd_nodes import region_node
-from gtcompile.cuts import cut, wants_gradient
+from gtcompile.cuts import wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.hoisted import HoistedVariants
 from gtcompile.joint import ancestors
@@ -75,7 +75,7 @@ class Region:
         outputs = list(outputs)
         for i in positions:
             if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
-                outputs[i] = cut(outputs[i])
+                outputs[i] = outputs[i].detach()
         return outputs
 
     def _make_variants(
