@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -187,7 +188,10 @@ def _static_and_quiet() -> Iterator[None]:
     loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
     ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
     with dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False):
-        yield
+        with warnings.catch_warnings():
+            # Side effects such as a cached rotary table stay in the forward; a capture has no forward to replay them in.
+            warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
+            yield
 
 
 def _loggers_own_methods() -> set[Any]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
 )
 
 from gtcompile.errors import CaptureError
-from gtcompile.torch_internals import CountingMode, OpOverload
+from gtcompile.torch_internals import CountingMode, OpOverload, tree_map
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -144,8 +144,8 @@ def node_flops(node: fx.Node) -> int:
     if formula is None:
         _refuse_unknown_matmul(node)
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    args, kwargs = _arguments(node)
+    return int(formula(*args, **kwargs, out_val=_concrete(node.meta["val"])))
 
 
 def output_flops(node: fx.Node) -> dict[int, int]:
@@ -155,12 +155,12 @@ def output_flops(node: fx.Node) -> dict[int, int]:
     """
     if node.target is not aten.convolution_backward.default:
         return {}
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    args, kwargs = _arguments(node)
     formula, mask = flop_registry[aten.convolution_backward], args[-1]
     flops = {}
     for index in (i for i, wanted in enumerate(mask) if wanted):
         only = [i == index for i in range(len(mask))]
-        kept = tuple(value if i == index else None for i, value in enumerate(node.meta["val"]))
+        kept = tuple(value if i == index else None for i, value in enumerate(_concrete(node.meta["val"])))
         flops[index] = int(formula(*args[:-1], only, **kwargs, out_val=kept))
     return flops
 
@@ -169,8 +169,30 @@ def _higher_order_flops(node: fx.Node) -> int:
     formula = flop_registry.get(node.target) if node.op == "call_function" else None
     if formula is None:
         return 0
+    args, kwargs = _arguments(node)
+    return int(formula(*args, **kwargs, out_val=_concrete(node.meta["val"])))
+
+
+def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the node is called with, fake tensors for nodes, sizes as they were when captured."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    return _concrete(args), _concrete(kwargs)
+
+
+def _concrete(value: Any) -> Any:
+    """The same with every symbolic size replaced by the size it was captured with.
+
+    A formula computing with symbolic sizes would make the compiled code hold for these sizes alone.
+    """
+    return tree_map(_concrete_leaf, value)
+
+
+def _concrete_leaf(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+        return torch.empty([_concrete_leaf(size) for size in value.shape], dtype=value.dtype, device="meta")
+    return value
 
 
 def _refuse_unknown_matmul(node: fx.Node) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from gtcompile.autograd_nodes import region_node
@@ -67,7 +68,7 @@ class Partition:
     backward: fx.GraphModule
     """Inputs: saved values and tangents; outputs: one gradient or None per slot."""
     saved: dict[int, int]
-    """From positions among the backward's inputs to positions among the forward's outputs."""
+    """Of the saved tensors: from positions among the backward's inputs to positions among the forward's outputs."""
     slots: tuple[str | None, ...]
     """Per slot, the name of the region's input it is the gradient of."""
 
@@ -94,13 +95,18 @@ class HoistingPartitioner(CustomPartitionerFn):  # type: ignore[misc]
         forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
         positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
         outputs: Any = forward.graph.output_node().args[0]
-        saved = {positions[o.name]: i for i, o in enumerate(outputs) if i >= kwargs["num_fwd_outputs"]}
+        first_saved = kwargs["num_fwd_outputs"]
+        saved = {positions[o.name]: i for i, o in enumerate(outputs) if i >= first_saved and _is_tensor(o)}
         self.partition = Partition(_copy(backward), saved, slots)
         return forward, backward
 
     def uuid(self) -> str:
         """Tells Inductor's cache that what is compiled under this key is given nothing to overwrite."""
         return f"hoisted: {get_hash_for_files((__file__,))!r}"
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

@@ -78,6 +78,9 @@ from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 # Shapes without values: capture from a configuration alone.
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+# Applies a function to the leaves of nested tuples, lists and dictionaries.
+from torch.utils._pytree import tree_map  # noqa: E402
+
 # FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
 from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
 
@@ -113,4 +116,5 @@ __all__ = [
     "inductor_state",
     "min_cut_rematerialization_partition",
     "tracing",
+    "tree_map",
 ]

@@ -1,0 +1,195 @@
+"""The `gtcompile` command: parse, call a tool, print what it returns or one line that says what is wrong."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gtcompile.tools.settings import Compiler, Method, Settings
+
+app = typer.Typer(
+    help="Fine-tune language models within a FLOPs budget.", no_args_is_help=True, add_completion=False
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Fine-tune language models within a FLOPs budget."""
+
+
+def _option(help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text)
+
+
+MODEL_HELP = "Hub id, local directory (a config alone is enough to inspect), or demo."
+DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or the path of a .jsonl file."
+
+Dataset = Annotated[str, _option(DATASET_HELP)]
+DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]
+Budget = Annotated[float, _option("Share of a full step's FLOPs that may be spent, forward included.")]
+Tokenizer = Annotated[str | None, _option("Another tokenizer, or bytes for one token per byte.")]
+SourceField = Annotated[str | None, _option("Field of a .jsonl file to read. Default: source.")]
+TargetField = Annotated[str | None, _option("Field of a .jsonl file to answer with. Default: target.")]
+TrainSplit = Annotated[str | None, _option("Split to learn from, or a share such as valid[:80%].")]
+MaxLength = Annotated[int, _option("Tokens of a sequence at most; batches are as long as the data needs.")]
+BatchSize = Annotated[int, _option("Examples per step.")]
+MaxNewTokens = Annotated[int | None, _option("Tokens of an answer at most. Default: the dataset's.")]
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, _option(MODEL_HELP)],
+    dataset: Dataset,
+    budget: Budget = 0.5,
+    method: Annotated[
+        Method, _option("The best within the budget, everything, or the last blocks that fit.")
+    ] = "adaptive",
+    output: Annotated[Path | None, _option("Empty or new folder. Default: a new one in runs/.")] = None,
+    resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
+    compare_full: Annotated[
+        bool, _option("Then run full fine-tuning from the same start, into OUTPUT/full.", "--compare-full")
+    ] = False,
+    data_dir: DataDir = None,
+    source_field: SourceField = None,
+    target_field: TargetField = None,
+    train_split: TrainSplit = None,
+    eval_split: Annotated[str | None, _option("Split to answer afterwards, or a share of one.")] = None,
+    max_train_samples: Annotated[int | None, _option("Examples to learn from at most.")] = None,
+    max_eval_samples: Annotated[int | None, _option("Examples to answer at most.")] = None,
+    epochs: Annotated[int, _option("Times every example is seen.")] = 5,
+    batch_size: BatchSize = 4,
+    lr: Annotated[float, _option("Learning rate at the first step; falls linearly to 0.")] = 2e-5,
+    weight_decay: Annotated[float, _option("Weight decay of AdamW.")] = 1e-2,
+    reselect_every: Annotated[int, _option("Epochs between selections.")] = 1,
+    max_length: MaxLength = 512,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: Annotated[int, _option("Beams of generation; 1 is greedy.")] = 1,
+    tokenizer: Tokenizer = None,
+    compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
+    seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
+    checkpoint_every: Annotated[int, _option("Steps between checkpoints, beside those at epochs.")] = 500,
+) -> None:
+    """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
+    arguments = dict(locals())
+    for name in ("output", "resume", "compare_full", "compiler"):
+        del arguments[name]
+    console = Console()
+    with _errors_in_one_line():
+        _finetune(console, arguments, output, resume=resume, compare_full=compare_full, compiler=compiler)
+
+
+def _finetune(
+    console: Console,
+    arguments: dict[str, Any],
+    output: Path | None,
+    *,
+    resume: bool,
+    compare_full: bool,
+    compiler: str | None,
+) -> None:
+    if resume and output is None:
+        raise ValueError("--resume continues the run in --output; pass the folder")
+    from gtcompile.tools import finetuning, preparation, progress, run_folder, summary
+
+    _quiet()
+    run = Settings(**arguments, compiler=compiler or preparation.default_compiler())
+    folder = output or run_folder.next_free_folder(
+        f"{Path(run.model).name}-{Path(run.dataset).stem}-{run.method}"
+    )
+    reporter = progress.Reporter(console)
+    runs: tuple[summary.Summary, ...]
+    try:
+        if compare_full and run.method != "full":
+            runs = finetuning.compare_with_full(run, folder, reporter, resume=resume)
+        else:
+            runs = (finetuning.finetune(run, folder, reporter, resume=resume),)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; continue with the same command, --resume and --output {folder}")
+        raise typer.Exit(130) from None
+    console.print(summary.comparison(*runs))
+    for line in (*summary.notes(runs), f"Written to {folder}."):
+        reporter.say(line)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    budget: Budget = 0.5,
+    dataset: Annotated[str | None, _option(f"Take the shape of a run on {DATASET_HELP}")] = None,
+    batch_size: BatchSize = 4,
+    length: Annotated[int, _option("Input tokens per example, without --dataset.")] = 512,
+    target_length: Annotated[int, _option("Answer tokens for an encoder-decoder, without --dataset.")] = 64,
+    importances: Annotated[
+        Path | None, _option("selections.json of a run of this model. Default: a stand-in.")
+    ] = None,
+    json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
+    data_dir: DataDir = None,
+    source_field: SourceField = None,
+    target_field: TargetField = None,
+    train_split: TrainSplit = None,
+    max_length: MaxLength = 512,
+    max_new_tokens: MaxNewTokens = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Print what a budget would train and what every parameter costs, without training or weights."""
+    data = {
+        "data_dir": data_dir,
+        "source_field": source_field,
+        "target_field": target_field,
+        "train_split": train_split,
+        "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
+        "tokenizer": tokenizer,
+    }
+    console = Console()
+    with _errors_in_one_line():
+        from gtcompile.tools import inspection
+
+        _quiet()
+        if dataset is None:
+            shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
+            result = inspection.inspect_shape(model, budget, **shape, importances=importances)
+        else:
+            run = Settings(
+                model=model, dataset=dataset, budget=budget, batch_size=batch_size, method="full", **data
+            )
+            result = inspection.inspect_dataset(run, importances)
+        _print_inspection(console, result, as_json=json_output)
+
+
+def _print_inspection(console: Console, result: Any, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+        return
+    console.print(result.table())
+    for line in result.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What the user can act on is printed without a traceback, and the exit code is 2."""
+    from gtcompile.errors import GTCompileError
+
+    try:
+        yield
+    except (GTCompileError, ValueError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and advice out of ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
