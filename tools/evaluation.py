@@ -83,6 +83,7 @@ def _generate(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
+        use_cache=True,
     )
     answers = outputs if model.config.is_encoder_decoder else outputs[:, length:]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]

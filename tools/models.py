@@ -48,25 +48,38 @@ class LanguageModel:
         return bool(self.model.config.is_encoder_decoder)
 
 
-def load_language_model(name: str, tokenizer_name: str | None = None) -> LanguageModel:
-    """Load a model with its weights, and its tokenizer.
+def load_language_model(
+    name: str, tokenizer_name: str | None = None, *, weights: bool = True
+) -> LanguageModel:
+    """Load a model and its tokenizer.
 
     Args:
         name: hub id, local directory, or `demo`.
         tokenizer_name: hub id or directory of another tokenizer, or `bytes` for one token per byte. None
             takes the model's own, and one token per byte for a local directory without one.
+        weights: false leaves the model on the meta device.
 
     Raises:
         ValueError: the model or the tokenizer could not be loaded, or do not fit each other.
     """
-    if name == DEMO:
-        model, own = load_demo()
-    else:
-        config = load_config(name)
-        model, own = _load("model", name, _auto_class(config), dtype=torch.float32), None
+    own = load_demo()[1] if name == DEMO else None
+    model = load_model(name) if weights else model_on_meta(name)
     tokenizer, origin = _tokenizer(name, tokenizer_name, model.config, own)
     _complete(tokenizer, model)
     return LanguageModel(model.train(), tokenizer, origin)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A model with its weights, in float32.
+
+    Raises:
+        ValueError: it could not be loaded.
+    """
+    if name == DEMO:
+        return load_demo()[0]
+    config = load_config(name)
+    model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
+    return model
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -77,7 +90,12 @@ def load_config(name: str) -> PretrainedConfig:
     """
     if _looks_local(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"no model in {name!r}: expected a directory with a config.json, a hub id, or demo")
-    return _load("configuration", name, AutoConfig)
+    config: PretrainedConfig = _load("configuration", name, AutoConfig)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = (
+            config.pad_token_id
+        )  # without one neither training nor generation begins
+    return config
 
 
 def model_on_meta(name: str) -> PreTrainedModel:
@@ -143,9 +161,8 @@ def _complete(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Non
         settings.pad_token_id = tokenizer.pad_token_id
         if not _ends_with(settings.eos_token_id, tokenizer.eos_token_id):
             settings.eos_token_id = tokenizer.eos_token_id
-    if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
-        for settings in (model.config, model.generation_config):
-            settings.decoder_start_token_id = tokenizer.pad_token_id
+    if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
 
 
 def _ends_with(known: int | list[int] | None, token: int) -> bool:

@@ -1,0 +1,157 @@
+"""A fine-tuning run from settings to summary, and the full run beside it."""
+
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+import transformers
+
+from gtcompile.restoration import restored, temporarily_training
+from gtcompile.tools.evaluation import generate_answers, score
+from gtcompile.tools.preparation import Prepared, prepare
+from gtcompile.tools.progress import Reporter
+from gtcompile.tools.run_folder import RunFolder
+from gtcompile.tools.settings import Settings
+from gtcompile.tools.summary import FullStep, Summary, summary_from
+from gtcompile.tools.training import Training, forward_and_backward
+
+FULL_STEPS_TIMED = 3
+
+
+def finetune(
+    settings: Settings,
+    output: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    evaluate_before: bool = False,
+    time_full_steps: bool = True,
+) -> Summary:
+    """Fine-tune, evaluate, and write everything to a folder.
+
+    Compiled code and Dynamo's caches of earlier runs in this process are dropped.
+
+    Args:
+        settings: the run.
+        output: must not exist or be empty, unless a run is resumed.
+        reporter: shows progress.
+        resume: continue the run in `output` from its checkpoint, bit-equal to not having stopped.
+        evaluate_before: score the model before training too; not repeated on resume.
+        time_full_steps: run a few full steps after training, without updating anything, to compare with.
+
+    Raises:
+        ValueError, GTCompileError: before any training and before anything is written, when something is
+            missing or does not fit.
+        StoppedEarlyError: Ctrl-C; `resume` continues.
+    """
+    folder = RunFolder(output)
+    finished = _check_folder(folder, settings, resume=resume)
+    if finished is not None:
+        reporter.say(f"the run in {output} is finished")
+        return finished
+    prepared = prepare(settings)
+    _introduce(prepared, reporter)
+    torch.compiler.reset()
+    transformers.set_seed(settings.seed)
+    training = Training(prepared, folder, reporter)
+    before = None
+    if resume:
+        training.resume()
+    elif evaluate_before:
+        with restored(training.module):
+            before = evaluate(prepared, reporter)
+    training.run()
+    folder.save_model(prepared.language)
+    full_step = time_full_step(training) if time_full_steps and settings.method != "full" else None
+    summary = _summarise(training, evaluate(prepared, reporter), before, full_step)
+    folder.write_summary(summary.as_dict())
+    return summary
+
+
+def compare_with_full(
+    settings: Settings, output: Path, reporter: Reporter, *, resume: bool = False
+) -> tuple[Summary, Summary]:
+    """Run as `finetune` does, then a full run from the same start into `output/full`.
+
+    Returns:
+        The two summaries, the full one last.
+    """
+    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, time_full_steps=False)
+    full = Settings(**{**settings.as_dict(), "method": "full"})
+    folder = output / "full"
+    return first, finetune(full, folder, reporter, resume=resume and (folder / "run.json").is_file())
+
+
+def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
+    """Answer the evaluation split and score the answers, in percent."""
+    with reporter.answering(len(prepared.prompts)) as on_progress:
+        answers = generate_answers(
+            prepared.language.model,
+            prepared.language.tokenizer,
+            prepared.prompts,
+            max_new_tokens=prepared.max_new_tokens,
+            num_beams=prepared.settings.num_beams,
+            on_progress=on_progress,
+        )
+    references = [example.references for example in prepared.task.evaluation]
+    return score(prepared.task.format.metric, answers, references)
+
+
+def time_full_step(training: Training) -> FullStep:
+    """Count and time full steps of forward and backward on the model as it is; nothing is updated."""
+    batch = training.prepared.batch(training.prepared.epoch(0)[0])
+    with restored(training.module), temporarily_training(training.model, None):
+        flops = training.meter.check(batch, training.selections[-1]["full_flops"])
+        seconds = []
+        for _ in range(FULL_STEPS_TIMED + 1):  # the first one compiles
+            started = perf_counter()
+            forward_and_backward(training.model, batch)
+            seconds.append(perf_counter() - started)
+    return FullStep(flops=flops, seconds=median(seconds[1:]))
+
+
+def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Summary | None:
+    """The summary of a run that is finished already."""
+    if not resume:
+        folder.check_new()
+        return None
+    folder.check_same_run(settings)
+    values = folder.read_summary()
+    return None if values is None else summary_from(values)
+
+
+def _introduce(prepared: Prepared, reporter: Reporter) -> None:
+    reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
+    reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
+    reporter.say(f"data: {prepared.task}")
+    reporter.say(
+        f"every batch is {prepared.collate.shape}, {prepared.real_tokens:.0%} of them not padding; "
+        f"{prepared.steps_per_epoch} steps an epoch"
+    )
+
+
+def _summarise(
+    training: Training, quality: dict[str, float], before: dict[str, float] | None, full_step: FullStep | None
+) -> Summary:
+    prepared, settings = training.prepared, training.prepared.settings
+    return Summary(
+        title=settings.title,
+        model=settings.model,
+        tokenizer=prepared.language.tokenizer_origin,
+        data=str(prepared.task),
+        batch=prepared.collate.shape,
+        real_tokens=prepared.real_tokens,
+        compiler=settings.compiler,
+        device=str(prepared.device),
+        steps=training.steps,
+        predicted_flops=training.predicted_flops,
+        counted_flops=training.counted_flops,
+        full_flops=training.selections[-1]["full_flops"] * training.steps,
+        step_seconds=training.usual_step_seconds,
+        training_seconds=training.seconds["training"],
+        selecting_seconds=training.seconds["selecting"],
+        quality=quality,
+        quality_before=before,
+        full_step=full_step,
+    )

@@ -1,0 +1,126 @@
+"""The folder a run writes: settings, metrics, selections, checkpoint, model and summary."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gtcompile.tools.checkpoints import (
+    load_checkpoint,
+    save_checkpoint,
+    write_folder,
+    write_json,
+    write_lines,
+)
+from gtcompile.tools.models import LanguageModel
+from gtcompile.tools.settings import Settings
+
+
+class RunFolder:
+    """The output of one run. The folder is made with the first thing written to it.
+
+    `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what was trained in each
+    epoch, `checkpoint.pt` the state to resume from, `model/` the model with its tokenizer, `summary.json` the
+    result.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check_new(self) -> None:
+        """Refuse a path where something is.
+
+        Raises:
+            ValueError: the path is a file, or a folder that is not empty.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(
+                f"the output {self.path} is a file; expected a folder that is empty or does not exist"
+            )
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(
+                f"the output folder {self.path} is not empty. "
+                f"Choose another --output, or continue the run in it with --resume."
+            )
+
+    def check_same_run(self, settings: Settings) -> None:
+        """Refuse to continue a run with other settings.
+
+        Raises:
+            ValueError: there is no run here, or it had other settings; names them.
+        """
+        path = self.path / "run.json"
+        if not path.is_file():
+            raise ValueError(f"nothing to resume: {self.path} holds no run")
+        differences = settings.differences(json.loads(path.read_text("utf-8")))
+        if differences:
+            raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
+
+    def write_settings(self, settings: Settings) -> None:
+        """Begin the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "run.json", settings.as_dict())
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def cut_metrics(self, steps: int) -> None:
+        """Drop the lines after `steps` steps: the steps between checkpoint and stop are taken again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        write_lines(path, [record for record in records if record["step"] <= steps])
+
+    def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the selections."""
+        write_json(self.path / "selections.json", list(selections))
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        save_checkpoint(self.checkpoint, state)
+
+    def load_state(self) -> dict[str, Any]:
+        """Read the checkpoint.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        return load_checkpoint(self.checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint."""
+        return self.path / "checkpoint.pt"
+
+    def save_model(self, language: LanguageModel) -> None:
+        """Write model and tokenizer as `from_pretrained` reads them."""
+        write_folder(self.path / "model", lambda folder: _save(language, folder))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the result: the run is finished."""
+        write_json(self.path / "summary.json", dict(summary))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The result of a finished run."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _save(language: LanguageModel, folder: Path) -> None:
+    model = language.model
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.config.use_cache = False
+    language.tokenizer.save_pretrained(folder)
+
+
+def next_free_folder(name: str) -> Path:
+    """`runs/<name>-<n>` with the first n that is free."""
+    n = 1
+    while (path := Path("runs") / f"{name}-{n}").exists():
+        n += 1
+    return path

@@ -1,0 +1,128 @@
+"""What a run cost and what came of it, beside full fine-tuning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullStep:
+    """One step with everything trained, run on the same model and batch without updating anything."""
+
+    flops: int
+    """Predicted, and equal to what was counted."""
+    seconds: float
+    """Forward and backward, the median of a few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One finished run."""
+
+    title: str
+    """Method and budget."""
+    model: str
+    """As asked for."""
+    tokenizer: str
+    """Where the tokenizer comes from."""
+    data: str
+    """Dataset, splits and number of examples."""
+    batch: str
+    """The shape of every batch, for which FLOPs are quoted."""
+    real_tokens: float
+    """Share of a batch's input positions that is not padding."""
+    compiler: str
+    """Who compiled the graphs."""
+    device: str
+    """Where it ran."""
+    steps: int
+    """Training steps taken."""
+    predicted_flops: int
+    """Of all training steps, from the graph."""
+    counted_flops: int
+    """Of all training steps: one step counted operator by operator per selection, times its steps."""
+    full_flops: int
+    """What as many full steps take."""
+    step_seconds: float
+    """Forward and backward of one step, median."""
+    training_seconds: float
+    """All training steps, compilation included."""
+    selecting_seconds: float
+    """Capturing, measuring, solving and counting."""
+    quality: Mapping[str, float]
+    """Metric to score in percent."""
+    quality_before: Mapping[str, float] | None = None
+    """The same before training, where it was measured."""
+    full_step: FullStep | None = None
+    """Measured after training; None for a full run, whose own steps say it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def summary_from(values: Mapping[str, Any]) -> Summary:
+    """The summary that `as_dict` was called on."""
+    full_step = values.get("full_step")
+    return Summary(**{**values, "full_step": FullStep(**full_step) if full_step else None})
+
+
+def comparison(run: Summary, full: Summary | None = None) -> Table:
+    """A run beside full fine-tuning.
+
+    Args:
+        run: the run.
+        full: a full run on the same data; without it the column holds what is known of one.
+    """
+    table = Table(title=f"{run.model} on {run.data}")
+    table.add_column("")
+    table.add_column(run.title, justify="right")
+    table.add_column("full" if full else "full, not run", justify="right")
+    other = _figures(full) if full else _known_of_full(run)
+    for name, value in _figures(run).items():
+        table.add_row(name, value, other.get(name, "-"))
+    return table
+
+
+def _figures(run: Summary) -> dict[str, str]:
+    figures = {
+        "FLOPs predicted": f"{run.predicted_flops:.4e}",
+        "FLOPs counted": f"{run.counted_flops:.4e}",
+        "share of full": f"{run.predicted_flops / run.full_flops:.1%}",
+        "seconds per step": f"{run.step_seconds:.4f}",
+        "seconds of training": f"{run.training_seconds:.1f}",
+        "seconds of selecting": f"{run.selecting_seconds:.1f}",
+    }
+    return figures | {name: _score(run, name) for name in run.quality}
+
+
+def _score(run: Summary, name: str) -> str:
+    before = "" if run.quality_before is None else f" (from {run.quality_before[name]:.1f})"
+    return f"{run.quality[name]:.1f}{before}"
+
+
+def _known_of_full(run: Summary) -> dict[str, str]:
+    known = {
+        "FLOPs predicted": f"{run.full_flops:.4e}",
+        "share of full": "100.0%",
+    }
+    if run.full_step is not None:
+        known["FLOPs counted"] = f"{run.full_step.flops * run.steps:.4e}"
+        known["seconds per step"] = f"{run.full_step.seconds:.4f}"
+        known["seconds of training"] = f"about {run.full_step.seconds * run.steps:.1f}"
+    return known
+
+
+def notes(runs: Sequence[Summary]) -> list[str]:
+    """What the figures stand for, one sentence per line."""
+    run = runs[0]
+    return [
+        f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
+        f"{run.steps} steps; {run.compiler} compiler on {run.device}.",
+        "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
+        "and counted by running one step of each selection operator by operator: both agree.",
+        "Seconds per step are the median of forward and backward; seconds of training are all steps with the "
+        "optimizer and with compilation.",
+    ]

@@ -1,0 +1,200 @@
+"""The training loop: plan, step, write down, and stop or continue bit for bit at any step."""
+
+import math
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
+
+from gtcompile.capture import loss_of
+from gtcompile.errors import GTCompileError
+from gtcompile.tools.checkpoints import check_same_model, random_state, restore_random_state
+from gtcompile.tools.flop_meter import FlopMeter
+from gtcompile.tools.interruption import stop_between_steps
+from gtcompile.tools.policies import Plan, policy_for
+from gtcompile.tools.preparation import Batch, Prepared
+from gtcompile.tools.progress import Reporter
+from gtcompile.tools.run_folder import RunFolder
+from gtcompile.trained import train_only
+
+MEASURED_BATCHES = 4
+"""Batches whose importances are averaged, or all of a shorter epoch."""
+
+
+class StoppedEarlyError(KeyboardInterrupt):
+    """Ctrl-C: the run was stopped between two steps and can be resumed."""
+
+
+class Training:
+    """The state of one run between two steps.
+
+    Args:
+        prepared: model and examples.
+        folder: where metrics, selections and checkpoints go.
+        reporter: shows progress.
+    """
+
+    def __init__(self, prepared: Prepared, folder: RunFolder, reporter: Reporter) -> None:
+        settings = prepared.settings
+        self.prepared, self.folder, self.reporter = prepared, folder, reporter
+        self.module: nn.Module = prepared.language.model
+        self.meter = FlopMeter(self.module)
+        self.model = self.meter.compiled if settings.compiler == "eager" else _compiled(self.module)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.total_steps = prepared.steps_per_epoch * settings.epochs
+        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
+        self.policy = policy_for(settings, self.model, self.optimizer)
+        self.plan: Plan | None = None
+        self.selections: list[dict[str, Any]] = []
+        self.steps = 0
+        self.predicted_flops = 0
+        self.counted_flops = 0
+        self.seconds = {"training": 0.0, "selecting": 0.0}
+        self.step_seconds: list[float] = []
+
+    def run(self) -> None:
+        """Train to the end, from wherever the state is.
+
+        Raises:
+            StoppedEarlyError: Ctrl-C; the checkpoint is written.
+            GTCompileError: the budget is too small, or a count contradicts the prediction.
+        """
+        with stop_between_steps() as stop, self.reporter.training(self):
+            while self.steps < self.total_steps:
+                if self._plan_is_due():
+                    self._make_plan()
+                self._step()
+                epoch_ends = self.steps % self.prepared.steps_per_epoch == 0
+                if epoch_ends or stop.requested or self.steps % self.prepared.settings.checkpoint_every == 0:
+                    self.save()
+                if stop.requested and self.steps < self.total_steps:
+                    raise StoppedEarlyError(f"stopped after step {self.steps} of {self.total_steps}")
+
+    @property
+    def epoch(self) -> int:
+        """Index of the current epoch."""
+        return self.steps // self.prepared.steps_per_epoch
+
+    def _plan_is_due(self) -> bool:
+        if not self.selections:
+            return True
+        begins = self.steps % self.prepared.steps_per_epoch == 0
+        planned = self.selections[-1]["epoch"] == self.epoch
+        due = self.epoch % self.prepared.settings.reselect_every == 0
+        return self.policy.adapts and begins and due and not planned
+
+    def _make_plan(self) -> None:
+        started = time.perf_counter()
+        batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
+        self.plan = self.policy.plan(batches)
+        counted = self.meter.check(batches[0], self.plan.step_flops)
+        self.seconds["selecting"] += time.perf_counter() - started
+        if not self.selections:
+            self.folder.write_settings(self.prepared.settings)
+        self.selections.append({"epoch": self.epoch, **self.plan.as_dict(), "counted_step_flops": counted})
+        self.folder.write_selections(self.selections)
+        self.save()
+        self.reporter.planned(self.epoch, self.plan)
+
+    def _step(self) -> None:
+        index = self.steps % self.prepared.steps_per_epoch
+        batch = self.prepared.batch(self.prepared.epoch(self.epoch)[index])
+        epoch, lr, started = self.epoch, self.scheduler.get_last_lr()[0], time.perf_counter()
+        loss = forward_and_backward(self.model, batch)
+        passes = time.perf_counter() - started
+        self._expect_finite(loss)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        self._note(passes, seconds)
+        record = {"step": self.steps, "epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds}
+        self.folder.add_metrics({**record, "flops": self.selections[-1]["step_flops"]})
+        self.reporter.stepped(self, loss, seconds)
+
+    def _expect_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise GTCompileError(
+                f"the loss became {loss} in step {self.steps}, and nothing was updated with it. "
+                f"Lower --lr; the last checkpoint is in {self.folder.path}."
+            )
+
+    def _note(self, passes: float, seconds: float) -> None:
+        """Take one step into the totals."""
+        self.steps += 1
+        self.step_seconds.append(passes)
+        self.seconds["training"] += seconds
+        self.predicted_flops += self.selections[-1]["step_flops"]
+        self.counted_flops += self.selections[-1]["counted_step_flops"]
+
+    @property
+    def usual_step_seconds(self) -> float:
+        """Median time of forward and backward: compilation is in few steps, and does not show."""
+        return median(self.step_seconds)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.folder.save_state(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on, and what it has done so far."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "policy": self.policy.state_dict(),
+            "random": random_state(),
+            "selections": self.selections,
+            "steps": self.steps,
+            "predicted_flops": self.predicted_flops,
+            "counted_flops": self.counted_flops,
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds,
+        }
+
+    def resume(self) -> None:
+        """Continue from the checkpoint in the folder.
+
+        Raises:
+            ValueError: there is no checkpoint, or it is of another model.
+        """
+        state = self.folder.load_state()
+        check_same_model(self.module, state["model"], self.folder.checkpoint)
+        self.folder.cut_metrics(state["steps"])
+        self.load_state_dict(state)
+        self.folder.write_selections(self.selections)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `state_dict` returned."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.policy.load_state_dict(state["policy"])
+        for name in ("selections", "steps", "predicted_flops", "counted_flops", "seconds", "step_seconds"):
+            setattr(self, name, state[name])
+        train_only(self.model, self.selections[-1]["trained"])
+        restore_random_state(state["random"])
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    options = {"compiler": "inductor"}
+    return torch.compile(model, backend="gtcompile", options=options, dynamic=False)  # type: ignore[return-value]
+
+
+def forward_and_backward(model: nn.Module, batch: Batch) -> float:
+    """One step without the optimizer; waits for the device.
+
+    Returns:
+        The loss.
+    """
+    loss = loss_of(model(**batch))
+    loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
+    return loss.item()
