@@ -295,7 +295,7 @@ def mark_outputs_visible(module: fx.GraphModule) -> None:
 
 def draws_random_numbers(part: Part) -> bool:
     """Whether a part recomputes random numbers that only compiled code can draw again."""
-    return any("inductor_rand" in str(node.target) for node in part.module.graph.find_nodes(op="call_function"))
+    return any("inductor_rand" in str(node.target) for node in part.module.graph.nodes)
 
 
 @contextlib.contextmanager
