@@ -1,4 +1,4 @@
-"""Cheaper fine-tuning by a compiler pass: compute the weight gradients that are worth their FLOPs, and no others."""
+"""Cheaper fine-tuning by a compiler pass: compute only the weight gradients that are worth their FLOPs."""
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.backend import gtcompile

@@ -11,9 +11,15 @@ from gtcompile.regions import Region, RegionOptions
 
 
 def gtcompile(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
-    """Compile a graph so that its backward can be narrowed to a trained set: `torch.compile(model, backend="gtcompile")`.
+    """Compile a graph so that its backward can be narrowed to a trained set.
+
+    Used as `torch.compile(model, backend="gtcompile")`.
 
     Args:
         graph: as Dynamo captured it, parameters lifted to inputs.
@@ -45,7 +51,9 @@ def parse_options(options: Mapping[str, Any]) -> RegionOptions:
     known = {field.name for field in dataclasses.fields(RegionOptions)}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+        )
     hints = get_type_hints(RegionOptions)
     for name, value in options.items():
         choices = get_args(hints[name])

@@ -1,4 +1,4 @@
-"""Compile a model block by block: repeated blocks share one capture and one compilation, whatever the depth."""
+"""Compile a model block by block: repeated blocks share one capture and one compilation."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +23,9 @@ RECOMPILE_LIMIT = 64
 def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
     """Make each repeated block of `model` a compiled region of its own.
 
-    Blocks run compiled while gradients are enabled, and eagerly otherwise: evaluation and generation compile nothing. The rest
-    of the model (embeddings, final norm, head, loss) is left eager, where `train_only` freezes by `requires_grad_`.
+    Blocks run compiled while gradients are enabled, and eagerly otherwise: evaluation and generation compile
+    nothing. The rest of the model (embeddings, final norm, head, loss) is left eager, where `train_only`
+    freezes by `requires_grad_`.
 
     Args:
         model: any module; changed in place, `uncompile_blocks` undoes it.
@@ -35,7 +36,8 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
         The same model.
 
     Raises:
-        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled already.
+        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled
+        already.
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
@@ -73,10 +75,11 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> Iterator[str]:
-    """FQNs of the repeated blocks: in every container the members of which some share a class, outermost first.
+    """FQNs of the repeated blocks: members of a container that share a class, outermost first.
 
-    A container is any module; a block is a member with parameters and submodules of its own, so that the linear layers of a
-    multi-layer perceptron are not blocks, and the experts inside a transformer block belong to it.
+    A container is any module; a block is a member with parameters and submodules of its own, so that the
+    linear layers of a multi-layer perceptron are not blocks, and the experts inside a transformer block
+    belong to it.
     """
     yield from _blocks_below(model, "")
 
@@ -99,7 +102,7 @@ def _could_be_block(module: nn.Module) -> bool:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """Whether a module itself holds a list of repeated blocks, as an encoder and a decoder of one class do."""
+    """Whether a module itself holds a list of repeated blocks, as an encoder or a decoder does."""
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
     return any(
         count > 1
@@ -118,10 +121,10 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 class BlockForward:
-    """A block's forward: compiled when gradients are enabled, and shown inputs that look the same to Dynamo every time.
+    """A block's forward: compiled while gradients are enabled, and with inputs that always look the same.
 
-    An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that it still looks as
-    it did, and no guard fails.
+    An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
+    it still looks as it did, and no guard fails.
     """
 
     def __init__(

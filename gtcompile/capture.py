@@ -1,4 +1,4 @@
-"""Capture a model and one batch as a joint graph, on fake tensors: nothing is computed and nothing in the model changes."""
+"""Capture a model and one batch as a joint graph: on fake tensors, with nothing in the model changed."""
 
 import contextlib
 import copy
@@ -42,7 +42,11 @@ def loss_of(output: Any) -> torch.Tensor:
     elif not isinstance(output, torch.Tensor):
         loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(output).__name__
+        got = (
+            f"a tensor of shape {list(loss.shape)}"
+            if isinstance(loss, torch.Tensor)
+            else type(output).__name__
+        )
         raise CaptureError(
             f"expected the model to return its loss (a scalar, or an output with a scalar .loss), got {got}. "
             f"Does the batch contain labels?"
@@ -111,8 +115,9 @@ def _describe(parameter: nn.Parameter, fqns: list[str]) -> Parameter:
 def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     """Capture the model's loss and all its gradients on one batch as a joint graph.
 
-    Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, the forward is run on fake tensors
-    and traced operator by operator instead, which follows eager execution exactly but cannot follow branches on data.
+    Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, the forward is run on
+    fake tensors and traced operator by operator instead, which follows eager execution exactly but cannot
+    follow branches on data.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
@@ -125,7 +130,9 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     check_batch(model, example_inputs)
     parameters = list_parameters(model)
     if not any(parameter.status == "selectable" for parameter in parameters):
-        raise CaptureError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+        raise CaptureError(
+            f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train"
+        )
     model = _off_meta(model, example_inputs)
     failures = []
     for route in (_through_dynamo, _through_eager):
@@ -147,14 +154,14 @@ def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
     for route, error in failures:
         first_line = str(error).strip().partition("\n")[0]
         lines.append(f"  {route.__doc__} {type(error).__name__}: {first_line}")
-    lines.append("A branch on data or an operator without a fake kernel usually explains both; remove it from the forward.")
+    lines.append("Usually a branch on data or an operator without a fake kernel explains both.")
     return "\n".join(lines)
 
 
 def _through_dynamo(
     model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
-    """Through Dynamo:"""  # noqa: D400, D415 - completed by the failure it introduces
+    """Through Dynamo, as torch.compile captures."""
     stack.enter_context(_static_and_quiet())
     module = dynamo_graph_capture_for_export(LossModule(model))(**batch)
     context: TracingContext = module.meta["tracing_context"]
@@ -165,7 +172,7 @@ def _through_dynamo(
 def _through_eager(
     model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
-    """Traced without Dynamo:"""  # noqa: D400, D415
+    """Operator by operator, as eager PyTorch runs."""
     return LossModule(model), "eager trace"
 
 
@@ -187,20 +194,22 @@ def _static_and_quiet() -> Iterator[None]:
     """Shapes as they come, and log calls in the forward passed over rather than refused."""
     loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
     ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
-    with dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False):
-        with warnings.catch_warnings():
-            # Side effects such as a cached rotary table stay in the forward; a capture has no forward to replay them in.
-            warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
-            yield
+    settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
+    with settings, warnings.catch_warnings():
+        # Side effects (a cached rotary table, say) stay in the forward: there is none to replay them in.
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
+        yield
 
 
 def _loggers_own_methods() -> set[Any]:
     """Methods other libraries add to `logging.Logger`, such as transformers' `warning_once`."""
-    return {method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))}
+    return {
+        method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))
+    }
 
 
 def _off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
-    """The model itself, or when its tensors are on the meta device a twin on fake tensors of the batch's device."""
+    """The model itself, or for a model on the meta device its twin in fake tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     if not any(tensor.is_meta for tensor in tensors):
         return model
@@ -248,7 +257,7 @@ def _mark_unused(parameter: Parameter, live: frozenset[str]) -> Parameter:
 
 
 def count_forward_outputs(descriptors: Sequence[object]) -> int:
-    """How many leading outputs of a joint graph belong to the forward; the rest are gradient slots, some empty."""
+    """How many leading outputs of a joint graph belong to the forward; the rest are gradient slots."""
     forward = takewhile(lambda desc: desc is not None and not isinstance(desc, GradAOTOutput), descriptors)
     return sum(1 for _ in forward)
 

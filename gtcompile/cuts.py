@@ -1,7 +1,7 @@
 """Cuts: places where the backward ends because nothing upstream is trained.
 
-A cut tensor is a leaf that requires a gradient, so that Dynamo's guards and compiled graphs see what they always see, and that
-gtcompile's regions know to compute no gradient for.
+A cut tensor is a leaf that requires a gradient, so that Dynamo's guards and compiled graphs see what they
+always see, and that gtcompile's regions know to compute no gradient for.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """What every set of trained parameters costs: networkx reachability over the joint graph.
 
-A backward node runs exactly when some trained parameter's gradient is reachable from it. So each node belongs to the set of
-parameters that need it, and the cost of a trained set is the sum over the nodes whose set it meets: exact, shared paths
-counted once.
+A backward node runs exactly when some trained parameter's gradient is reachable from it. So each node belongs
+to the set of parameters that need it, and the cost of a trained set is the sum over the nodes whose set it
+meets: exact, shared paths counted once.
 """
 
 from collections import defaultdict
@@ -61,7 +61,9 @@ class BackwardCosts:
             ValueError: for a name that is no parameter with a gradient.
         """
         chosen = self._canonical(trained)
-        return self.forward_flops + sum(w.flops for w in self.shared_work if not w.parameters.isdisjoint(chosen))
+        return self.forward_flops + sum(
+            w.flops for w in self.shared_work if not w.parameters.isdisjoint(chosen)
+        )
 
     def marginal_flops(self, fqn: str, given: Iterable[str]) -> int:
         """FLOPs per training step that training `fqn` adds when `given` is trained already."""
@@ -89,14 +91,16 @@ class BackwardCosts:
     def __str__(self) -> str:
         full, forward = self.full_flops, self.forward_flops
         share = f"{forward / full:.1%}" if full else "all"
-        return f"{full:.4g} FLOPs a full step, {share} of them forward, {len(self.fqns)} selectable parameters"
+        return (
+            f"{full:.4g} FLOPs a full step, {share} of them forward, {len(self.fqns)} selectable parameters"
+        )
 
 
 def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> BackwardCosts:
     """The exact FLOPs of one training step of `model` for any trained set, at the shapes of one batch.
 
     Args:
-        model: returns its scalar loss or an output with `.loss`; may be on the meta device, with no weights in memory.
+        model: returns its scalar loss or an output with `.loss`; may be on the meta device, without weights.
         example_inputs: keyword dictionary of one batch of ordinary tensors, labels included.
 
     Raises:
@@ -135,7 +139,9 @@ def dependency_graph(joint: JointGraph) -> "nx.DiGraph[fx.Node]":
     """Data flow of a joint graph: an edge from each node to every node that reads it."""
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     graph.add_nodes_from(joint.module.graph.nodes)
-    graph.add_edges_from((source, node) for node in joint.module.graph.nodes for source in node.all_input_nodes)
+    graph.add_edges_from(
+        (source, node) for node in joint.module.graph.nodes for source in node.all_input_nodes
+    )
     graph.remove_node(joint.module.graph.output_node())
     return graph
 

@@ -2,7 +2,7 @@
 
 
 class GTCompileError(Exception):
-    """Base of every error gtcompile raises about its own work; bad arguments are `ValueError` or `TypeError`."""
+    """Base of what gtcompile raises about its own work; bad arguments are `ValueError` or `TypeError`."""
 
 
 class CaptureError(GTCompileError):

@@ -1,7 +1,7 @@
 """FLOPs of one graph node, 2 per multiply-add, by the formulas of `torch.utils.flop_counter`.
 
-Importing this module registers the formulas torch lacks (CPU flash attention, matrix-vector products, grouped products)
-in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
+Importing this module registers the formulas torch lacks (CPU flash attention, matrix-vector products, grouped
+products) in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
 """
 
 import re
@@ -51,7 +51,9 @@ def _flash_attention_cpu(query: Shape, key: Shape, value: Shape, *_: Any, **__: 
     return int(sdpa_flop_count(query, key, value))
 
 
-def _flash_attention_cpu_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+def _flash_attention_cpu_backward(
+    grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
+) -> int:
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
@@ -61,7 +63,7 @@ def _triangular_solve(matrix: Shape, right: Shape, *_: Any, out_shape: Shape, **
 
 
 def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """Every row of the left operand meets one group's matrix; a 2-d pair contracts over the grouped dimension."""
+    """Every row meets one group's matrix; a pair of matrices contracts over the grouped dimension."""
     if len(left) == 2 and len(right) == 2:
         return 2 * prod(left) * right[-1]
     return 2 * prod(out_shape) * left[-1]
@@ -90,11 +92,12 @@ MISSING_FORMULAS: dict[str, Callable[..., int]] = {
     "transformers::grouped_mm_fallback": _expert_matmul,
     "transformers::grouped_mm_fallback_backward": _expert_matmul_backward,
 }
-"""What torch 2.13's registry lacks, by qualified operator name; libraries define theirs when they are imported."""
+"""What torch 2.13's registry lacks, by qualified operator name; libraries define theirs when they are
+imported."""
 
 
 def register_missing_formulas() -> None:
-    """Add the missing formulas to torch's registry; operators it has by now, or that do not exist here, are left alone."""
+    """Add the missing formulas to torch's registry, leaving alone what it has by now."""
     for qualified_name, formula in MISSING_FORMULAS.items():
         namespace, _, name = qualified_name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), name, None)
@@ -116,10 +119,13 @@ class _CountingCompiledCode(CountingMode):
 
 @contextmanager
 def count_flops() -> Iterator[FlopCounterMode]:
-    """Count FLOPs as `FlopCounterMode` does, compiled regions included: `counter.get_total_flops()` afterwards.
+    """Count FLOPs as `FlopCounterMode` does, compiled regions included.
 
-    Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another program than the one
-    in use. Call a compiled step once before counting it: operators traced while it compiles would be counted too.
+    Read `counter.get_total_flops()` afterwards.
+
+    Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another
+    program than the one in use. Call a compiled step once before counting it: operators traced while it
+    compiles would be counted too.
     """
     register_missing_formulas()
     counter = FlopCounterMode(display=False)
@@ -127,7 +133,9 @@ def count_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-MATMUL_LIKE = re.compile(r"(^|_)(mm|bmm|matmul|conv(?!ert)\w*|linear|attention|rnn|gru|lstm|bilinear|trilinear|cdist|einsum|solve)($|_)")
+MATMUL_LIKE = re.compile(
+    r"(^|_)(mm|bmm|matmul|conv(?!ert)\w*|linear|attention|rnn|gru|lstm|bilinear|trilinear|cdist|einsum|solve)($|_)"
+)
 """Names of aten operators whose work must not be taken for zero."""
 NOT_MATMUL = re.compile(r"_(pad|logical|shape)")
 
@@ -204,7 +212,7 @@ def _refuse_unknown_matmul(node: fx.Node) -> None:
         suspicious = sum(_is_float_matrix(argument) for argument in node.all_input_nodes) >= 2
     if suspicious:
         raise CaptureError(
-            f"operator {node.target} does matmul-like work and has no FLOP formula, so no cost would be true. "
+            f"operator {node.target} does matmul-like work and has no FLOP formula: no cost would be true. "
             f"Register one: torch.utils.flop_counter.register_flop_formula(torch.ops.{namespace}.{name})."
         )
 

@@ -1,11 +1,13 @@
 """Hoisted variants: one compilation serves every set of live gradients.
 
-AOTAutograd traces and partitions the region once, with every gradient live. Its backward is split into the chain of
-activation gradients, which is compiled, and the weight gradients, which are not (`passes/hoisting.py`). For every set of live
-gradients a *plan* says which saved values the forward may let go, and what the backward runs:
+AOTAutograd traces and partitions the region once, with every gradient live. Its backward is split into the
+chain of activation gradients, which is compiled, and the weight gradients, which are not
+(`passes/hoisting.py`). For every set of live gradients a *plan* says which saved values the forward may let
+go, and what the backward runs:
 
 * the compiled chain, then the leaves of the trained parameters, where the whole chain is needed;
-* where it is not, in the block in which the backward ends: the backward graph without what nobody needs, run operator by
+* where it is not, in the block in which the backward ends: the backward graph without what nobody needs, run
+  operator by
   operator, for a compilation would cost seconds for one block of many.
 
 Either way the FLOPs are exactly those of the live gradients.
@@ -22,7 +24,14 @@ import torch
 from torch import fx
 
 from gtcompile.autograd_nodes import region_node
-from gtcompile.passes.hoisting import HoistedBackward, Leaf, Part, extract, free_strides, hoist_weight_gradients
+from gtcompile.passes.hoisting import (
+    HoistedBackward,
+    Leaf,
+    Part,
+    extract,
+    free_strides,
+    hoist_weight_gradients,
+)
 from gtcompile.passes.output_masks import narrow_masks
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
@@ -68,7 +77,8 @@ class Partition:
     backward: fx.GraphModule
     """Inputs: saved values and tangents; outputs: one gradient or None per slot."""
     saved: dict[int, int]
-    """Of the saved tensors: from positions among the backward's inputs to positions among the forward's outputs."""
+    """Of the saved tensors: from positions among the backward's inputs to positions among the forward's
+    outputs."""
     slots: tuple[str | None, ...]
     """Per slot, the name of the region's input it is the gradient of."""
 
@@ -78,7 +88,7 @@ class Partition:
         return [node if slot in live else None for slot, node in enumerate(outputs)]
 
     def released(self, read: set[int]) -> tuple[int, ...]:
-        """Positions of the saved values among the forward's outputs that are not among the backward inputs `read`."""
+        """Where among the forward's outputs the saved values are that the backward will not read."""
         return tuple(output for position, output in self.saved.items() if position not in read)
 
 
@@ -162,7 +172,9 @@ class HoistedVariants:
                 code = compile_fx(graph, example_inputs, inner_compile=self._inductor, config_patches=patches)
             else:
                 code = aot_autograd(
-                    fw_compiler=lambda module, inputs: self._forward(boxed_nop_preserve_node_meta(module, inputs)),
+                    fw_compiler=lambda module, inputs: self._forward(
+                        boxed_nop_preserve_node_meta(module, inputs)
+                    ),
                     bw_compiler=lambda module, inputs: boxed(self._run_plan),
                     partition_fn=partitioner,
                     keep_inference_input_mutations=True,
@@ -179,7 +191,9 @@ class HoistedVariants:
             inputs = [example_inputs[i] for i in part.inputs]
             mark_outputs_visible(part.module)
             with resume():
-                return compile_fx_inner(part.module, inputs, **options | {"static_input_idxs": range(len(inputs))})
+                return compile_fx_inner(
+                    part.module, inputs, **options | {"static_input_idxs": range(len(inputs))}
+                )
 
         self._compile_part = compile_part
         return boxed(self._run_plan)
@@ -210,7 +224,9 @@ class HoistedVariants:
             whole_chain = self._whole_chain(live_slots, needed.flops)
             if whole_chain is not None:
                 return whole_chain
-        compiled = self._compiler == "inductor" and (self._cut_chains == "compile" or draws_random_numbers(needed))
+        compiled = self._compiler == "inductor" and (
+            self._cut_chains == "compile" or draws_random_numbers(needed)
+        )
         run = lazily(self._compile_part if compiled else run_operators, needed)
         return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
 
@@ -302,7 +318,8 @@ def draws_random_numbers(part: Part) -> bool:
 def without_donation() -> Iterator[None]:
     """Compile code that never overwrites saved values: leaves read them afterwards (`TORCH.md`, 16).
 
-    AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's `uuid`.
+    AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's
+    `uuid`.
     """
     with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
         yield

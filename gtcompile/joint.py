@@ -26,7 +26,8 @@ class Parameter:
     dtype: torch.dtype
     """Type of the stored values."""
     status: ParameterStatus = "selectable"
-    """`selectable` receives a gradient; `unused` has none to receive; `frozen by user` does not ask for one."""
+    """`selectable` receives a gradient; `unused` has none to receive; `frozen by user` does not ask for
+    one."""
 
     @property
     def numel(self) -> int:
@@ -40,9 +41,9 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointGraph:
-    """AOTAutograd's forward + backward graph: inputs (primals, tangents), outputs (forward outputs, gradients).
+    """AOTAutograd's forward + backward graph.
 
-    Never changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
+    Inputs: primals, then tangents. Outputs: those of the forward, then one gradient slot per primal. Never changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
     """
 
     module: fx.GraphModule

@@ -1,4 +1,4 @@
-"""A region: one graph that Dynamo captured, and the run-time dispatch to the variant for what is trained now."""
+"""A region: one graph that Dynamo captured, dispatched at run time on what is trained."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +24,26 @@ class RegionOptions:
     """How the regions of one compiled model are made."""
 
     compiler: Literal["inductor", "eager"] = "inductor"
-    """`inductor` generates code; `eager` runs the rewritten graphs operator by operator, bit-equal to eager PyTorch."""
+    """`inductor` generates code; `eager` runs the rewritten graphs operator by operator, bit-equal to eager
+    PyTorch."""
     variants: Literal["specialized", "hoisted"] = "specialized"
     """`specialized` compiles anew for each trained set; `hoisted` compiles once."""
     variants_kept: int = 16
     """How many specialized variants a region keeps; the least recently used is dropped."""
     cut_chains: Literal["run", "compile"] = "compile"
-    """What a hoisted region does where the backward ends inside it: compile what is left, or run it operator by operator."""
+    """What a hoisted region does where the backward ends inside it: compile what is left, or run it operator
+    by operator."""
 
 
 class Region:
-    """A captured graph that computes gradients for exactly the trained ones among the parameters it is called with."""
+    """A captured graph that computes gradients for exactly the trained ones among its parameters."""
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: RegionOptions) -> None:
         positions = range(len(example_inputs))
         self._parameters = [i for i in positions if isinstance(example_inputs[i], nn.Parameter)]
-        tensors = [i for i in positions if isinstance(example_inputs[i], torch.Tensor) and i not in self._parameters]
+        tensors = [
+            i for i in positions if isinstance(example_inputs[i], torch.Tensor) and i not in self._parameters
+        ]
         self._activations = [i for i in tensors if example_inputs[i].requires_grad]
         self._differentiable = torch.is_grad_enabled()
         self._tracing_context = TracingContext.get()
@@ -116,7 +120,8 @@ def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[A
     """What Dynamo traced with: later variants are compiled when the first example inputs are long gone."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
-        node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)
+        node.meta.get("example_value", value)
+        for node, value in zip(placeholders, example_inputs, strict=True)
     ]
 
 
@@ -141,13 +146,17 @@ def expect_gradients(outputs: Any, inputs: Sequence[Any], live: Live) -> None:
     node = region_node(outputs, inputs)
     if node is None:
         return
-    frozen = {id(value): i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter) and i not in live}
+    frozen = {
+        id(value): i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter) and i not in live
+    }
     positions = [frozen.get(id(getattr(edge, "variable", None))) for edge, _ in node.next_functions]
 
     def check(gradients: Sequence[torch.Tensor | None], _: Sequence[torch.Tensor | None]) -> None:
         handle.remove()
         for position, gradient in zip(positions, gradients, strict=True):
             if position is not None and gradient is not None:
-                raise GraphContractError(f"the frozen parameter at input {position} of a region got a gradient")
+                raise GraphContractError(
+                    f"the frozen parameter at input {position} of a region got a gradient"
+                )
 
     handle = node.register_hook(check)

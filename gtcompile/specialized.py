@@ -1,4 +1,4 @@
-"""Specialized variants: one compilation for each set of live gradients, the best code and the least memory."""
+"""Specialized variants: one compilation per set of live gradients, for the best code and least memory."""
 
 import copy
 import logging
@@ -57,8 +57,8 @@ class SpecializedVariants:
 class TrainedSetPartitioner(CustomPartitionerFn):  # type: ignore[misc]
     """Rewrites the joint graph for one trained set, then splits it where least is saved for backward.
 
-    Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so no trained set is ever
-    served the code of another.
+    Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so no trained
+    set is ever served the code of another.
     """
 
     def __init__(self, live: Live) -> None:

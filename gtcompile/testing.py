@@ -16,8 +16,8 @@ def reference_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradients of one batch by eager autograd, `requires_grad=False` on everything that is not trained.
 
-    Nothing changes: parameters, their gradients, buffers, and random state are as before, so that a step taken next draws
-    the same dropout masks.
+    Nothing changes: parameters, their gradients, buffers, and random state are as before, so that a step
+    taken next draws the same dropout masks.
 
     Args:
         model: compiled or not; runs eagerly here.
@@ -82,7 +82,11 @@ def assert_same_gradients(
         raise AssertionError(f"gradients of the wrong parameters: unexpected {extra}, missing {missing}")
     for fqn, gradient in expected.items():
         torch.testing.assert_close(
-            gradients[fqn], gradient, rtol=rtol, atol=atol, msg=lambda text, fqn=fqn: f"gradient of {fqn}: {text}"
+            gradients[fqn],
+            gradient,
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, fqn=fqn: f"gradient of {fqn}: {text}",
         )
 
 

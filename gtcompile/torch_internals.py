@@ -1,7 +1,7 @@
 """Every private torch name gtcompile uses, each with its reason; read at torch 2.13.0.
 
-Nothing else in the project imports from a `torch._*` module. A torch outside the supported range is refused here, before
-any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
+Nothing else in the project imports from a `torch._*` module. A torch outside the supported range is refused
+here, before any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
 """
 
 import os
@@ -35,15 +35,15 @@ import torch._dynamo.config as dynamo_config  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 
+# The backend route: AOTAutograd over a graph that Dynamo captured.
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+
 # Dynamo: the error it raises on what it cannot capture, and counters of its captures.
 from torch._dynamo.exc import TorchDynamoException  # noqa: E402
 
-# Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented, experimental).
+# Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented).
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export  # noqa: E402
 from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
-
-# The backend route: AOTAutograd over a graph that Dynamo captured.
-from torch._dynamo.backends.common import aot_autograd  # noqa: E402, I001
 
 # What placeholders and outputs of a joint graph mean.
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
@@ -66,17 +66,17 @@ from torch._guards import TracingContext, tracing  # noqa: E402
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files  # noqa: E402
 
-# The class of an aten operator in a graph.
-from torch._ops import OpOverload  # noqa: E402
-
 # Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 
-# Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
-from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
+# The class of an aten operator in a graph.
+from torch._ops import OpOverload  # noqa: E402
 
 # Shapes without values: capture from a configuration alone.
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+# Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
+from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 
 # Applies a function to the leaves of nested tuples, lists and dictionaries.
 from torch.utils._pytree import tree_map  # noqa: E402
@@ -89,8 +89,8 @@ current_autograd_node = torch._C._current_autograd_node
 
 __all__ = [
     "BoxedCodeGen",
-    "CountingMode",
     "BufferAOTInput",
+    "CountingMode",
     "CustomPartitionerFn",
     "FakeTensorMode",
     "GradAOTOutput",

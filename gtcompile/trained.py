@@ -1,7 +1,8 @@
 """Which parameters are trained now.
 
-Parameters that a compiled region computes gradients for keep `requires_grad=True`, so that no Dynamo guard ever fails; that
-they are frozen is written down here, and regions ask. Parameters that eager code uses are frozen by `requires_grad_`.
+Parameters that a compiled region computes gradients for keep `requires_grad=True`, so that no Dynamo guard
+ever fails; that they are frozen is written down here, and regions ask. Parameters that eager code uses are
+frozen by `requires_grad_`.
 """
 
 import difflib
@@ -26,14 +27,14 @@ _current_generation = 0
 def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[str]:
     """Train exactly these parameters of `model` from now on.
 
-    The rest get no gradient: an optimizer skips them altogether (no decay, no moments, no step count). What they had
-    accumulated in `.grad` so far is dropped, so they stay as they are. Nothing is compiled here, and a model compiled with
-    gtcompile needs no new Dynamo capture for it.
+    The rest get no gradient: an optimizer skips them altogether (no decay, no moments, no step count). What
+    they had accumulated in `.grad` so far is dropped, so they stay as they are. Nothing is compiled here, and
+    a model compiled with gtcompile needs no new Dynamo capture for it.
 
     Args:
         model: compiled or not.
-        patterns: FQNs, or shell-style patterns matched on whole names, of which each must match; None trains everything that
-            was trainable when gtcompile first saw the model.
+        patterns: FQNs, or shell-style patterns matched on whole names, of which each must match; None trains
+            everything that was trainable when gtcompile first saw the model.
 
     Returns:
         The trained FQNs.
@@ -66,14 +67,17 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
 
     Args:
         names: the names to choose from, or a dictionary from every name (aliases too) to the one to return.
-        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names, case-sensitive.
+        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names,
+        case-sensitive.
 
     Raises:
         ValueError: naming each pattern that matches nothing and the names closest to it.
         TypeError: for a single string, which would be taken letter by letter.
     """
     if isinstance(patterns, str):
-        raise TypeError(f"expected a collection of patterns, got the string {patterns!r}; write [{patterns!r}]")
+        raise TypeError(
+            f"expected a collection of patterns, got the string {patterns!r}; write [{patterns!r}]"
+        )
     canonical = names if isinstance(names, dict) else {name: name for name in names}
     matched: set[str] = set()
     for pattern in patterns:
@@ -123,7 +127,8 @@ def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
     return unwrap(model) is not model or any(
-        module._compiled_call_impl is not None or hasattr(module.forward, "compiled") for module in model.modules()
+        module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
+        for module in model.modules()
     )
 
 
@@ -160,7 +165,7 @@ def _thaw(parameter: nn.Parameter) -> None:
 
 
 def _drop_stray_gradient(parameter: torch.Tensor) -> None:
-    """Eager code computed a gradient for a frozen parameter: drop it, and have autograd skip it from now on."""
+    """Drop a gradient that eager code computed, and have autograd skip it from now on."""
     assert isinstance(parameter, nn.Parameter)
     parameter.grad = None
     if parameter not in _in_region:

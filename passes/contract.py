@@ -15,12 +15,14 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 
-def graph_pass(edit: Callable[Concatenate[fx.Graph, JointGraph, P], None]) -> Callable[Concatenate[JointGraph, P], JointGraph]:
+def graph_pass(
+    edit: Callable[Concatenate[fx.Graph, JointGraph, P], None],
+) -> Callable[Concatenate[JointGraph, P], JointGraph]:
     """Turn an in-place edit of an FX graph into a function from `JointGraph` to `JointGraph`.
 
-    Contract: the graph given is not changed; the result has the same placeholders, the same number of outputs, the same
-    forward outputs, no gradient that was not there before, and no name used twice. The result is linted and recompiled,
-    its provenance extended.
+    Contract: the graph given is not changed; the result has the same placeholders, the same number of
+    outputs, the same forward outputs, no gradient that was not there before, and no name used twice. The
+    result is linted and recompiled, its provenance extended.
 
     Raises:
         GraphContractError: when the edit breaks the contract.
@@ -45,10 +47,14 @@ def graph_pass(edit: Callable[Concatenate[fx.Graph, JointGraph, P], None]) -> Ca
 
 
 def _compare(name: str, before: JointGraph, after: JointGraph) -> None:
-    inputs = [[node.name for node in joint.module.graph.find_nodes(op="placeholder")] for joint in (before, after)]
+    inputs = [
+        [node.name for node in joint.module.graph.find_nodes(op="placeholder")] for joint in (before, after)
+    ]
     if inputs[0] != inputs[1]:
         raise GraphContractError(f"{name} changed the inputs of the graph")
-    forward = [[node and node.name for node in joint.outputs[: joint.forward_outputs]] for joint in (before, after)]
+    forward = [
+        [node and node.name for node in joint.outputs[: joint.forward_outputs]] for joint in (before, after)
+    ]
     if forward[0] != forward[1]:
         raise GraphContractError(f"{name} changed the forward outputs: {forward[0]} became {forward[1]}")
     invented = after.live - before.live

@@ -13,9 +13,9 @@ def eliminate_dead_nodes(graph: fx.Graph, joint: JointGraph) -> None:
     Before: `dx = mm(dy, w); dw = mm(t(x), dy); return (loss, None, dx)`
     After:  `dx = mm(dy, w); return (loss, None, dx)`
 
-    Sound because the rest neither reads nor observes the erased nodes: inputs stay, and so do random draws and mutations
-    (`Node.is_impure`) with all they depend on. Outputs of a multi-output operator that nobody reads any more are left to
-    `narrow_output_masks`.
+    Sound because the rest neither reads nor observes the erased nodes: inputs stay, and so do random draws
+    and mutations (`Node.is_impure`) with all they depend on. Outputs of a multi-output operator that nobody
+    reads any more are left to `narrow_output_masks`.
     """
     output = graph.output_node()
     needed = ancestors([output, *(node for node in graph.nodes if node.is_impure())])

@@ -1,7 +1,8 @@
 """Move weight gradients out of a backward graph, so that one compilation serves every trained set.
 
-Weight gradients are leaves of the backward: nothing reads them. What remains without them, the *chain* of activation
-gradients, is compiled once; it hands out the operands of the leaves, and a leaf runs only when its parameter is trained.
+Weight gradients are leaves of the backward: nothing reads them. What remains without them, the *chain* of
+activation gradients, is compiled once; it hands out the operands of the leaves, and a leaf runs only when its
+parameter is trained.
 """
 
 from collections.abc import Sequence, Set
@@ -106,8 +107,8 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After:  chain `dx = mm(dy, w); return (dx, dy)`, leaf of slot 1 `(dy, x) -> mm(t(dy), x)`
 
-    Sound because a leaf's nodes serve its slot alone, so the chain never misses them, and a leaf sees the very values the
-    graph would have fed it.
+    Sound because a leaf's nodes serve its slot alone, so the chain never misses them, and a leaf sees the
+    very values the graph would have fed it.
 
     Args:
         backward: as the partitioner made it; left as it is.
@@ -117,7 +118,9 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
     output = backward.graph.output_node()
     gradients = output.args[0]
     assert isinstance(gradients, (tuple, list))
-    bodies = {slot: leaf_nodes(gradients[slot], output) for slot in sorted(hoist) if gradients[slot] is not None}
+    bodies = {
+        slot: leaf_nodes(gradients[slot], output) for slot in sorted(hoist) if gradients[slot] is not None
+    }
     bodies = {slot: body for slot, body in bodies.items() if body}
     chain_slots = tuple(
         slot
@@ -138,7 +141,7 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
 
 
 def leaf_nodes(gradient: fx.Node, output: fx.Node) -> frozenset[fx.Node]:
-    """The matrix products or scatters that serve this slot alone, what follows them, and the views before them.
+    """The matrix products or scatters that serve this slot alone, with what follows and the views before.
 
     Empty when there is no such product or scatter.
     """
@@ -187,7 +190,7 @@ def _leaf_module(body: list[fx.Node], operands: list[fx.Node], gradient: fx.Node
 
 
 def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
-    """What these outputs need of a backward graph; side effects are not kept, a partitioned backward has none."""
+    """What these outputs need of a backward graph, which after partitioning has no side effects."""
     needed = ancestors(node for node in outputs if node is not None)
     graph = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}

@@ -28,7 +28,8 @@ def narrow_output_masks(graph: fx.Graph, joint: JointGraph) -> None:
     Before: `g = native_layer_norm_backward(..., [True, True, True]); dx = g[0]`
     After:  `g = native_layer_norm_backward(..., [True, False, False]); dx = g[0]`
 
-    Sound because the outputs of these operators are independent of each other. Expects dead `getitem` nodes to be gone.
+    Sound because the outputs of these operators are independent of each other. Expects dead `getitem` nodes
+    to be gone.
     """
     narrow_masks(graph)
 

@@ -13,7 +13,7 @@ def restrict_gradients(joint: JointGraph, keep: Set[str]) -> JointGraph:
 
     Args:
         joint: left as it is.
-        keep: names of the inputs whose gradients stay live; names without a gradient are allowed and change nothing.
+        keep: names of the inputs whose gradients stay live; those without a gradient change nothing.
     """
     joint = drop_gradients(joint, keep)
     joint = eliminate_dead_nodes(joint)

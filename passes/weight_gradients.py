@@ -15,11 +15,12 @@ def drop_gradients(graph: fx.Graph, joint: JointGraph, keep: Set[str]) -> None:
     Before: `return (loss, dw1, dw2)`
     After, with `keep={"w2"}`: `return (loss, None, dw2)`
 
-    Sound because a slot that is None tells autograd that the input has no gradient, exactly as `requires_grad=False` would.
-    What computed the slot stays, dead, for `eliminate_dead_nodes`.
+    Sound because a slot that is None tells autograd that the input has no gradient, exactly as
+    `requires_grad=False` would. What computed the slot stays, dead, for `eliminate_dead_nodes`.
     """
     output = graph.output_node()
     gradients = tuple(
-        gradient if slot in keep else None for slot, gradient in zip(joint.slots, joint.gradients, strict=True)
+        gradient if slot in keep else None
+        for slot, gradient in zip(joint.slots, joint.gradients, strict=True)
     )
     output.args = (joint.outputs[: joint.forward_outputs] + gradients,)
