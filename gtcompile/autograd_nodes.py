@@ -11,7 +11,8 @@ COMPILED = "CompiledFunctionBackward"
 def region_node(outputs: Iterable[object], inputs: Iterable[object]) -> torch.autograd.graph.Node | None:
     """The node behind the outputs of one call, or None when nothing needs a gradient.
 
-    Views of outputs are looked through. An output that is an input passed through leads to somebody else's node, which is not it.
+    Views of outputs are looked through. An output that is an input passed through leads to somebody else's
+    node, which is not it.
     """
     others = {value.grad_fn for value in inputs if isinstance(value, torch.Tensor)}
     todo = [value.grad_fn for value in outputs if isinstance(value, torch.Tensor)]

@@ -43,7 +43,8 @@ class Parameter:
 class JointGraph:
     """AOTAutograd's forward + backward graph.
 
-    Inputs: primals, then tangents. Outputs: those of the forward, then one gradient slot per primal. Never changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
+    Inputs: primals, then tangents. Outputs: those of the forward, then one gradient slot per primal. Never
+    changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
     """
 
     module: fx.GraphModule

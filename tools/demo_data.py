@@ -1,15 +1,17 @@
 """The demo's generated texts: a pretraining corpus and a summarisation task over the same small world.
 
-In this world a few people visit places and set out to do things; some succeed and some do not. A *source* is a report or a
-dialogue about two such events, one done and one not, amid unrelated remarks. Its *summary* follows from it by one
-rule: the event that was done, in one sentence with its person, deed, thing, place and day.
+In this world a few people visit places and set out to do things; some succeed and some do not. A *source* is
+a report or a dialogue about two such events, one done and one not, amid unrelated remarks. Its *summary*
+follows from it by one rule: the event that was done, in one sentence with its person, deed, thing, place
+and day.
 
-The pretraining corpus tells events in the same manner and asks questions about single facts ("Where was Anna? At the harbour."). So a
-pretrained model reads these texts, copies names and binds facts to people; which event to report, and a sentence with
-all of its facts, it sees in fine-tuning only. No corpus text contains a summary or the words "TL;DR".
+The pretraining corpus tells events in the same manner, tells each again in two short sentences, and asks
+questions about single facts ("Where was Anna? At the harbour."). So a pretrained model has learned to read
+these texts, to copy words and to tell which fact belongs to whom. That only one of the events is to be reported,
+and a sentence with all of its facts, it meets in fine-tuning. No corpus text contains a summary or "TL;DR".
 
-Every event belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its person, thing
-and place: no such combination occurs in two of them.
+Every event belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its
+person, thing and place: no such combination is told in two of them.
 """
 
 import random
@@ -21,19 +23,26 @@ Split = Literal["train", "validation", "test"]
 
 _POOLS = ("pretraining", "train", "validation", "test")
 
-_PEOPLE = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_PEOPLE = _words(
     "Anna Omar Lena Hugo Mira Tom Nora Ivan Sara Paul Ella Karl Rosa Felix Ida Marco Julia Ben Clara Yusuf "
     "Vera Max Emma Leo Alice Simon Maya Jack Olga David"
-).split()
-_PLACES = "harbour school market garden station museum farm library castle bridge mill park church hotel".split()
-_THINGS = (
+)
+_PLACES = _words(
+    "harbour school market garden station museum farm library castle bridge mill park church hotel"
+)
+_THINGS = _words(
     "lamp boat kite clock chair bicycle radio fence piano door table wagon drum ladder basket mirror "
     "bench stove window tent"
-).split()
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_ADJECTIVES = "old red small heavy green broken blue wooden".split()
-_ANIMALS = "dog cat horse goose fox goat".split()
-_WEATHER = "cold warm windy quiet rainy sunny".split()
+)
+_DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_ADJECTIVES = _words("old red small heavy green broken blue wooden")
+_ANIMALS = _words("dog cat horse goose fox goat")
+_WEATHER = _words("cold warm windy quiet rainy sunny")
 _OBSTACLES = ("there was no time", "it was too late", "the rain came", "the tools were lost")
 _REPORT_TITLES = ("News", "Report", "Diary", "Story")
 
@@ -73,26 +82,31 @@ class _Event:
 
 
 def pretraining_corpus(seed: int, count: int) -> list[str]:
-    """Generate texts about two or three events each, followed by questions about single facts.
+    """Generate texts of two lines each, easy ones first; the second line follows mostly from the first.
+
+    The first quarter are lists to copy, the next eighth notes to copy in another order, the rest stories with
+    a retelling and questions. A model that has learned to copy learns to look facts up many times faster.
 
     Args:
         seed: Another seed gives other texts from the same pool of events.
-        count: Number of texts, at least 0. A longer corpus begins with the shorter one.
+        count: Number of texts, at least 0.
 
     Returns:
-        `count` texts of about 20 to 140 words.
+        `count` texts of at most about 130 words.
 
     Raises:
         ValueError: `count` is negative.
 
-    >>> pretraining_corpus(0, 2) == pretraining_corpus(0, 3)[:2]
+    >>> pretraining_corpus(0, 8) == pretraining_corpus(0, 8)
     True
     """
-    return [_pretraining_text(rng) for rng in _generators(f"pretraining {seed}", count)]
+    writers = [_copied_words] * (count // 5) + [_copied_notes] * (2 * count // 5)
+    writers += [_retold_story] * (count - len(writers))
+    return [write(rng) for write, rng in zip(writers, _generators(f"pretraining {seed}", count), strict=True)]
 
 
 def summarisation_examples(split: Split, count: int) -> list[dict[str, str]]:
-    """Generate sources with their summaries; no event of one split occurs in another, or in the pretraining corpus.
+    """Generate sources with summaries; no event is told in two splits, nor in the pretraining corpus.
 
     Args:
         split: "train", "validation" or "test".
@@ -119,11 +133,38 @@ def _generators(stream: str, count: int) -> list[random.Random]:
     return [random.Random(f"{stream} {index}") for index in range(count)]
 
 
-def _pretraining_text(rng: random.Random) -> str:
-    dones = [rng.random() < 0.6 for _ in range(rng.choice((1, 2, 2, 3)))]
-    events = _draw_events(rng, "pretraining", dones)
-    questions = [question for event in events for question in _questions(rng, event)]
-    return " ".join([_tell(rng, events), *rng.sample(questions, min(len(questions), 6))])
+def _copied_words(rng: random.Random) -> str:
+    words = " ".join(rng.sample((*_PEOPLE, *_PLACES, *_THINGS, *_DAYS), rng.randint(3, 12)))
+    return f"List: {words}.\n {words}."
+
+
+def _copied_notes(rng: random.Random) -> str:
+    events = _draw_events(rng, "pretraining", [True] * rng.randint(2, 4))
+    first, second = (
+        " ".join(_note(rng, event) for event in rng.sample(events, len(events))) for _ in range(2)
+    )
+    return f"Notes: {first}\n {second}"
+
+
+def _note(rng: random.Random, event: _Event) -> str:
+    parts = [f"at {event.place}", f"on {event.day}", f"with {event.thing}"]
+    return f"{event.person} {' '.join(rng.sample(parts, len(parts)))}."
+
+
+def _retold_story(rng: random.Random) -> str:
+    events = _draw_events(rng, "pretraining", [rng.random() < 0.6 for _ in range(rng.choice((2, 2, 3)))])
+    retold = [sentence for event in events for sentence in _retelling(event)]
+    questions = [question for event in events for question in _questions(event)]
+    said = [*rng.sample(retold, len(retold)), *rng.sample(questions, min(len(questions), 5))]
+    return f"{_tell(rng, events)}\n {' '.join(said)}"
+
+
+def _retelling(event: _Event) -> list[str]:
+    """Say again, in two sentences that name the person, where they were and what came of it."""
+    visit = f"{event.person} was at the {event.place} on {event.day}."
+    if event.done:
+        return [visit, f"{event.person} {event.deed.past} the {event.thing}."]
+    return [visit, f"{event.person} could not {event.deed.infinitive} the {event.thing}."]
 
 
 def _summarisation_example(rng: random.Random, split: Split) -> dict[str, str]:
@@ -173,7 +214,16 @@ def _tell(rng: random.Random, events: list[_Event]) -> str:
 
 def _report(rng: random.Random, events: list[_Event]) -> str:
     """Tell `events` in the third person, with remarks between their sentences."""
-    told = _interleave(rng, [[_visit(rng, event, event.person), _outcome(rng, event, event.person)] for event in events])
+    told = _interleave(
+        rng,
+        [
+            [
+                _visit(rng, event, event.person),
+                _outcome(rng, event, event.person, _with_adjective(rng, event)),
+            ]
+            for event in events
+        ],
+    )
     return " ".join([f"{rng.choice(_REPORT_TITLES)}:", *_with_remarks(rng, told, events)])
 
 
@@ -182,7 +232,10 @@ def _dialogue(rng: random.Random, events: list[_Event]) -> str:
     told = _interleave(
         rng,
         [
-            [f"{event.person}: {_visit(rng, event, 'I')}", f"{event.person}: {_outcome(rng, event, 'I')}"]
+            [
+                f"{event.person}: {_visit(rng, event, 'I')}",
+                f"{event.person}: {_outcome(rng, event, 'I', _with_adjective(rng, event))}",
+            ]
             for event in events
         ],
     )
@@ -192,23 +245,27 @@ def _dialogue(rng: random.Random, events: list[_Event]) -> str:
 def _visit(rng: random.Random, event: _Event, subject: str) -> str:
     return rng.choice(
         (
-            f"On {event.day} {subject} went to the {event.place}.",
+            f"{subject} went to the {event.place} on {event.day}.",
             f"{subject} was at the {event.place} on {event.day}.",
-            f"{subject} came to the {event.place} on {event.day}.",
+            f"{subject} spent {event.day} at the {event.place}.",
         )
     )
 
 
-def _outcome(rng: random.Random, event: _Event, subject: str) -> str:
-    deed, thing = event.deed, f"the {rng.choice(_ADJECTIVES)} {event.thing}"
+def _outcome(rng: random.Random, event: _Event, subject: str, thing: str) -> str:
+    deed = event.deed
     if event.done:
-        return f"{subject} {rng.choice((deed.past, deed.synonym))} {thing} there."
+        return f"{subject} {rng.choice((deed.past, deed.synonym))} the {thing} there."
     return rng.choice(
         (
-            f"{subject} wanted to {deed.infinitive} {thing}, but {rng.choice(_OBSTACLES)}.",
-            f"{subject} could not {deed.infinitive} {thing}, because {rng.choice(_OBSTACLES)}.",
+            f"{subject} wanted to {deed.infinitive} the {thing}, but {rng.choice(_OBSTACLES)}.",
+            f"{subject} could not {deed.infinitive} the {thing}, because {rng.choice(_OBSTACLES)}.",
         )
     )
+
+
+def _with_adjective(rng: random.Random, event: _Event) -> str:
+    return f"{rng.choice(_ADJECTIVES)} {event.thing}"
 
 
 def _with_remarks(rng: random.Random, told: list[str], events: list[_Event]) -> list[str]:
@@ -237,7 +294,7 @@ def _interleave(rng: random.Random, sequences: list[list[str]]) -> list[str]:
     return [next(iterators[owner]) for owner in owners]
 
 
-def _questions(rng: random.Random, event: _Event) -> list[str]:
+def _questions(event: _Event) -> list[str]:
     person, deed, thing = event.person, event.deed, event.thing
     where, when = f"At the {event.place}.", f"On {event.day}."
     asked = [
