@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -137,7 +137,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     failures = []
     for route in (_through_dynamo, _through_eager):
         try:
-            with blocks_uncompiled(model), contextlib.ExitStack() as stack:
+            with blocks_uncompiled(model), tensors_kept(model), contextlib.ExitStack() as stack:
                 module, source = route(model, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             return _whole_model(joint.graph_module, parameters, source)
@@ -187,6 +187,20 @@ def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in compiled.items():
             module.forward = forward
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """The model's own tensors are back afterwards; a trace misplaces those of a module with two names."""
+    owners: list[MutableMapping[str, Any]] = []
+    for module in model.modules():
+        owners += module._parameters, module._buffers
+    kept = [(own, dict(own)) for own in owners]
+    try:
+        yield
+    finally:
+        for own, tensors in kept:
+            own.update(tensors)
 
 
 @contextlib.contextmanager
