@@ -48,10 +48,7 @@ class GradientStream:
                 consume(fqn, parameter, gradient)
 
         asking = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        handles = [
-            parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-            for parameter in asking
-        ]
+        handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in asking]
         try:
             self._forward_backward(batch)
         finally:
@@ -66,7 +63,7 @@ class GradientStream:
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss.item()}")
         with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
 
 def _check_gradient(fqn: str, gradient: torch.Tensor, seen: Collection[str]) -> None:

@@ -92,17 +92,17 @@ class Partition:
         return tuple(output for position, output in self.saved.items() if position not in read)
 
 
-class HoistingPartitioner(CustomPartitionerFn):  # type: ignore[misc]
+class HoistingPartitioner(CustomPartitionerFn):
     """Splits the joint graph where least is saved for backward, and keeps a copy of the result."""
 
     partition: Partition
 
     def __call__(
-        self, graph: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split `graph` into forward and backward."""
-        slots = region_joint(graph).slots
-        forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
+        """Split a joint graph into forward and backward."""
+        slots = region_joint(gm).slots
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
         outputs: Any = forward.graph.output_node().args[0]
         first_saved = kwargs["num_fwd_outputs"]
@@ -158,7 +158,8 @@ class HoistedVariants:
         outputs = self._code(*inputs)
         node = region_node(outputs, inputs)
         if node is not None:
-            node.metadata[PLAN] = plan
+            metadata: Any = node.metadata
+            metadata[PLAN] = plan
         return outputs
 
     def _compile(
@@ -166,6 +167,7 @@ class HoistedVariants:
     ) -> tuple[Partition, Callable[..., Any]]:
         """Compile the forward; the parts of the backward are compiled when first run."""
         partitioner = HoistingPartitioner()
+        code: Any
         with without_donation():
             if self._compiler == "inductor":
                 patches = {"custom_partitioner_fn": partitioner}
@@ -211,7 +213,8 @@ class HoistedVariants:
 
     def _run_plan(self, inputs: list[Any]) -> Sequence[Any]:
         """The backward, by the plan its forward ran with."""
-        plan: Plan = current_autograd_node().metadata[PLAN]
+        metadata: Any = current_autograd_node().metadata
+        plan: Plan = metadata[PLAN]
         return plan.backward(inputs)
 
     def _plan(self, live: Live) -> Plan:

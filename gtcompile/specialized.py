@@ -4,7 +4,7 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx
 
@@ -54,7 +54,7 @@ class SpecializedVariants:
         return variant(*inputs)
 
 
-class TrainedSetPartitioner(CustomPartitionerFn):  # type: ignore[misc]
+class TrainedSetPartitioner(CustomPartitionerFn):
     """Rewrites the joint graph for one trained set, then splits it where least is saved for backward.
 
     Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so no trained
@@ -65,14 +65,14 @@ class TrainedSetPartitioner(CustomPartitionerFn):  # type: ignore[misc]
         self.live = live
 
     def __call__(
-        self, graph: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split `graph` into forward and backward for the live gradients."""
-        joint = restrict_gradients(region_joint(graph), {input_name(i) for i in self.live})
+        """Split a joint graph into forward and backward for the live gradients."""
+        joint = restrict_gradients(region_joint(gm), {input_name(i) for i in self.live})
         forward, backward = min_cut_rematerialization_partition(joint.module, joint_inputs, **kwargs)
         return forward, backward
 
-    def uuid(self) -> tuple[str, tuple[int, ...]]:
+    def uuid(self) -> tuple[bytes, tuple[int, ...]]:
         """What the result depends on beside the graph: this code and the trained set."""
         return get_hash_for_files((__file__,)), tuple(sorted(self.live))
 
@@ -89,12 +89,14 @@ def compile_specialized(
         compiler: who turns the two graphs into code.
     """
     partitioner = TrainedSetPartitioner(live)
+    code: Any
     if compiler == "inductor":
-        return compile_fx(graph, example_inputs, config_patches={"custom_partitioner_fn": partitioner})  # type: ignore[no-any-return]
-    region = aot_autograd(
-        fw_compiler=boxed_nop_preserve_node_meta,
-        bw_compiler=boxed_nop_preserve_node_meta,
-        partition_fn=partitioner,
-        keep_inference_input_mutations=True,
-    )
-    return region(graph, example_inputs)  # type: ignore[no-any-return]
+        code = compile_fx(graph, example_inputs, config_patches={"custom_partitioner_fn": partitioner})
+    else:
+        code = aot_autograd(
+            fw_compiler=boxed_nop_preserve_node_meta,
+            bw_compiler=boxed_nop_preserve_node_meta,
+            partition_fn=partitioner,
+            keep_inference_input_mutations=True,
+        )(graph, example_inputs)
+    return cast(Compiled, code)

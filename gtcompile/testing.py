@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,12 @@ def assert_same_gradients(
             gradient,
             rtol=rtol,
             atol=atol,
-            msg=lambda text, fqn=fqn: f"gradient of {fqn}: {text}",
+            msg=partial(_say_whose, fqn),
         )
+
+
+def _say_whose(fqn: str, text: str) -> str:
+    return f"gradient of {fqn}: {text}"
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:

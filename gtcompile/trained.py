@@ -12,14 +12,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gtcompile.capture import list_parameters, unwrap
 
-_frozen: WeakIdKeyDictionary[nn.Parameter, RemovableHandle] = WeakIdKeyDictionary()
-_in_region: WeakIdKeyDictionary[nn.Parameter, bool] = WeakIdKeyDictionary()
-_outside: WeakIdKeyDictionary[nn.Parameter, bool] = WeakIdKeyDictionary()
+_frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
+_in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
+_outside = WeakIdKeyDictionary()  # the keys: parameters of compiled models that eager code alone uses
 _generation = itertools.count(1)
 _current_generation = 0
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, cast
 
 from torch import fx
 
@@ -43,7 +43,7 @@ def graph_pass(
         logger.debug("%s: %d -> %d nodes, %d gradients", name, before, after, len(result.live))
         return result
 
-    return run
+    return cast("Callable[Concatenate[JointGraph, P], JointGraph]", run)
 
 
 def _compare(name: str, before: JointGraph, after: JointGraph) -> None:

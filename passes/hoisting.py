@@ -7,6 +7,7 @@ parameter is trained.
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -116,8 +117,7 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
         hoist: slots that may become leaves; a slot without matrix products or scatters stays in the chain.
     """
     output = backward.graph.output_node()
-    gradients = output.args[0]
-    assert isinstance(gradients, (tuple, list))
+    gradients: Any = output.args[0]
     bodies = {
         slot: leaf_nodes(gradients[slot], output) for slot in sorted(hoist) if gradients[slot] is not None
     }
