@@ -89,7 +89,7 @@ def _finetune(
     *,
     resume: bool,
     compare_full: bool,
-    compiler: str | None,
+    compiler: Compiler | None,
 ) -> None:
     if resume and output is None:
         raise ValueError("--resume continues the run in --output; pass the folder")
@@ -107,8 +107,9 @@ def _finetune(
             runs = finetuning.compare_with_full(run, folder, reporter, resume=resume)
         else:
             runs = (finetuning.finetune(run, folder, reporter, resume=resume),)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; continue with the same command, --resume and --output {folder}")
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt) or "interrupted"
+        reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
         raise typer.Exit(130) from None
     console.print(summary.comparison(*runs))
     for line in (*summary.notes(runs), f"Written to {folder}."):
@@ -136,7 +137,7 @@ def inspect(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Print what a budget would train and what every parameter costs, without training or weights."""
-    data = {
+    data: dict[str, Any] = {
         "data_dir": data_dir,
         "source_field": source_field,
         "target_field": target_field,

@@ -77,7 +77,7 @@ def _generate(
     pads = [length - len(prompt) for prompt in prompts]
     ids = [[tokenizer.pad_token_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (length - pad) for pad in pads]
-    outputs = model.generate(
+    outputs = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,

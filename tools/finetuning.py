@@ -18,6 +18,12 @@ from gtcompile.tools.training import Training, forward_and_backward
 
 FULL_STEPS_TIMED = 3
 
+DEMO_NOTE = (
+    "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
+    "the one that was done is to be told in one sentence. Its model was pretrained on other texts of that "
+    "world and has not seen the task. The figures show what a budget costs; of natural text they say nothing."
+)
+
 
 def finetune(
     settings: Settings,
@@ -122,6 +128,8 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
 
 
 def _introduce(prepared: Prepared, reporter: Reporter) -> None:
+    if prepared.settings.dataset == "demo":
+        reporter.say(DEMO_NOTE)
     reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
     reporter.say(f"data: {prepared.task}")

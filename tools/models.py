@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -106,7 +106,8 @@ def model_on_meta(name: str) -> PreTrainedModel:
     """
     config = load_demo()[0].config if name == DEMO else load_config(name)
     with torch.device("meta"):
-        return _auto_class(config).from_config(config).train()
+        model: PreTrainedModel = _auto_class(config).from_config(config)
+    return model.train()
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
@@ -151,7 +152,7 @@ def _complete(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Non
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    size = model.get_input_embeddings().weight.shape[0]
+    size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise ValueError(

@@ -183,8 +183,7 @@ class Training:
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    options = {"compiler": "inductor"}
-    return torch.compile(model, backend="gtcompile", options=options, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, backend="gtcompile", options={"compiler": "inductor"}, dynamic=False)  # type: ignore[return-value]
 
 
 def forward_and_backward(model: nn.Module, batch: Batch) -> float:
