@@ -111,9 +111,7 @@ def _finetune(
         reason = str(interrupt) or "interrupted"
         reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
         raise typer.Exit(130) from None
-    console.print(summary.comparison(*runs))
-    for line in (*summary.notes(runs), f"Written to {folder}."):
-        reporter.say(line)
+    summary.show(console, runs, folder)
 
 
 @app.command()

@@ -90,8 +90,8 @@ def test_predicted_flops_equal_counted_flops_and_keep_the_budget(finished: tuple
     _, summary = finished
     assert summary.predicted_flops == summary.counted_flops
     assert 0.36 * summary.full_flops < summary.predicted_flops <= 0.6 * summary.full_flops
-    assert summary.full_step is not None
-    assert summary.full_step.flops * summary.steps == summary.full_flops
+    assert summary.comparison is not None
+    assert summary.comparison.full_flops * summary.steps == summary.full_flops
 
 
 def test_every_step_and_every_selection_is_written(finished: tuple[Path, Summary]) -> None:

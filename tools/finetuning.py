@@ -9,14 +9,16 @@ import transformers
 
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.tools.evaluation import generate_answers, score
-from gtcompile.tools.preparation import Prepared, prepare
+from gtcompile.tools.preparation import Batch, Prepared, prepare
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.settings import Settings
-from gtcompile.tools.summary import FullStep, Summary, summary_from
+from gtcompile.tools.summary import StepComparison, Summary, summary_from
 from gtcompile.tools.training import Training, forward_and_backward
+from gtcompile.trained import train_only
 
-FULL_STEPS_TIMED = 3
+PAIRS_TIMED = 5
+"""Steps of each kind in a comparison, after one that compiles."""
 
 DEMO_NOTE = (
     "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
@@ -32,7 +34,6 @@ def finetune(
     *,
     resume: bool = False,
     evaluate_before: bool = False,
-    time_full_steps: bool = True,
 ) -> Summary:
     """Fine-tune, evaluate, and write everything to a folder.
 
@@ -44,7 +45,6 @@ def finetune(
         reporter: shows progress.
         resume: continue the run in `output` from its checkpoint, bit-equal to not having stopped.
         evaluate_before: score the model before training too; not repeated on resume.
-        time_full_steps: run a few full steps after training, without updating anything, to compare with.
 
     Raises:
         ValueError, GTCompileError: before any training and before anything is written, when something is
@@ -69,8 +69,8 @@ def finetune(
             before = evaluate(prepared, reporter)
     training.run()
     folder.save_model(prepared.language)
-    full_step = time_full_step(training) if time_full_steps and settings.method != "full" else None
-    summary = _summarise(training, evaluate(prepared, reporter), before, full_step)
+    steps = None if settings.method == "full" else compare_steps(training)
+    summary = _summarise(training, evaluate(prepared, reporter), before, steps)
     folder.write_summary(summary.as_dict())
     return summary
 
@@ -83,7 +83,7 @@ def compare_with_full(
     Returns:
         The two summaries, the full one last.
     """
-    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, time_full_steps=False)
+    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True)
     full = Settings(**{**settings.as_dict(), "method": "full"})
     folder = output / "full"
     return first, finetune(full, folder, reporter, resume=resume and (folder / "run.json").is_file())
@@ -104,17 +104,26 @@ def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
     return score(prepared.task.format.metric, answers, references)
 
 
-def time_full_step(training: Training) -> FullStep:
-    """Count and time full steps of forward and backward on the model as it is; nothing is updated."""
+def compare_steps(training: Training) -> StepComparison:
+    """Count a full step, and time full steps and steps of the last plan in turn; nothing is updated."""
     batch = training.prepared.batch(training.prepared.epoch(0)[0])
+    plan = training.selections[-1]
+    patterns = {"full": None, "plan": plan["trained"]}
+    seconds: dict[str, list[float]] = {name: [] for name in patterns}
     with restored(training.module), temporarily_training(training.model, None):
-        flops = training.meter.check(batch, training.selections[-1]["full_flops"])
-        seconds = []
-        for _ in range(FULL_STEPS_TIMED + 1):  # the first one compiles
-            started = perf_counter()
-            forward_and_backward(training.model, batch)
-            seconds.append(perf_counter() - started)
-    return FullStep(flops=flops, seconds=median(seconds[1:]))
+        full_flops = training.meter.check(batch, plan["full_flops"])
+        for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
+            for name, trained in patterns.items():
+                train_only(training.model, trained)
+                seconds[name].append(_seconds_of_step(training, batch))
+    full, planned = (median(seconds[name][1:]) for name in patterns)
+    return StepComparison(full_flops=full_flops, full_seconds=full, plan_seconds=planned)
+
+
+def _seconds_of_step(training: Training, batch: Batch) -> float:
+    started = perf_counter()
+    forward_and_backward(training.model, batch)
+    return perf_counter() - started
 
 
 def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Summary | None:
@@ -140,7 +149,10 @@ def _introduce(prepared: Prepared, reporter: Reporter) -> None:
 
 
 def _summarise(
-    training: Training, quality: dict[str, float], before: dict[str, float] | None, full_step: FullStep | None
+    training: Training,
+    quality: dict[str, float],
+    before: dict[str, float] | None,
+    steps: StepComparison | None,
 ) -> Summary:
     prepared, settings = training.prepared, training.prepared.settings
     return Summary(
@@ -161,5 +173,5 @@ def _summarise(
         selecting_seconds=training.seconds["selecting"],
         quality=quality,
         quality_before=before,
-        full_step=full_step,
+        comparison=steps,
     )

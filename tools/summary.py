@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FullStep:
-    """One step with everything trained, run on the same model and batch without updating anything."""
+class StepComparison:
+    """Steps of the run's last plan and full steps, taken in turn on one batch without updating anything."""
 
-    flops: int
-    """Predicted, and equal to what was counted."""
-    seconds: float
-    """Forward and backward, the median of a few."""
+    full_flops: int
+    """Of a full step: predicted, and equal to what was counted."""
+    full_seconds: float
+    """Forward and backward of a full step, the median of a few."""
+    plan_seconds: float
+    """The same with the last plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +59,8 @@ class Summary:
     """Metric to score in percent."""
     quality_before: Mapping[str, float] | None = None
     """The same before training, where it was measured."""
-    full_step: FullStep | None = None
-    """Measured after training; None for a full run, whose own steps say it."""
+    comparison: StepComparison | None = None
+    """Measured after training; None for a full run."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,8 +69,8 @@ class Summary:
 
 def summary_from(values: Mapping[str, Any]) -> Summary:
     """The summary that `as_dict` was called on."""
-    full_step = values.get("full_step")
-    return Summary(**{**values, "full_step": FullStep(**full_step) if full_step else None})
+    steps = values["comparison"]
+    return Summary(**{**values, "comparison": steps and StepComparison(**steps)})
 
 
 def comparison(run: Summary, full: Summary | None = None) -> Table:
@@ -80,10 +84,19 @@ def comparison(run: Summary, full: Summary | None = None) -> Table:
     table.add_column("")
     table.add_column(run.title, justify="right")
     table.add_column("full" if full else "full, not run", justify="right")
-    other = _figures(full) if full else _known_of_full(run)
+    other = _known_of_full(run) | (_figures(full) if full else {})
+    if full is not None and run.comparison is not None:
+        other["seconds of a step, in turn"] = f"{run.comparison.full_seconds:.4f}"
     for name, value in _figures(run).items():
         table.add_row(name, value, other.get(name, "-"))
     return table
+
+
+def show(console: Console, runs: Sequence[Summary], folder: Path) -> None:
+    """Print a run, or a run and a full one, with what the figures stand for."""
+    console.print(comparison(*runs))
+    for line in (*notes(runs), f"Written to {folder}."):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _figures(run: Summary) -> dict[str, str]:
@@ -91,7 +104,8 @@ def _figures(run: Summary) -> dict[str, str]:
         "FLOPs predicted": f"{run.predicted_flops:.4e}",
         "FLOPs counted": f"{run.counted_flops:.4e}",
         "share of full": f"{run.predicted_flops / run.full_flops:.1%}",
-        "seconds per step": f"{run.step_seconds:.4f}",
+        "seconds of a step": f"{run.step_seconds:.4f}",
+        "seconds of a step, in turn": f"{run.comparison.plan_seconds:.4f}" if run.comparison else "-",
         "seconds of training": f"{run.training_seconds:.1f}",
         "seconds of selecting": f"{run.selecting_seconds:.1f}",
     }
@@ -108,10 +122,9 @@ def _known_of_full(run: Summary) -> dict[str, str]:
         "FLOPs predicted": f"{run.full_flops:.4e}",
         "share of full": "100.0%",
     }
-    if run.full_step is not None:
-        known["FLOPs counted"] = f"{run.full_step.flops * run.steps:.4e}"
-        known["seconds per step"] = f"{run.full_step.seconds:.4f}"
-        known["seconds of training"] = f"about {run.full_step.seconds * run.steps:.1f}"
+    if run.comparison is not None:
+        known["FLOPs counted"] = f"{run.comparison.full_flops * run.steps:.4e}"
+        known["seconds of a step, in turn"] = f"{run.comparison.full_seconds:.4f}"
     return known
 
 
@@ -123,6 +136,7 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         f"{run.steps} steps; {run.compiler} compiler on {run.device}.",
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
         "and counted by running one step of each selection operator by operator: both agree.",
-        "Seconds per step are the median of forward and backward; seconds of training are all steps with the "
-        "optimizer and with compilation.",
+        "Seconds of a step are the median of forward and backward; in turn: steps of both kinds taken "
+        "alternately after training, so that what else the machine does weighs on both. Seconds of training "
+        "are all steps with the optimizer and with compilation.",
     ]
