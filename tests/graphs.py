@@ -29,7 +29,7 @@ def capture_of(recipe: Recipe) -> JointGraph:
 
 
 def run_joint(joint: JointGraph, model: nn.Module, batch: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The forward outputs and the gradients by FQN that a captured graph computes on real values, slots of one weight added up."""
+    """Forward outputs and gradients by FQN of a captured graph, slots of one weight added up."""
     outputs = run_graph(joint.module, inputs_of(joint, model, batch))
     gradients: dict[str, Any] = {}
     for slot, gradient in zip(joint.slots, outputs[joint.forward_outputs :], strict=True):
@@ -45,10 +45,9 @@ def run_graph(module: fx.GraphModule, inputs: Iterable[Any]) -> list[Any]:
 
 
 def inputs_of(joint: JointGraph, model: nn.Module, batch: dict[str, Any]) -> list[torch.Tensor]:
-    """Values of a captured graph's placeholders: those of the model and the batch, and 1 for the loss's tangent."""
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
+    """Values of a captured graph's placeholders: the model's, the batch's, and 1 for the loss's tangent."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
     values = []
     for node in joint.module.graph.find_nodes(op="placeholder"):
         meaning = node.meta["desc"]

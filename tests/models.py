@@ -47,8 +47,8 @@ class Norm(nn.Module):
 class Convolution(nn.Module):
     """A convolution over the sequence and batch norm, in training mode a mutation of buffers.
 
-    Contiguous again at the end: on other strides eager `linear` picks its kernel by `requires_grad` (as SDPA does for a mask
-    that asks for a gradient), so that freezing changes the last bit.
+    Contiguous again at the end: on other strides eager `linear` picks its kernel by `requires_grad` (as SDPA
+    does for a mask that asks for a gradient), so that freezing changes the last bit.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""restrict_gradients on random models: the passes together compute what eager autograd computes, and nothing else."""
+"""restrict_gradients: the passes together compute what eager autograd computes, and nothing else."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
