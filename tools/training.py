@@ -15,7 +15,7 @@ from gtcompile.errors import GTCompileError
 from gtcompile.tools.checkpoints import check_same_model, random_state, restore_random_state
 from gtcompile.tools.flop_meter import FlopMeter
 from gtcompile.tools.interruption import stop_between_steps
-from gtcompile.tools.policies import Plan, policy_for
+from gtcompile.tools.policies import policy_for
 from gtcompile.tools.preparation import Batch, Prepared
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
@@ -50,7 +50,6 @@ class Training:
         self.total_steps = prepared.steps_per_epoch * settings.epochs
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
         self.policy = policy_for(settings, self.model, self.optimizer)
-        self.plan: Plan | None = None
         self.selections: list[dict[str, Any]] = []
         self.steps = 0
         self.predicted_flops = 0
@@ -92,15 +91,15 @@ class Training:
     def _make_plan(self) -> None:
         started = time.perf_counter()
         batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
-        self.plan = self.policy.plan(batches)
-        counted = self.meter.check(batches[0], self.plan.step_flops)
+        plan = self.policy.plan(batches)
+        counted = self.meter.check(batches[0], plan.step_flops)
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             self.folder.write_settings(self.prepared.settings)
-        self.selections.append({"epoch": self.epoch, **self.plan.as_dict(), "counted_step_flops": counted})
+        self.selections.append({"epoch": self.epoch, **plan.as_dict(), "counted_step_flops": counted})
         self.folder.write_selections(self.selections)
         self.save()
-        self.reporter.planned(self.epoch, self.plan)
+        self.reporter.planned(self.epoch, plan)
 
     def _step(self) -> None:
         index = self.steps % self.prepared.steps_per_epoch
