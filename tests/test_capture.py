@@ -1,0 +1,289 @@
+"""Capturing models: meta device, tied and frozen weights, graph breaks, refusals, and nothing changed."""
+
+import copy
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from gtcompile.blocks import compile_blocks
+from gtcompile.capture import (
+    blocks_uncompiled,
+    capture,
+    check_batch,
+    list_parameters,
+    loss_of,
+    tangents,
+    unwrap,
+)
+from gtcompile.dependencies import backward_costs
+from gtcompile.errors import CaptureError
+from tests.graphs import text_of
+from tests.models import POOL, Recipe, Regression, make_batch, random_sets
+
+
+class Wrapped(nn.Module):
+    """A regression whose forward's result is passed through a function."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = Regression(2), wrap
+
+    def forward(self, x, y):
+        return self.wrap(self.inner(x, y))
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+@torch.compiler.disable
+def outside_of_dynamo(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x)
+
+
+def meta_twin(recipe: Recipe) -> nn.Module:
+    with torch.device("meta"):
+        return recipe.model()
+
+
+@pytest.mark.parametrize("recipe", [POOL[0], POOL[3], POOL[4]], ids=str)
+def test_a_model_on_the_meta_device_is_captured_like_the_real_one(recipe):
+    meta = meta_twin(recipe)
+    real, without_weights = (capture(model, recipe.batch()) for model in (recipe.model(), meta))
+    assert text_of(without_weights.module) == text_of(real.module)
+    assert without_weights.parameters == real.parameters
+    assert without_weights.slots == real.slots
+    assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
+
+
+def test_the_meta_twin_keeps_ties_and_user_frozen_parameters():
+    parameters = {p.fqn: p for p in capture(meta_twin(POOL[3]), POOL[3].batch()).parameters}
+    assert parameters["embed.weight"].aliases == ("head.weight",)
+    assert parameters["layers.2.scale"].status == "frozen by user"
+
+
+def test_parameters_are_listed_in_registration_order_with_their_aliases():
+    model = Recipe(("partly unused",), tied=True).model()
+    listed = list_parameters(model)
+    assert [p.fqn for p in listed] == [name for name, _ in model.named_parameters()]
+    assert listed[0].aliases == ("head.weight",)
+    assert [p.shape for p in listed] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_unused_parameters_are_reported_after_the_capture():
+    model = Recipe(("partly unused",)).model()
+    assert {p.status for p in list_parameters(model)} == {"selectable", "frozen by user"}
+    captured = {p.fqn: p.status for p in capture(model, make_batch()).parameters}
+    assert captured["layers.0.never_called.bias"] == "unused"
+
+
+def test_both_slots_of_a_tied_weight_carry_one_name():
+    joint = capture(Recipe(("norm",), tied=True).model(), make_batch())
+    assert "head.weight" not in joint.slots
+    assert "embed.weight" in joint.live
+
+
+def test_one_tangent_seeds_the_backward():
+    joint = capture(Regression(2), make_batch())
+    assert len(tangents(joint)) == 1
+    assert tangents(joint)[0].meta["val"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda loss: {"loss": loss, "logits": None}, Output, lambda loss: loss.reshape(1)],
+    ids=["mapping", "attribute", "one element"],
+)
+def test_the_loss_is_found_where_models_put_it(wrap):
+    torch.manual_seed(0)
+    costs = backward_costs(Wrapped(wrap), make_batch())
+    assert costs.full_flops == backward_costs(Regression(2), make_batch()).full_flops
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda loss: (loss,), "got tuple"),
+        (lambda loss: {"logits": loss}, "got dict"),
+        (lambda loss: Output(loss=None), "got Output"),
+        (lambda loss: loss.expand(3), r"got a tensor of shape \[3\]"),
+    ],
+    ids=["tuple", "no loss in the mapping", "loss is None", "three values"],
+)
+def test_a_model_without_a_scalar_loss_is_refused(wrap, message):
+    with pytest.raises(CaptureError, match=message) as raised:
+        capture(Wrapped(wrap), make_batch())
+    assert "Does the batch contain labels?" in str(raised.value)
+
+
+def test_a_loss_by_itself_is_found_without_a_capture():
+    loss = torch.tensor([2.0])
+    assert loss_of(loss).shape == ()
+    assert loss_of({"loss": loss}) == loss_of(Output(loss)) == 2
+
+
+def test_a_batch_with_unknown_keys_is_refused_before_any_work():
+    with pytest.raises(ValueError, match=r"Regression.forward takes no 'label', 'z'; it takes x, y"):
+        capture(Regression(), make_batch() | {"label": 1, "z": 2})
+
+
+@pytest.mark.parametrize(
+    "batch", [[torch.zeros(1)], torch.zeros(1), {1: torch.zeros(1)}], ids=["list", "tensor", "int"]
+)
+def test_a_batch_that_is_no_keyword_dictionary_is_refused(batch):
+    with pytest.raises(TypeError, match="keyword dictionary"):
+        capture(Regression(), batch)
+
+
+def test_a_forward_with_keyword_catch_all_takes_any_key():
+    class Any(Regression):
+        def forward(self, **batch):
+            return super().forward(batch["x"], batch["y"])
+
+    check_batch(Any(), {"x": 1, "whatever": 2})
+    assert capture(Any(2), make_batch()).live
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = Regression().requires_grad_(False)
+    with pytest.raises(CaptureError, match="no parameter with requires_grad=True"):
+        capture(model, make_batch())
+
+
+def test_a_graph_break_falls_back_to_tracing_without_dynamo():
+    class Broken(Regression):
+        def forward(self, x, y):
+            return super().forward(outside_of_dynamo(x), y)
+
+    class Whole(Regression):
+        def forward(self, x, y):
+            return super().forward(torch.tanh(x), y)
+
+    broken, whole = Broken(3), Whole(3)
+    assert capture(broken, make_batch()).source == "eager trace"
+    assert capture(whole, make_batch()).source == "dynamo"
+    costs, expected = (backward_costs(model, make_batch()) for model in (broken, whole))
+    assert costs == expected
+
+
+def test_a_branch_on_data_is_refused_with_both_reasons():
+    class Branching(Regression):
+        def forward(self, x, y):
+            return super().forward(x, y) * (2 if x.sum() > 0 else 1)
+
+    with pytest.raises(CaptureError, match="could not capture Branching as one graph") as raised:
+        capture(Branching(), make_batch())
+    reasons = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
+    assert len(reasons) == 2
+    assert "Dynamo" in reasons[0]
+    assert "a branch on data" in str(raised.value).lower()
+
+
+def test_log_calls_in_the_forward_are_passed_over():
+    logger = logging.getLogger("a model's own")
+
+    class Chatty(Regression):
+        def forward(self, x, y):
+            logger.warning("running on %s", x.shape)
+            return super().forward(x, y)
+
+    assert capture(Chatty(2), make_batch()).source == "dynamo"
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything a capture could change, as values and identities."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "identity": [(name, id(tensor)) for name, tensor in named],
+        "values": [tensor.detach().clone() for _, tensor in named],
+        "gradients": [None if t.grad is None else t.grad.clone() for _, t in named],
+        "asks": [tensor.requires_grad for _, tensor in named],
+        "training": [module.training for module in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(before: object, after: object) -> bool:
+    if isinstance(before, torch.Tensor):
+        return isinstance(after, torch.Tensor) and torch.equal(before, after)
+    if isinstance(before, list):
+        return len(before) == len(after) and all(map(same, before, after))
+    return before == after
+
+
+@pytest.mark.parametrize("recipe", [POOL[2], POOL[3], POOL[4], POOL[6]], ids=str)
+def test_nothing_in_the_model_changes(recipe):
+    model, batch = recipe.model(), recipe.batch()
+    model(**batch).backward()
+    model.layers[0].eval()
+    before = state_of(model)
+    given = copy.deepcopy(batch)
+    capture(model, batch)
+    after = state_of(model)
+    assert {key: same(before[key], after[key]) for key in before} == dict.fromkeys(before, True)
+    assert all(torch.equal(given[key], batch[key]) for key in batch)
+
+
+def test_nothing_changes_when_the_capture_fails():
+    class Failing(Regression):
+        def __init__(self):
+            super().__init__()
+            self.again = self.layers
+
+        def forward(self, x, y):
+            return super().forward(x, y) if x.sum() > 0 else 2 * super().forward(x, y)
+
+    model = Failing()
+    before = state_of(model)
+    with pytest.raises(CaptureError):
+        capture(model, make_batch())
+    after = state_of(model)
+    assert all(same(before[key], after[key]) for key in before)
+
+
+def test_a_capture_is_the_same_every_time():
+    model = Recipe(("attention",)).model()
+    first, again = (capture(model, make_batch()) for _ in range(2))
+    assert text_of(first.module) == text_of(again.module)
+
+
+def test_a_captured_shape_does_not_make_later_ones_dynamic():
+    model = Regression(2)
+    for rows in (2, 3, 4):
+        joint = capture(model, make_batch(0, rows, 8))
+        placeholders = joint.module.graph.find_nodes(op="placeholder")
+        assert (rows, 8) in [tuple(node.meta["val"].shape) for node in placeholders]
+
+
+def test_a_compiled_model_is_captured_as_its_author_wrote_it():
+    model, batch = Recipe(("attention", "attention")).model(), make_batch()
+    plain = backward_costs(model, batch)
+    wrapped = torch.compile(model, backend="gtcompile", options={"compiler": "eager"})
+    assert unwrap(wrapped) is model
+    assert backward_costs(wrapped, batch) == plain
+    compile_blocks(model, compiler="eager")
+    assert backward_costs(model, batch) == plain
+
+
+def test_compiled_blocks_are_back_after_a_capture():
+    model = compile_blocks(Recipe(("residual", "residual")).model(), compiler="eager")
+    forwards = [vars(layer)["forward"] for layer in model.layers]
+    with blocks_uncompiled(model):
+        assert not any("forward" in vars(layer) for layer in model.layers)
+    assert [vars(layer)["forward"] for layer in model.layers] == forwards
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"expected an nn.Module, got dict"):
+        capture({}, {})
+
+
+def test_random_sets_for_the_tests_are_different_and_not_empty():
+    sets = random_sets(["a", "b", "c"], 7)
+    assert len(set(sets)) == 7
+    assert frozenset() not in sets
