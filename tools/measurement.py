@@ -1,0 +1,90 @@
+"""Time rivals fairly, and say whether a target is met."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Repeated measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+
+    def __truediv__(self, unit: float) -> "Spread":
+        """The same measurements in another unit."""
+        return Spread(self.median / unit, self.low / unit, self.high / unit)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median, least and greatest of at least one measurement."""
+    values = sorted(values)
+    return Spread(statistics.median(values), values[0], values[-1])
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of one call, work it queued on the device included."""
+    wait_for(device)
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    rivals: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Wall seconds of each rival in each round.
+
+    The rivals take turns, every other round in reverse, so that what else happens on the machine falls on
+    all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    order = list(rivals)
+    for _ in range(rounds):
+        for name in order:
+            times[name].append(seconds(rivals[name], device))
+        order.reverse()
+    return times
+
+
+def ratios(times: Iterable[float], base: Iterable[float]) -> Spread:
+    """Round by round, how many times as long one rival took as another."""
+    return spread(one / other for one, other in zip(times, base, strict=True))
+
+
+def verdict(value: float, target: float) -> str:
+    """Whether a measurement keeps to its upper limit, said plainly."""
+    return f"{'met' if value <= target else 'MISSED'} (at most {target:.3g})"
+
+
+def describe_machine(device: torch.device) -> str:
+    """What the numbers were measured on, and how busy it was."""
+    load = f"{os.getloadavg()[0]:.1f} processes were running already"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{os.cpu_count()} x {_processor()}, torch {torch.__version__}; {load}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
