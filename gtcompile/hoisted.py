@@ -200,6 +200,10 @@ class HoistedVariants:
         self._compile_part = compile_part
         return boxed(self._run_plan)
 
+    def _compile_when_run(self, part: Part) -> Boxed:
+        """Compile a part; plans are made before AOTAutograd's first backward says how."""
+        return self._compile_part(part)
+
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
         """The compiled forward, which lets go of what the plan's backward will not read."""
 
@@ -230,7 +234,7 @@ class HoistedVariants:
         compiled = self._compiler == "inductor" and (
             self._cut_chains == "compile" or draws_random_numbers(needed)
         )
-        run = lazily(self._compile_part if compiled else run_operators, needed)
+        run = lazily(self._compile_when_run if compiled else run_operators, needed)
         return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
 
     def _whole_chain(self, live: Slots, flops: int) -> Plan | None:
@@ -242,7 +246,7 @@ class HoistedVariants:
         if activations not in self._chains:
             hoistable = {slot for slot, name in enumerate(slots) if name in self._parameters}
             hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
-            self._chains[activations] = hoisted, lazily(self._compile_part, hoisted.chain)
+            self._chains[activations] = hoisted, lazily(self._compile_when_run, hoisted.chain)
         hoisted, chain = self._chains[activations]
         leaves = tuple(leaf for leaf in hoisted.leaves if leaf.slot in live)
         if hoisted.chain.flops + sum(leaf.flops for leaf in leaves) != flops:
