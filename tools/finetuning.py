@@ -9,6 +9,7 @@ import transformers
 
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.tools.evaluation import generate_answers, score
+from gtcompile.tools.flop_meter import check_step_flops
 from gtcompile.tools.preparation import Batch, Prepared, prepare
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
@@ -111,7 +112,7 @@ def compare_steps(training: Training) -> StepComparison:
     patterns = {"full": None, "plan": plan["trained"]}
     seconds: dict[str, list[float]] = {name: [] for name in patterns}
     with restored(training.module), temporarily_training(training.model, None):
-        full_flops = training.meter.check(batch, plan["full_flops"])
+        full_flops = check_step_flops(training.model, batch, plan["full_flops"])
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             for name, trained in patterns.items():
                 train_only(training.model, trained)

@@ -4,16 +4,17 @@ import math
 import time
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
+from gtcompile.blocks import compile_blocks, find_blocks
 from gtcompile.capture import loss_of
 from gtcompile.errors import GTCompileError
 from gtcompile.tools.checkpoints import check_same_model, random_state, restore_random_state
-from gtcompile.tools.flop_meter import FlopMeter
+from gtcompile.tools.flop_meter import check_step_flops
 from gtcompile.tools.interruption import stop_between_steps
 from gtcompile.tools.policies import policy_for
 from gtcompile.tools.preparation import Batch, Prepared
@@ -42,8 +43,7 @@ class Training:
         settings = prepared.settings
         self.prepared, self.folder, self.reporter = prepared, folder, reporter
         self.module: nn.Module = prepared.language.model
-        self.meter = FlopMeter(self.module)
-        self.model = self.meter.compiled if settings.compiler == "eager" else _compiled(self.module)
+        self.model, self.compiled_as = compile_for_training(self.module, settings.compiler)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -64,6 +64,7 @@ class Training:
             StoppedEarlyError: Ctrl-C; the checkpoint is written.
             GTCompileError: the budget is too small, or a count contradicts the prediction.
         """
+        self.reporter.say(f"compiled: {self.compiled_as}")
         with stop_between_steps() as stop, self.reporter.training(self):
             while self.steps < self.total_steps:
                 if self._plan_is_due():
@@ -92,7 +93,7 @@ class Training:
         started = time.perf_counter()
         batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
         plan = self.policy.plan(batches)
-        counted = self.meter.check(batches[0], plan.step_flops)
+        counted = check_step_flops(self.model, batches[0], plan.step_flops)
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             self.folder.write_settings(self.prepared.settings)
@@ -181,8 +182,19 @@ class Training:
         restore_random_state(state["random"])
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="gtcompile", options={"compiler": "inductor"}, dynamic=False)  # type: ignore[return-value]
+def compile_for_training(model: nn.Module, compiler: Literal["inductor", "eager"]) -> tuple[nn.Module, str]:
+    """Compile repeated blocks where there are any, and otherwise the whole model.
+
+    Returns:
+        The model to train with, and what was done in words.
+    """
+    blocks = list(find_blocks(model))
+    if blocks:
+        compile_blocks(model, blocks=blocks, compiler=compiler)
+        return model, f"{len(blocks)} blocks, weight gradients hoisted: another selection compiles nothing"
+    options: dict[str, Any] = {"compiler": compiler}
+    whole = torch.compile(model, backend="gtcompile", options=options, dynamic=False)
+    return cast(nn.Module, whole), "the whole model, which has no repeated blocks: each selection is compiled"
 
 
 def forward_and_backward(model: nn.Module, batch: Batch) -> float:
