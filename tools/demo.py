@@ -15,7 +15,7 @@ SETTINGS = Settings(
     budget=0.5,
     epochs=3,
     batch_size=16,
-    lr=1e-3,
+    lr=3e-3,
     max_new_tokens=24,
 )
 """A pretrained model of a million parameters takes a larger learning rate than the paper's billions."""
