@@ -14,6 +14,7 @@ from gtcompile.cuts import wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.hoisted import HoistedVariants
 from gtcompile.joint import ancestors
+from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
 from gtcompile.specialized import SpecializedVariants
 from gtcompile.torch_internals import TracingContext, tracing
@@ -33,6 +34,8 @@ class RegionOptions:
     cut_chains: Literal["run", "compile"] = "compile"
     """What a hoisted region does where the backward ends inside it: compile what is left, or run it operator
     by operator."""
+    differentiate: Literal["everything", "loss"] = "everything"
+    """`loss` when only scalar outputs are differentiated: no zero gradient for logits, nor its memory."""
 
 
 class Region:
@@ -47,6 +50,8 @@ class Region:
         self._activations = [i for i in tensors if example_inputs[i].requires_grad]
         self._differentiable = torch.is_grad_enabled()
         self._tracing_context = TracingContext.get()
+        if options.differentiate == "loss":
+            graph = differentiate_loss_only(graph)
         self._output_sources = _output_sources(graph)
         self._cut_positions: dict[Live, tuple[int, ...]] = {}
         self._variants = self._make_variants(graph, _fake_inputs(graph, example_inputs), options)
