@@ -14,7 +14,7 @@ FOLDERS = {"gtcompile": "gtcompile", "gtcompile.passes": "passes", "gtcompile.to
 ORDER = [
     *("errors", "torch_internals", "joint", "capture", "flops", "dependencies"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
-    *("passes.hoisting", "passes.pipeline", "passes"),
+    *("passes.tangents", "passes.hoisting", "passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
