@@ -62,12 +62,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of every random number generator a training step may draw from."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
     }
 
 

@@ -74,7 +74,8 @@ def _read_scitldr(record: Record) -> Example:
 def _read_dialogsum(record: Record) -> Example:
     several = tuple(record[name] for name in ("summary1", "summary2", "summary3") if name in record)
     references = several or _texts(value_of(record, "summary"), "summary")
-    return Example(*_texts(value_of(record, "dialogue"), "dialogue"), references)
+    dialogue = _texts(value_of(record, "dialogue"), "dialogue")
+    return Example(" ".join(dialogue), references)
 
 
 def _read_webquestions(record: Record) -> Example:

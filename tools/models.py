@@ -107,7 +107,8 @@ def model_on_meta(name: str) -> PreTrainedModel:
     config = load_demo()[0].config if name == DEMO else load_config(name)
     with torch.device("meta"):
         model: PreTrainedModel = _auto_class(config).from_config(config)
-    return model.train()
+    model.train()
+    return model
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
