@@ -1,21 +1,23 @@
 """The demo's generated texts: a pretraining corpus and a summarisation task over the same small world.
 
-In this world a few people visit places and set out to do things; some succeed and some do not. A *source* is
-a report or a dialogue about two such events, one done and one not, amid unrelated remarks. Its *summary*
-follows from it by one rule: the event that was done, in one sentence with its person, deed, thing, place
-and day.
+In this world people visit places and set out to do things; one thing they do, another they do not get to.
+A *source* is a report or a dialogue about one such visit, amid remarks that mention other people, places,
+days and things. Its *summary* follows from it by one rule: what was done, in one sentence with its person,
+deed, thing, place and day.
 
-The pretraining corpus tells events in the same manner, tells each again in two short sentences, and asks
+The pretraining corpus tells visits in the same manner, tells each again in short sentences, and asks
 questions about single facts ("Where was Anna? At the harbour."). So a pretrained model has learned to read
-these texts, to copy words and to tell which fact belongs to whom. That only one of the events is to be reported,
-and a sentence with all of its facts, it meets in fine-tuning. No corpus text contains a summary or "TL;DR".
+these texts, to copy words and to tell a visit from the remarks around it. What is to be reported, and a
+sentence with all of its facts, it meets in fine-tuning. No corpus text contains a summary; the prompt's
+"TL;DR:" occurs in lists of words to copy alone.
 
-Every event belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its
-person, thing and place: no such combination is told in two of them.
+Every visit belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its
+person, place and thing done: no such combination is told in two of them.
 """
 
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,35 +66,50 @@ _DEEDS = (
     _Deed("buy", "bought", "purchased"),
     _Deed("move", "moved", "carried"),
 )
+_DEED_WORDS = tuple(word for deed in _DEEDS for word in (deed.infinitive, deed.past, deed.synonym))
+_LISTED = (*_PEOPLE, *_PLACES, *_THINGS, *_DAYS, *_DEED_WORDS, "TL;DR:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Event:
+class _Visit:
+    """What one person did, and did not get to, at one place on one day."""
+
     person: str
-    day: str
     place: str
+    day: str
     deed: _Deed
     thing: str
-    done: bool
+    missed_deed: _Deed
+    missed_thing: str
 
     @property
     def pool(self) -> str:
-        """The only pool of texts this event may appear in."""
-        return _POOLS[zlib.crc32(f"{self.person} {self.thing} {self.place}".encode()) % len(_POOLS)]
+        """The only pool of texts this visit may be told in."""
+        return _POOLS[zlib.crc32(f"{self.person} {self.place} {self.thing}".encode()) % len(_POOLS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Surroundings:
+    """Who and what else is mentioned; nothing of it coincides with the visit."""
+
+    person: str
+    place: str
+    day: str
+    thing: str
 
 
 def pretraining_corpus(seed: int, count: int) -> list[str]:
-    """Generate texts of two lines each, easy ones first; the second line follows mostly from the first.
+    """Generate texts of two lines each; the second line follows from the first, for the most part.
 
-    The first quarter are lists to copy, the next eighth notes to copy in another order, the rest stories with
-    a retelling and questions. A model that has learned to copy learns to look facts up many times faster.
+    The first sixth are lists to copy, the rest mostly visits with a retelling and questions. Copying is the
+    first step to looking a fact up, and lists teach it soonest.
 
     Args:
-        seed: Another seed gives other texts from the same pool of events.
+        seed: Another seed gives other texts from the same pool of visits.
         count: Number of texts, at least 0.
 
     Returns:
-        `count` texts of at most about 130 words.
+        `count` texts of at most about 110 words.
 
     Raises:
         ValueError: `count` is negative.
@@ -100,20 +117,19 @@ def pretraining_corpus(seed: int, count: int) -> list[str]:
     >>> pretraining_corpus(0, 8) == pretraining_corpus(0, 8)
     True
     """
-    writers = [_copied_words] * (count // 5) + [_copied_notes] * (2 * count // 5)
-    writers += [_retold_story] * (count - len(writers))
-    return [write(rng) for write, rng in zip(writers, _generators(f"pretraining {seed}", count), strict=True)]
+    generators = _generators(f"pretraining {seed}", count)
+    return [_writer(rng, index / count)(rng) for index, rng in enumerate(generators)]
 
 
 def summarisation_examples(split: Split, count: int) -> list[dict[str, str]]:
-    """Generate sources with summaries; no event is told in two splits, nor in the pretraining corpus.
+    """Generate sources with summaries; no visit is told in two splits, nor in the pretraining corpus.
 
     Args:
         split: "train", "validation" or "test".
         count: Number of examples, at least 0. A longer list begins with the shorter one.
 
     Returns:
-        `count` dictionaries with the keys "source" (about 45 to 80 words) and "target" (one sentence).
+        `count` dictionaries with the keys "source" (about 30 to 70 words) and "target" (one sentence).
 
     Raises:
         ValueError: `split` is none of the three, or `count` is negative.
@@ -133,188 +149,136 @@ def _generators(stream: str, count: int) -> list[random.Random]:
     return [random.Random(f"{stream} {index}") for index in range(count)]
 
 
-def _copied_words(rng: random.Random) -> str:
-    words = " ".join(rng.sample((*_PEOPLE, *_PLACES, *_THINGS, *_DAYS), rng.randint(3, 12)))
+def _writer(rng: random.Random, position: float) -> Callable[[random.Random], str]:
+    """Draw the kind of text that stands at `position` in the corpus, from 0 to 1."""
+    return _copied_list if position < 1 / 6 or rng.random() < 0.1 else _retold_visit
+
+
+def _copied_list(rng: random.Random) -> str:
+    words = " ".join(rng.sample(_LISTED, rng.randint(3, 12)))
     return f"List: {words}.\n {words}."
 
 
-def _copied_notes(rng: random.Random) -> str:
-    events = _draw_events(rng, "pretraining", [True] * rng.randint(2, 4))
-    first, second = (
-        " ".join(_note(rng, event) for event in rng.sample(events, len(events))) for _ in range(2)
-    )
-    return f"Notes: {first}\n {second}"
-
-
-def _note(rng: random.Random, event: _Event) -> str:
-    parts = [f"at {event.place}", f"on {event.day}", f"with {event.thing}"]
-    return f"{event.person} {' '.join(rng.sample(parts, len(parts)))}."
-
-
-def _retold_story(rng: random.Random) -> str:
-    events = _draw_events(rng, "pretraining", [rng.random() < 0.6 for _ in range(rng.choice((2, 2, 3)))])
-    retold = [sentence for event in events for sentence in _retelling(event)]
-    questions = [question for event in events for question in _questions(event)]
-    said = [*rng.sample(retold, len(retold)), *rng.sample(questions, min(len(questions), 5))]
-    return f"{_tell(rng, events)}\n {' '.join(said)}"
-
-
-def _retelling(event: _Event) -> list[str]:
-    """Say again, in two sentences that name the person, where they were and what came of it."""
-    visit = f"{event.person} was at the {event.place} on {event.day}."
-    if event.done:
-        return [visit, f"{event.person} {event.deed.past} the {event.thing}."]
-    return [visit, f"{event.person} could not {event.deed.infinitive} the {event.thing}."]
+def _retold_visit(rng: random.Random) -> str:
+    visit, surroundings = _draw(rng, "pretraining")
+    retold, questions = _retelling(visit), _questions(visit)
+    said = [*rng.sample(retold, len(retold)), *rng.sample(questions, 5)]
+    return f"{_tell(rng, visit, surroundings)}\n {' '.join(said)}"
 
 
 def _summarisation_example(rng: random.Random, split: Split) -> dict[str, str]:
-    done, failed = _draw_events(rng, split, [True, False])
-    events = [done, failed] if rng.random() < 0.5 else [failed, done]
-    return {"source": _tell(rng, events), "target": _summary(done)}
+    visit, surroundings = _draw(rng, split)
+    return {"source": _tell(rng, visit, surroundings), "target": _summary(visit)}
 
 
-def _summary(event: _Event) -> str:
-    return f"{event.person} {event.deed.past} the {event.thing} at the {event.place} on {event.day}."
+def _summary(visit: _Visit) -> str:
+    return f"{visit.person} {visit.deed.past} the {visit.thing} at the {visit.place} on {visit.day}."
 
 
-def _draw_events(rng: random.Random, pool: str, dones: list[bool]) -> list[_Event]:
-    """Draw one event per entry of `dones`, all from `pool`; nothing in them coincides."""
-    events: list[_Event] = []
-    while len(events) < len(dones):
-        event = _draw_event(rng, done=dones[len(events)])
-        if event.pool == pool and not any(_overlap(event, other) for other in events):
-            events.append(event)
-    return events
-
-
-def _draw_event(rng: random.Random, *, done: bool) -> _Event:
-    return _Event(
-        person=rng.choice(_PEOPLE),
-        day=rng.choice(_DAYS),
-        place=rng.choice(_PLACES),
-        deed=rng.choice(_DEEDS),
-        thing=rng.choice(_THINGS),
-        done=done,
-    )
-
-
-def _overlap(one: _Event, other: _Event) -> bool:
-    return (
-        one.person == other.person
-        or one.day == other.day
-        or one.place == other.place
-        or one.deed == other.deed
-        or one.thing == other.thing
-    )
-
-
-def _tell(rng: random.Random, events: list[_Event]) -> str:
-    return rng.choice((_report, _dialogue))(rng, events)
-
-
-def _report(rng: random.Random, events: list[_Event]) -> str:
-    """Tell `events` in the third person, with remarks between their sentences."""
-    told = _interleave(
-        rng,
-        [
-            [
-                _visit(rng, event, event.person),
-                _outcome(rng, event, event.person, _with_adjective(rng, event)),
-            ]
-            for event in events
-        ],
-    )
-    return " ".join([f"{rng.choice(_REPORT_TITLES)}:", *_with_remarks(rng, told, events)])
-
-
-def _dialogue(rng: random.Random, events: list[_Event]) -> str:
-    """Let the people of `events` tell each other what they did, in the first person."""
-    told = _interleave(
-        rng,
-        [
-            [
-                f"{event.person}: {_visit(rng, event, 'I')}",
-                f"{event.person}: {_outcome(rng, event, 'I', _with_adjective(rng, event))}",
-            ]
-            for event in events
-        ],
-    )
-    return " ".join(["Chat:", *_with_remarks(rng, told, events)])
-
-
-def _visit(rng: random.Random, event: _Event, subject: str) -> str:
-    return rng.choice(
-        (
-            f"{subject} went to the {event.place} on {event.day}.",
-            f"{subject} was at the {event.place} on {event.day}.",
-            f"{subject} spent {event.day} at the {event.place}.",
+def _draw(rng: random.Random, pool: str) -> tuple[_Visit, _Surroundings]:
+    """Draw a visit of `pool` and its surroundings."""
+    while True:
+        person, other_person = rng.sample(_PEOPLE, 2)
+        place, other_place = rng.sample(_PLACES, 2)
+        day, other_day = rng.sample(_DAYS, 2)
+        thing, missed_thing, other_thing = rng.sample(_THINGS, 3)
+        deed, missed_deed = rng.sample(_DEEDS, 2)
+        visit = _Visit(
+            person=person,
+            place=place,
+            day=day,
+            deed=deed,
+            thing=thing,
+            missed_deed=missed_deed,
+            missed_thing=missed_thing,
         )
-    )
+        if visit.pool == pool:
+            return visit, _Surroundings(
+                person=other_person, place=other_place, day=other_day, thing=other_thing
+            )
 
 
-def _outcome(rng: random.Random, event: _Event, subject: str, thing: str) -> str:
-    deed = event.deed
-    if event.done:
-        return f"{subject} {rng.choice((deed.past, deed.synonym))} the {thing} there."
-    return rng.choice(
-        (
-            f"{subject} wanted to {deed.infinitive} the {thing}, but {rng.choice(_OBSTACLES)}.",
-            f"{subject} could not {deed.infinitive} the {thing}, because {rng.choice(_OBSTACLES)}.",
-        )
-    )
+def _tell(rng: random.Random, visit: _Visit, surroundings: _Surroundings) -> str:
+    return rng.choice((_report, _dialogue))(rng, visit, surroundings)
 
 
-def _with_adjective(rng: random.Random, event: _Event) -> str:
-    return f"{rng.choice(_ADJECTIVES)} {event.thing}"
-
-
-def _with_remarks(rng: random.Random, told: list[str], events: list[_Event]) -> list[str]:
-    """Put one to three remarks that matter to no event anywhere between the sentences `told`."""
-    remarks = [_remark(rng, events) for _ in range(rng.randint(1, 3))]
-    return _interleave(rng, [told, remarks])
-
-
-def _remark(rng: random.Random, events: list[_Event]) -> str:
-    bystander = rng.choice([person for person in _PEOPLE if all(person != event.person for event in events)])
-    return rng.choice(
-        (
-            f"The morning was {rng.choice(_WEATHER)}.",
-            f"{bystander} saw a {rng.choice(_ANIMALS)}.",
-            f"{bystander} sent a letter to {rng.choice(events).person}.",
-            f"The {rng.choice(_ANIMALS)} was asleep.",
-        )
-    )
-
-
-def _interleave(rng: random.Random, sequences: list[list[str]]) -> list[str]:
-    """Merge `sequences` at random, each in its own order."""
-    owners = [index for index, sequence in enumerate(sequences) for _ in sequence]
-    rng.shuffle(owners)
-    iterators = [iter(sequence) for sequence in sequences]
-    return [next(iterators[owner]) for owner in owners]
-
-
-def _questions(event: _Event) -> list[str]:
-    person, deed, thing = event.person, event.deed, event.thing
-    where, when = f"At the {event.place}.", f"On {event.day}."
-    asked = [
-        ("Who was at the " + event.place, f"{person}."),
-        (f"Where was {person}", where),
-        (f"When was {person} at the {event.place}", when),
-        (f"Did {person} {deed.infinitive} the {thing}", "Yes." if event.done else "No."),
+def _report(rng: random.Random, visit: _Visit, surroundings: _Surroundings) -> str:
+    """Tell `visit` in the third person, with remarks between its sentences."""
+    told = [f"{visit.person} {sentence}" for sentence in _account(rng, visit)]
+    remarks = [
+        f"The morning was {rng.choice(_WEATHER)}.",
+        f"{surroundings.person} saw a {rng.choice(_ANIMALS)}.",
+        f"{surroundings.person} sent a letter to {visit.person}.",
+        f"{surroundings.person} lost the {rng.choice(_ADJECTIVES)} {surroundings.thing}.",
+        f"The {surroundings.place} was closed on {surroundings.day}.",
     ]
-    if event.done:
-        asked += [
-            (f"Who {deed.past} the {thing}", f"{person}."),
-            (f"What did {person} do", f"{person} {deed.past} the {thing}."),
-            (f"What happened to the {thing}", f"{person} {deed.past} the {thing}."),
-            (f"Where did {person} {deed.infinitive} the {thing}", where),
-            (f"When did {person} {deed.infinitive} the {thing}", when),
-        ]
-    else:
-        asked += [
-            (f"What did {person} want", f"To {deed.infinitive} the {thing}."),
-            (f"What did {person} do", "Nothing."),
-            (f"Who {deed.past} the {thing}", "Nobody."),
-        ]
-    return [f"{question}? {answer}" for question, answer in asked]
+    sentences = _interleave(rng, told, rng.sample(remarks, rng.randint(1, 3)))
+    return " ".join([f"{rng.choice(_REPORT_TITLES)}:", *sentences])
+
+
+def _dialogue(rng: random.Random, visit: _Visit, surroundings: _Surroundings) -> str:
+    """Let the person of `visit` tell another about it, who makes remarks."""
+    told = [f"{visit.person}: I {sentence}" for sentence in _account(rng, visit)]
+    remarks = [
+        f"{surroundings.person}: How are you, {visit.person}?",
+        f"{surroundings.person}: I saw a {rng.choice(_ANIMALS)}.",
+        f"{surroundings.person}: I lost the {rng.choice(_ADJECTIVES)} {surroundings.thing}.",
+        f"{surroundings.person}: The {surroundings.place} was closed on {surroundings.day}.",
+    ]
+    return " ".join(["Chat:", *_interleave(rng, told, rng.sample(remarks, rng.randint(1, 3)))])
+
+
+def _account(rng: random.Random, visit: _Visit) -> list[str]:
+    """What `visit` consisted of, in sentences without their subject: where and when, then the rest."""
+    arrival = rng.choice(
+        (
+            f"went to the {visit.place} on {visit.day}.",
+            f"was at the {visit.place} on {visit.day}.",
+            f"spent {visit.day} at the {visit.place}.",
+        )
+    )
+    done = rng.choice((visit.deed.past, visit.deed.synonym))
+    missed = f"{visit.missed_deed.infinitive} the {rng.choice(_ADJECTIVES)} {visit.missed_thing}"
+    rest = [
+        f"{done} the {rng.choice(_ADJECTIVES)} {visit.thing} there.",
+        rng.choice(("wanted to {}, but {}.", "could not {}, because {}.")).format(
+            missed, rng.choice(_OBSTACLES)
+        ),
+    ]
+    return [arrival, *rng.sample(rest, 2)]
+
+
+def _interleave(rng: random.Random, one: list[str], other: list[str]) -> list[str]:
+    """Merge two lists at random, each in its own order."""
+    first = [True] * len(one) + [False] * len(other)
+    rng.shuffle(first)
+    ones, others = iter(one), iter(other)
+    return [next(ones if is_first else others) for is_first in first]
+
+
+def _retelling(visit: _Visit) -> list[str]:
+    return [
+        f"{visit.person} was at the {visit.place} on {visit.day}.",
+        f"{visit.person} {visit.deed.past} the {visit.thing}.",
+        f"{visit.person} could not {visit.missed_deed.infinitive} the {visit.missed_thing}.",
+    ]
+
+
+def _questions(visit: _Visit) -> list[str]:
+    person, deed, missed_deed = visit.person, visit.deed, visit.missed_deed
+    thing, missed_thing = f"the {visit.thing}", f"the {visit.missed_thing}"
+    where, when = f"At the {visit.place}.", f"On {visit.day}."
+    return [
+        f"Who was at the {visit.place}? {person}.",
+        f"Where was {person}? {where}",
+        f"When was {person} at the {visit.place}? {when}",
+        f"Who {deed.past} {thing}? {person}.",
+        f"What did {person} do? {person} {deed.past} {thing}.",
+        f"What happened to {thing}? {person} {deed.past} {thing}.",
+        f"Where did {person} {deed.infinitive} {thing}? {where}",
+        f"When did {person} {deed.infinitive} {thing}? {when}",
+        f"Did {person} {deed.infinitive} {thing}? Yes.",
+        f"Did {person} {missed_deed.infinitive} {missed_thing}? No.",
+        f"Who {missed_deed.past} {missed_thing}? Nobody.",
+        f"What did {person} want? To {missed_deed.infinitive} {missed_thing}.",
+    ]
