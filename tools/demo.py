@@ -13,10 +13,9 @@ SETTINGS = Settings(
     model="demo",
     dataset="demo",
     budget=0.5,
-    epochs=3,
+    epochs=2,
     batch_size=16,
     lr=3e-3,
-    max_new_tokens=24,
 )
 """A pretrained model of a million parameters takes a larger learning rate than the paper's billions."""
 

@@ -21,12 +21,6 @@ from gtcompile.trained import train_only
 PAIRS_TIMED = 5
 """Steps of each kind in a comparison, after one that compiles."""
 
-DEMO_NOTE = (
-    "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
-    "the one that was done is to be told in one sentence. Its model was pretrained on other texts of that "
-    "world and has not seen the task. The figures show what a budget costs; of natural text they say nothing."
-)
-
 
 def finetune(
     settings: Settings,
@@ -138,8 +132,6 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
 
 
 def _introduce(prepared: Prepared, reporter: Reporter) -> None:
-    if prepared.settings.dataset == "demo":
-        reporter.say(DEMO_NOTE)
     reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
     reporter.say(f"data: {prepared.task}")
@@ -175,4 +167,5 @@ def _summarise(
         quality=quality,
         quality_before=before,
         comparison=steps,
+        note=prepared.task.format.note,
     )

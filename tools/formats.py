@@ -5,7 +5,7 @@ every reference of a record, is there.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gtcompile.tools.readers import Record, value_of
@@ -48,6 +48,8 @@ class TaskFormat:
     """The same on the hub."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """Arguments of `datasets.load_dataset`."""
+    note: str = ""
+    """What a reader of the scores must know."""
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
@@ -107,13 +109,19 @@ def summarisation(
     )
 
 
+_DEMO_NOTE = (
+    "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
+    "the one that was done is to be told in one sentence. Its model was pretrained on other texts of that "
+    "world and has not seen the task. The figures show what a budget costs; of natural text they say nothing."
+)
+
 # Hub datasets that are scripts have been converted by the hub, on a revision of this name.
 _CONVERTED = "refs/convert/parquet"
 
 FORMATS: dict[str, TaskFormat] = {
     task.name: task
     for task in (
-        summarisation("demo", _read_scitldr, 32),
+        replace(summarisation("demo", _read_scitldr, 24), note=_DEMO_NOTE),
         summarisation(
             "scitldr",
             _read_scitldr,

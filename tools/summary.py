@@ -61,6 +61,8 @@ class Summary:
     """The same before training, where it was measured."""
     comparison: StepComparison | None = None
     """Measured after training; None for a full run."""
+    note: str = ""
+    """What a reader must know of the data."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -131,7 +133,7 @@ def _known_of_full(run: Summary) -> dict[str, str]:
 def notes(runs: Sequence[Summary]) -> list[str]:
     """What the figures stand for, one sentence per line."""
     run = runs[0]
-    return [
+    lines = [
         f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
         f"{run.steps} steps; {run.compiler} compiler on {run.device}.",
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
@@ -139,4 +141,6 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "Seconds of a step are the median of forward and backward; in turn: steps of both kinds taken "
         "alternately after training, so that what else the machine does weighs on both. Seconds of training "
         "are all steps with the optimizer and with compilation.",
+        run.note,
     ]
+    return [line for line in lines if line]
