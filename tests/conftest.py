@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.models import forget_captures
+
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
 settings.load_profile("default")
@@ -15,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fresh_torch() -> Iterator[None]:
     """No captures of earlier tests, whose number Dynamo limits, and the same random numbers every time."""
-    torch.compiler.reset()
+    forget_captures()
     torch.manual_seed(0)
     yield
-    torch.compiler.reset()
+    forget_captures()

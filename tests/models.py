@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from gtcompile.torch_internals import dynamo_counters
+
 WIDTH, LENGTH, BATCH = 8, 6, 2
 
 
@@ -154,10 +156,11 @@ class Recipe:
     seed: int = 0
 
     def model(self) -> Stack:
-        """A new model; the same recipe makes the same weights."""
-        torch.manual_seed(self.seed)
-        layers = [LAYERS[name]() for name in self.layers]
-        return Stack(layers + layers[:1] * self.shared, tied=self.tied)
+        """A new model; the same recipe makes the same weights, whatever random state it finds and leaves."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            layers = [LAYERS[name]() for name in self.layers]
+            return Stack(layers + layers[:1] * self.shared, tied=self.tied)
 
     def batch(self) -> dict[str, Any]:
         """Keyword dictionary of the model's forward."""
@@ -231,3 +234,14 @@ def step(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     loss = model(**batch)
     loss.backward()
     return loss.detach()
+
+
+def forget_captures() -> None:
+    """Dynamo as in a fresh process."""
+    torch.compiler.reset()
+    dynamo_counters.clear()
+
+
+def captures() -> int:
+    """How many graphs Dynamo captured since `forget_captures`."""
+    return int(dynamo_counters["stats"]["unique_graphs"])
