@@ -13,6 +13,10 @@ def region_node(outputs: Iterable[object], inputs: Iterable[object]) -> torch.au
 
     Views of outputs are looked through. An output that is an input passed through leads to somebody else's
     node, which is not it.
+
+    Args:
+        outputs: of the call.
+        inputs: those that may have a history: all but parameters.
     """
     others = {value.grad_fn for value in inputs if isinstance(value, torch.Tensor)}
     todo = [value.grad_fn for value in outputs if isinstance(value, torch.Tensor)]

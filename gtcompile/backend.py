@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-import torch
 from torch import fx
 
 from gtcompile.regions import Region, RegionOptions
@@ -36,8 +35,7 @@ def make_backend(options: RegionOptions) -> Callable[[fx.GraphModule, Sequence[A
     """A backend with its options decided; blocks compiled with the same one share their captures."""
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        region = Region(graph, example_inputs, options)
-        return torch.compiler.disable(region, recursive=True)  # type: ignore[no-any-return]
+        return Region(graph, example_inputs, options)
 
     return backend
 

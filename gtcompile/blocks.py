@@ -18,6 +18,7 @@ BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
 """What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
 RECOMPILE_LIMIT = 64
 """Captures of one forward before Dynamo gives up: blocks of all layers and stacks share a code object."""
+_LIMITS = dynamo_config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
 
 
 def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
@@ -140,7 +141,7 @@ class BlockForward:
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
-        with dynamo_config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+        with _LIMITS:
             return self.compiled(*args, **kwargs)
 
     def _steady(self, key: int | str, value: Any) -> Any:

@@ -19,4 +19,6 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
 
 def wants_gradient(value: object) -> bool:
     """Whether a region's backward must hand a gradient to this input."""
-    return isinstance(value, torch.Tensor) and value.requires_grad and value not in _cuts
+    if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return False
+    return value.grad_fn is not None or value not in _cuts

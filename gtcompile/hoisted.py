@@ -142,6 +142,7 @@ class HoistedVariants:
         self._compiler = compiler
         self._cut_chains = cut_chains
         self._parameters = {input_name(i) for i in parameters}
+        self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
         self._plans: dict[Live, Plan] = {}
         self._chains: dict[Slots, tuple[HoistedBackward, Boxed]] = {}
@@ -156,7 +157,7 @@ class HoistedVariants:
             plan = self._plans[live] = self._plan(live)
         self._current.plan = plan
         outputs = self._code(*inputs)
-        node = region_node(outputs, inputs)
+        node = region_node(outputs, [inputs[i] for i in self._activations])
         if node is not None:
             metadata: Any = node.metadata
             metadata[PLAN] = plan

@@ -55,7 +55,7 @@ class Region:
         self._output_sources = _output_sources(graph)
         self._cut_positions: dict[Live, tuple[int, ...]] = {}
         self._variants = self._make_variants(graph, _fake_inputs(graph, example_inputs), options)
-        self._live_parameters: dict[tuple[int, ...], Live] = {}
+        self._lives: dict[tuple[int, ...], Live] = {}
         self._generation = -1
         self._checked: set[Live] = set()
 
@@ -103,16 +103,16 @@ class Region:
     def _live(self, inputs: Sequence[Any]) -> Live:
         """Positions of the inputs whose gradients are wanted."""
         if self._generation != trained.generation():
-            self._live_parameters.clear()
+            self._lives.clear()
             self._generation = trained.generation()
-        key = tuple(id(inputs[i]) for i in self._parameters)
-        live = self._live_parameters.get(key)
+        wanted = [i for i in self._activations if wants_gradient(inputs[i])]
+        key = (*wanted, *map(id, [inputs[i] for i in self._parameters]))
+        live = self._lives.get(key)
         if live is None:
             trained.enter_region(inputs[i] for i in self._parameters)
-            live = frozenset(i for i in self._parameters if trained.is_trained(inputs[i]))
-            self._live_parameters[key] = live
-        wanted = [i for i in self._activations if wants_gradient(inputs[i])]
-        return live.union(wanted) if wanted else live
+            live = frozenset(i for i in self._parameters if trained.is_trained(inputs[i])).union(wanted)
+            self._lives[key] = live
+        return live
 
     @contextlib.contextmanager
     def _compilation(self) -> Iterator[None]:
