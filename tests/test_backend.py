@@ -25,6 +25,7 @@ from tests.models import (
     make_batch,
     random_sets,
     recipes,
+    selectable,
     step,
 )
 
@@ -44,7 +45,7 @@ def eager_loss(recipe: Recipe, trained: frozenset[str]) -> torch.Tensor:
         return twin(**recipe.batch()).detach()
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(recipes(layers=3), st.sampled_from(VARIANTS), st.integers(0, 99))
 def test_gradients_loss_and_flops_are_those_of_eager_freezing(recipe, variants, seed):
     forget_captures()
@@ -91,7 +92,7 @@ def test_gradients_of_generated_code_are_those_of_eager_freezing_on_random_model
 
 @pytest.mark.parametrize("variants", VARIANTS)
 def test_twenty_random_sets_in_a_row_need_one_capture(variants):
-    recipe = Recipe(("attention", "residual"))
+    recipe = Recipe(("residual", "norm"))
     model, batch = recipe.model(), recipe.batch()
     run = compiled(model, compiler="eager", variants=variants)
     for trained in random_sets(selectable(model), 20):
