@@ -134,6 +134,8 @@ class BlockForward:
         self.eager = eager
         self.compiled = compiled
         self._differentiable = differentiable
+        self._decided: dict[int | str, bool] = {}
+        self._generation = -1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
@@ -149,6 +151,12 @@ class BlockForward:
             return value
         if value.requires_grad:
             self._differentiable.add(key)
-        elif key in self._differentiable:
-            return cut(value)
-        return value
+            return value
+        return cut(value) if self._cuts(key) else value
+
+    def _cuts(self, key: int | str) -> bool:
+        """Whether an input is cut: decided once for a trained set, as a checkpointed block must repeat what it did."""
+        if self._generation != trained.generation():
+            self._generation = trained.generation()
+            self._decided.clear()
+        return self._decided.setdefault(key, key in self._differentiable)

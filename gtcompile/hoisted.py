@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from gtcompile.autograd_nodes import region_node
+from gtcompile.operators import Boxed, boxed, run_operators
 from gtcompile.passes.hoisting import (
     HoistedBackward,
     Leaf,
@@ -35,11 +36,9 @@ from gtcompile.passes.hoisting import (
 from gtcompile.passes.output_masks import narrow_masks
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
-    BoxedCodeGen,
     CustomPartitionerFn,
     TracingContext,
     aot_autograd,
-    boxed_nop_preserve_node_meta,
     compile_fx,
     compile_fx_inner,
     current_autograd_node,
@@ -56,8 +55,6 @@ PLAN = "gtcompile.plan"
 
 Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
-Boxed = Callable[[list[Any]], Sequence[Any]]
-"""From a list of inputs, which it empties, to outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +143,7 @@ class HoistedVariants:
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
         self._plans: dict[Live, Plan] = {}
         self._chains: dict[Slots, tuple[HoistedBackward, Boxed]] = {}
-        self._compile_part: Callable[[Part], Boxed] = run_operators
+        self._compile_part: Callable[[Part], Boxed] = run_part_eagerly
         self._current = threading.local()
         self._partition, self._code = self._compile(graph, example_inputs)
 
@@ -175,9 +172,7 @@ class HoistedVariants:
                 code = compile_fx(graph, example_inputs, inner_compile=self._inductor, config_patches=patches)
             else:
                 code = aot_autograd(
-                    fw_compiler=lambda module, inputs: self._forward(
-                        boxed_nop_preserve_node_meta(module, inputs)
-                    ),
+                    fw_compiler=lambda module, inputs: self._forward(run_operators(module)),
                     bw_compiler=lambda module, inputs: boxed(self._run_plan),
                     partition_fn=partitioner,
                     keep_inference_input_mutations=True,
@@ -235,7 +230,7 @@ class HoistedVariants:
         compiled = self._compiler == "inductor" and (
             self._cut_chains == "compile" or draws_random_numbers(needed)
         )
-        run = lazily(self._compile_when_run if compiled else run_operators, needed)
+        run = lazily(self._compile_when_run if compiled else run_part_eagerly, needed)
         return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
 
     def _whole_chain(self, live: Slots, flops: int) -> Plan | None:
@@ -280,12 +275,10 @@ def run_chain(
     return gradients
 
 
-def run_operators(part: Part) -> Boxed:
+def run_part_eagerly(part: Part) -> Boxed:
     """Run a part operator by operator, freeing values after their last use."""
     free_strides(part.module.graph)
-    part.module.graph.set_codegen(BoxedCodeGen())
-    part.module.recompile()
-    return part.module.forward
+    return run_operators(part.module)
 
 
 def lazily(make: Callable[[Part], Boxed], part: Part) -> Boxed:
@@ -298,16 +291,6 @@ def lazily(make: Callable[[Part], Boxed], part: Part) -> Boxed:
         return made[0](inputs)
 
     return run
-
-
-def boxed(function: Boxed) -> Boxed:
-    """Tell AOTAutograd that a function takes one list and empties it."""
-
-    def call(inputs: list[Any]) -> Sequence[Any]:
-        return function(inputs)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
 
 
 def mark_outputs_visible(module: fx.GraphModule) -> None:

@@ -48,7 +48,7 @@ class Region:
             i for i in positions if isinstance(example_inputs[i], torch.Tensor) and i not in self._parameters
         ]
         self._activations = [i for i in tensors if example_inputs[i].requires_grad]
-        self._differentiable = torch.is_grad_enabled()
+        self._differentiable = torch.is_grad_enabled() and any(map(requires_grad, example_inputs))
         self._tracing_context = TracingContext.get()
         if options.differentiate == "loss":
             graph = differentiate_loss_only(graph)
@@ -119,6 +119,11 @@ class Region:
         """Dynamo's compilation of this graph, entered again for a new variant."""
         with tracing(self._tracing_context), torch.set_grad_enabled(self._differentiable):
             yield
+
+
+def requires_grad(value: object) -> bool:
+    """Whether an input is a tensor that asks for a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:

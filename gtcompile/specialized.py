@@ -8,12 +8,12 @@ from typing import Any, Literal, cast
 
 from torch import fx
 
+from gtcompile.operators import run_operators
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
     aot_autograd,
-    boxed_nop_preserve_node_meta,
     compile_fx,
     get_hash_for_files,
     min_cut_rematerialization_partition,
@@ -94,8 +94,8 @@ def compile_specialized(
         code = compile_fx(graph, example_inputs, config_patches={"custom_partitioner_fn": partitioner})
     else:
         code = aot_autograd(
-            fw_compiler=boxed_nop_preserve_node_meta,
-            bw_compiler=boxed_nop_preserve_node_meta,
+            fw_compiler=run_operators,
+            bw_compiler=run_operators,
             partition_fn=partitioner,
             keep_inference_input_mutations=True,
         )(graph, example_inputs)

@@ -53,10 +53,7 @@ from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
     PlainAOTInput,
     TangentAOTInput,
 )
-from torch._functorch.aot_autograd import (  # noqa: E402
-    aot_export_joint_with_descriptors,
-    boxed_nop_preserve_node_meta,
-)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors  # noqa: E402
 
 # Splits a joint graph in two, recomputing what is cheap: the least saved for backward.
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
@@ -102,7 +99,6 @@ __all__ = [
     "TracingContext",
     "aot_autograd",
     "aot_export_joint_with_descriptors",
-    "boxed_nop_preserve_node_meta",
     "check_version",
     "compile_fx",
     "compile_fx_inner",

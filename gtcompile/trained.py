@@ -105,9 +105,11 @@ def generation() -> int:
 
 
 def enter_region(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that a compiled region computes these parameters' gradients."""
+    """Note that a compiled region computes these parameters' gradients; to Dynamo the frozen ones look like the rest."""
     for parameter in parameters:
         _in_region[parameter] = True
+        if parameter in _frozen:
+            parameter.requires_grad_(True)
 
 
 def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:

@@ -24,7 +24,17 @@ ORDER = [
         "knapsack",
         "selection",
     ),
-    *("cuts", "region_graph", "autograd_nodes", "specialized", "hoisted", "regions", "backend", "blocks"),
+    *(
+        "cuts",
+        "region_graph",
+        "autograd_nodes",
+        "operators",
+        "specialized",
+        "hoisted",
+        "regions",
+        "backend",
+        "blocks",
+    ),
     *("adaptive", "huggingface", "testing", "tools", "cli", "__main__"),
 ]
 """From what everything may import down to what nothing imports; a new module takes its place here."""
