@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from gtcompile.capture import loss_of
 from gtcompile.torch_internals import dynamo_counters
 
 WIDTH, LENGTH, BATCH = 8, 6, 2
@@ -231,7 +232,7 @@ def random_sets(names: list[str], count: int, seed: int = 0) -> list[frozenset[s
 def step(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """One forward and backward, gradients cleared before; the loss."""
     model.zero_grad(set_to_none=True)
-    loss = model(**batch)
+    loss = loss_of(model(**batch))
     loss.backward()
     return loss.detach()
 

@@ -1,0 +1,381 @@
+"""compile_blocks: which modules are blocks, one capture for all of them, and a new set for free."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
+from gtcompile.dependencies import backward_costs
+from gtcompile.flops import count_flops
+from gtcompile.testing import assert_same_gradients, reference_gradients
+from gtcompile.trained import train_only, trained_parameters
+from tests.models import (
+    RANDOM_LAYERS,
+    WIDTH,
+    Dropped,
+    Recipe,
+    Regression,
+    ResidualMLP,
+    Stack,
+    block_recipes,
+    captures,
+    forget_captures,
+    make_batch,
+    random_sets,
+    selectable,
+    step,
+)
+
+VARIANTS = pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+ATTENTION = Recipe(("attention",) * 4)
+
+
+def check_step(model, batch) -> None:
+    expected = reference_gradients(model, batch)
+    step(model, batch)
+    assert_same_gradients(model, expected)
+
+
+@settings(max_examples=10)
+@given(block_recipes(), st.sampled_from(["specialized", "hoisted"]), st.integers(0, 99))
+def test_gradients_and_flops_are_those_of_eager_freezing(recipe, variants, seed):
+    forget_captures()
+    model, batch = recipe.model(), recipe.batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in random_sets(sorted(costs.fqns), 4, seed):
+        train_only(model, trained)
+        check_step(model, batch)
+        with count_flops() as counter:
+            step(model, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
+@pytest.mark.long
+@settings(max_examples=5)
+@given(block_recipes(without=RANDOM_LAYERS), st.integers(0, 99))
+def test_gradients_of_generated_code_are_those_of_eager_freezing(recipe, seed):
+    forget_captures()
+    model, batch = recipe.model(), recipe.batch()
+    compile_blocks(model)
+    for trained in random_sets(selectable(model), 5, seed):
+        train_only(model, trained)
+        expected = reference_gradients(model, batch)
+        step(model, batch)
+        assert_same_gradients(model, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_generated_code_serves_many_sets_with_one_capture_and_exact_flops():
+    model, batch = Recipe(("norm",) * 3).model(), make_batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model)
+    before = captures()
+    for trained in random_sets(selectable(model), 8):
+        train_only(model, trained)
+        expected = reference_gradients(model, batch)
+        step(model, batch)
+        assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+        with count_flops() as counter:
+            step(model, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+    assert captures() == before + 1
+
+
+@VARIANTS
+def test_twenty_random_sets_in_a_row_need_one_capture(variants):
+    model, batch = Recipe(("norm",) * 3).model(), make_batch()
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in random_sets(selectable(model), 20):
+        train_only(model, trained)
+        check_step(model, batch)
+    assert captures() == 1
+
+
+def test_a_soak_of_random_sets_captures_nothing_after_the_first_steps():
+    model, batch = Recipe(("attention", "branches") * 3, tied=True).model(), make_batch()
+    compile_blocks(model, compiler="eager")
+    step(model, batch)
+    first = captures()
+    for number, trained in enumerate(random_sets(selectable(model), 60, seed=7)):
+        train_only(model, trained)
+        if number % 10 == 0:
+            with torch.no_grad():
+                model.eval()(**batch)
+            model.train()
+        check_step(model, batch)
+    assert captures() == first == 2  # one for each kind of block
+
+
+def test_the_first_set_may_leave_any_prefix_frozen():
+    for last in range(4):
+        forget_captures()
+        model, batch = ATTENTION.model(), ATTENTION.batch()
+        train_only(model, [f"layers.{last}.*"])
+        compile_blocks(model, compiler="eager")
+        check_step(model, batch)
+        train_only(model, None)
+        check_step(model, batch)
+        assert captures() <= 2
+
+
+def test_depth_costs_no_captures():
+    counts = []
+    for depth in (2, 6):
+        forget_captures()
+        model = compile_blocks(Recipe(("attention",) * depth).model(), compiler="eager")
+        step(model, make_batch())
+        counts.append(captures())
+    assert counts == [1, 1]
+
+
+def test_a_frozen_prefix_runs_no_backward():
+    model, batch = ATTENTION.model(), ATTENTION.batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager")
+    for pattern in ("layers.3.mlp.down.weight", "layers.2.out.bias", "head.bias", "embed.weight"):
+        train_only(model, [pattern])
+        check_step(model, batch)
+        with count_flops() as counter:
+            loss = model(**batch)
+        forward = counter.get_total_flops()
+        with count_flops() as counter:
+            loss.backward()
+        assert forward == costs.forward_flops
+        assert counter.get_total_flops() == costs.step_flops([pattern]) - costs.forward_flops
+
+
+class Checkpointed(Stack):
+    """Activations of every layer are thrown away and computed again in the backward."""
+
+    def forward(self, x, y):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return ((self.head(x) - y) ** 2).mean()
+
+
+@VARIANTS
+@pytest.mark.parametrize("kind", [ResidualMLP, lambda: Dropped(0.3)], ids=["residual", "dropout"])
+def test_checkpointed_blocks_are_trained_right(variants, kind):
+    model, batch = Checkpointed([kind() for _ in range(3)], tied=False), make_batch()
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in random_sets(selectable(model), 8):
+        train_only(model, trained)
+        check_step(model, batch)
+
+
+@VARIANTS
+@pytest.mark.parametrize("lowest", range(3))
+def test_checkpointed_blocks_repeat_their_first_step_as_they_ran_it(variants, lowest):
+    model, batch = Checkpointed([Dropped(0.3) for _ in range(3)], tied=False), make_batch()
+    train_only(model, [f"layers.{lowest}.linear.weight"])
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in ([f"layers.{lowest}.linear.bias"], None, ["layers.2.linear.bias"]):
+        train_only(model, trained)
+        check_step(model, batch)
+
+
+@VARIANTS
+def test_blocks_that_the_user_froze_altogether_run_without_autograd(variants):
+    model, batch = Recipe(("norm",) * 3).model(), make_batch()
+    for module in (model.embed, model.layers[0]):
+        module.requires_grad_(False)
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in random_sets(sorted(costs.fqns), 4):
+        train_only(model, trained)
+        check_step(model, batch)
+        with count_flops() as counter:
+            step(model, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
+@VARIANTS
+def test_gradients_accumulate_across_a_change_of_the_set(variants):
+    model = Recipe(("residual",) * 3).model()
+    compile_blocks(model, compiler="eager", variants=variants)
+    both, first, second = "layers.1.up.weight", "layers.0.up.weight", "layers.2.down.bias"
+    train_only(model, [both, first])
+    before = reference_gradients(model, make_batch(1))
+    model(**make_batch(1)).backward()
+    train_only(model, [both, second])
+    after = reference_gradients(model, make_batch(2))
+    model(**make_batch(2)).backward()
+    assert_same_gradients(model, {both: before[both] + after[both], second: after[second]})
+
+
+@VARIANTS
+def test_several_forwards_before_their_backwards_each_keep_their_own_set(variants):
+    model = Recipe(("norm", "norm", "norm")).model()
+    compile_blocks(model, compiler="eager", variants=variants)
+    inside = [name for name in selectable(model) if name.startswith("layers.")]
+    calls = []
+    for seed, trained in enumerate(random_sets(inside, 4)):
+        train_only(model, trained)
+        batch = make_batch(seed)
+        calls.append((model(**batch), reference_gradients(model, batch)))
+    for loss, expected in [calls[2], calls[0], calls[3], calls[1]]:
+        parameters = [dict(model.named_parameters())[name] for name in sorted(expected)]
+        gradients = torch.autograd.grad(loss, parameters)
+        assert_same_gradients(dict(zip(sorted(expected), gradients, strict=True)), expected)
+
+
+@VARIANTS
+def test_a_retained_graph_gives_the_same_gradients_again(variants):
+    model, batch = Recipe(("norm", "norm")).model(), make_batch()
+    compile_blocks(model, compiler="eager", variants=variants)
+    train_only(model, ["layers.0.norm.weight", "layers.1.linear.*"])
+    expected = reference_gradients(model, batch)
+    loss = model(**batch)
+    loss.backward(retain_graph=True)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    assert_same_gradients(model, expected)
+
+
+def test_evaluation_compiles_nothing_and_gives_the_same_values():
+    model, batch = Recipe(("convolution", "convolution")).model().eval(), make_batch()
+    with torch.no_grad():
+        expected = model(**batch)
+        compile_blocks(model, compiler="eager")
+        assert torch.equal(model(**batch), expected)
+    assert captures() == 0
+
+
+@VARIANTS
+def test_the_eager_rest_is_frozen_by_requires_grad(variants):
+    model = compile_blocks(Recipe(("norm", "norm")).model(), compiler="eager", variants=variants)
+    train_only(model, ["layers.0.linear.weight", "head.weight"])
+    asks = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in asks if not name.startswith("layers.")} == {"head.weight"}
+    assert {name for name in selectable(model) if name.startswith("layers.")} <= asks
+
+
+def test_batch_norm_statistics_follow_those_of_eager_training():
+    recipe = Recipe(("convolution", "convolution"))
+    model, twin = recipe.model(), recipe.model()
+    compile_blocks(model, compiler="eager")
+    for trained in random_sets(selectable(model), 4):
+        train_only(model, trained)
+        step(model, recipe.batch())
+        step(twin, recipe.batch())
+    buffers = zip(model.buffers(), twin.buffers(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in buffers)
+
+
+SMALL = {"vocab_size": 50, "num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32}
+
+
+def small_t5():
+    return T5ForConditionalGeneration(T5Config(**SMALL, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def small_opt():
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+    return OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=3, num_attention_heads=2, **sizes))
+
+
+class Experts(nn.Module):
+    """Repeated modules inside a block belong to the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(ResidualMLP() for _ in range(3))
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts)
+
+
+class MixtureBlock(nn.Module):
+    """A block with experts, as language models arrange them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mixture = nn.LayerNorm(WIDTH), Experts()
+
+    def forward(self, x):
+        return x + self.mixture(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"),
+    [
+        (lambda: Recipe(("norm", "norm", "residual", "residual")).model(), [f"layers.{i}" for i in range(4)]),
+        (small_opt, [f"model.decoder.layers.{i}" for i in range(3)]),
+        (small_t5, ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]),
+        (lambda: nn.Sequential(MixtureBlock(), MixtureBlock()), ["0", "1"]),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), []),
+    ],
+    ids=["two kinds", "opt", "t5", "experts inside", "linear layers"],
+)
+def test_repeated_blocks_are_found(build, blocks):
+    assert list(find_blocks(build())) == blocks
+
+
+def test_a_language_model_is_trained_right_block_by_block():
+    model = small_opt()
+    tokens = torch.randint(3, 50, (2, 7))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager")
+    for trained in random_sets(sorted(costs.fqns), 5):
+        train_only(model, trained)
+        check_step(model, batch)
+        with count_flops() as counter:
+            step(model, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
+def test_blocks_can_be_named():
+    model = compile_blocks(Recipe(("norm", "residual")).model(), blocks=["layers.1"], compiler="eager")
+    assert "forward" in vars(model.layers[1])
+    assert "forward" not in vars(model.layers[0])
+    check_step(model, make_batch())
+
+
+def test_the_model_comes_back():
+    model = Recipe(("norm", "norm")).model()
+    assert compile_blocks(model, compiler="eager") is model
+
+
+def test_a_model_without_repeated_blocks_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"Regression has no repeated blocks; name them with blocks="):
+        compile_blocks(Regression())
+
+
+def test_a_name_that_is_no_module_is_refused_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"has no module 'layer.1'; near names: .*layers.1"):
+        compile_blocks(Recipe(("norm", "norm")).model(), blocks=["layer.1"])
+
+
+def test_a_model_compiled_already_is_refused():
+    model = compile_blocks(Recipe(("norm", "norm")).model(), compiler="eager")
+    with pytest.raises(ValueError, match="compiled already"):
+        compile_blocks(model)
+
+
+def test_a_wrong_option_is_refused_before_anything_changes():
+    model = Recipe(("norm", "norm")).model()
+    with pytest.raises(ValueError, match="expected one of 'specialized', 'hoisted'"):
+        compile_blocks(model, variants="best")
+    assert not any("forward" in vars(layer) for layer in model.layers)
+
+
+def test_blocks_can_be_set_free_with_the_same_parameters_trained():
+    model, batch = Recipe(("norm", "norm")).model(), make_batch()
+    compile_blocks(model, compiler="eager")
+    train_only(model, ["layers.1.*", "embed.bias"])
+    step(model, batch)
+    assert uncompile_blocks(model) is model
+    assert not any("forward" in vars(layer) for layer in model.layers)
+    assert trained_parameters(model) == {n for n, p in model.named_parameters() if p.requires_grad}
+    before = captures()
+    check_step(model, batch)
+    assert captures() == before
+    compile_blocks(model, compiler="eager")
+    train_only(model, None)
+    check_step(model, batch)
