@@ -155,7 +155,7 @@ class BlockForward:
         return cut(value) if self._cuts(key) else value
 
     def _cuts(self, key: int | str) -> bool:
-        """Whether an input is cut: decided once for a trained set, as a checkpointed block must repeat what it did."""
+        """Whether an input is cut: decided once per trained set, as a checkpointed block runs twice."""
         if self._generation != trained.generation():
             self._generation = trained.generation()
             self._decided.clear()

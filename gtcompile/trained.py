@@ -105,7 +105,7 @@ def generation() -> int:
 
 
 def enter_region(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that a compiled region computes these parameters' gradients; to Dynamo the frozen ones look like the rest."""
+    """Note that a compiled region computes these parameters' gradients: to Dynamo all look trained."""
     for parameter in parameters:
         _in_region[parameter] = True
         if parameter in _frozen:
