@@ -4,12 +4,12 @@ import pytest
 import typer
 from transformers import OPTConfig
 
+from gtcompile.tools.measurement import in_fresh_process
 from gtcompile.tools.planning_benchmark import (
     GIGABYTES,
     SECONDS,
     Planning,
     TimedSelection,
-    in_fresh_process,
     main,
     measure_planning,
     peak_gigabytes,

@@ -1,14 +1,20 @@
 """Time rivals fairly, and say whether a target is met."""
 
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +54,30 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternate(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Wall seconds of each rival in each round.
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something to time in turns with others."""
 
-    The rivals take turns, every other round in reverse, so that what else happens on the machine falls on
-    all of them.
+    prepare: Callable[[], object]
+    """Runs first, untimed, every time."""
+    run: Callable[[], object]
+    """What is timed."""
+
+
+def alternate(
+    contenders: Mapping[Key, Contender], rounds: int, device: torch.device
+) -> dict[Key, list[float]]:
+    """Wall seconds of each contender in each round.
+
+    They take turns, every other round in reverse, so that what else happens on the machine falls on all of
+    them.
     """
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    order = list(rivals)
+    times: dict[Key, list[float]] = {key: [] for key in contenders}
+    order = list(contenders)
     for _ in range(rounds):
-        for name in order:
-            times[name].append(seconds(rivals[name], device))
+        for key in order:
+            contenders[key].prepare()
+            times[key].append(seconds(contenders[key].run, device))
         order.reverse()
     return times
 
@@ -75,9 +92,15 @@ def verdict(value: float, target: float) -> str:
     return f"{'met' if value <= target else 'MISSED'} (at most {target:.3g})"
 
 
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function returns in a new interpreter, whose memory and compiled code are its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def describe_machine(device: torch.device) -> str:
     """What the numbers were measured on, and how busy it was."""
-    load = f"{os.getloadavg()[0]:.1f} processes were running already"
+    load = f"load average {os.getloadavg()[0]:.1f} at the start"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{os.cpu_count()} x {_processor()}, torch {torch.__version__}; {load}"

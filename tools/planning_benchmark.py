@@ -3,10 +3,8 @@
 python -m gtcompile.tools.planning_benchmark
 """
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -20,7 +18,7 @@ from transformers import PretrainedConfig
 from gtcompile.capture import capture
 from gtcompile.dependencies import BackwardCosts, costs_of
 from gtcompile.selection import select_parameters
-from gtcompile.tools.measurement import describe_machine, verdict
+from gtcompile.tools.measurement import describe_machine, in_fresh_process, verdict
 from gtcompile.tools.paper_models import PAPER_MODELS, build_on_meta, draw_importance, make_batch
 
 BUDGETS = (0.36, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -183,12 +181,6 @@ def verdicts(planning: Planning) -> list[str]:
     lines.append(f"slowest selection {slowest:.2f} s: {verdict(slowest, SELECTION_SECONDS)}")
     lines.append(f"greatest gap: {verdict(max(s.gap for s in planning.selections), 0.0)}")
     return [f"{name}: {line}" for line in lines]
-
-
-def in_fresh_process(function: Callable[[str], Result], name: str) -> Result:
-    """What `function(name)` returns in a new interpreter, so that its memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, name).result()
 
 
 def main(

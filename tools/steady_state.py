@@ -1,0 +1,153 @@
+"""Steps at several budgets, in time and in memory: hoisted blocks beside eager freezing and plain blocks."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from gtcompile.dependencies import backward_costs
+from gtcompile.selection import Selection, select_parameters
+from gtcompile.tools.measurement import Contender, Spread, alternate, ratios, spread, verdict
+from gtcompile.tools.paper_models import build_on_meta, draw_importance
+from gtcompile.tools.rivals import Rival, Workload, eager, hoisted_blocks, plain_blocks
+from gtcompile.tools.step_memory import StepMemory, step_memory
+
+FULL_STEP = 1.03
+"""Steps of plain compiled blocks that a full hoisted step may take."""
+ABOVE_FLOPS = 0.06
+"""How far the ratio of step times may lie above the ratio of FLOPs."""
+HOISTED, EAGER, PLAIN = "hoisted blocks", "eager freezing", "plain blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One rival with one trained set."""
+
+    rival: str
+    budget: float
+    """Share of a full step's FLOPs asked for; 1.0 trains everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyState:
+    """The rivals of one workload, each with the sets it is to be measured with."""
+
+    rivals: Mapping[str, Rival]
+    selections: Mapping[float, Selection]
+    """By budget."""
+
+    @property
+    def trials(self) -> list[Trial]:
+        """What is measured; plain blocks, which would have to compile, with everything trained alone."""
+        budgets = [Trial(rival, budget) for budget in self.selections for rival in (HOISTED, EAGER)]
+        return [Trial(rival, 1.0) for rival in self.rivals] + budgets
+
+    def prepare(self, trial: Trial) -> None:
+        """Have the trial's set trained, and take a step so that the next one is ordinary."""
+        trained = None if trial.budget == 1.0 else self.selections[trial.budget].trained
+        self.rivals[trial.rival].switch_and_step(trained)
+
+
+def set_up(workload: Workload, budgets: Sequence[float], seed: int) -> SteadyState:
+    """Select for the budgets, make the rivals, and have each compile whatever its trials need.
+
+    Args:
+        workload: what to train.
+        budgets: shares of a full step's FLOPs, in (0, 1).
+        seed: of the random importances.
+    """
+    batch = {name: torch.zeros_like(value, device="cpu") for name, value in workload.batch().items()}
+    costs = backward_costs(build_on_meta(workload.config()), batch)
+    importance = draw_importance(costs, seed)
+    selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}
+    makers = {HOISTED: hoisted_blocks, EAGER: eager, PLAIN: plain_blocks}
+    steady = SteadyState({name: make(workload) for name, make in makers.items()}, selections)
+    for trial in steady.trials:
+        steady.prepare(trial)
+    return steady
+
+
+def time_steps(steady: SteadyState, rounds: int, device: torch.device) -> dict[Trial, list[float]]:
+    """Seconds of an ordinary step of every trial, round by round, the trials taking turns."""
+    contenders = {
+        trial: Contender(functools.partial(steady.prepare, trial), steady.rivals[trial.rival].step)
+        for trial in steady.trials
+    }
+    return alternate(contenders, rounds, device)
+
+
+def measure_memory(steady: SteadyState, device: torch.device) -> dict[Trial, StepMemory]:
+    """Memory of an ordinary step of every trial."""
+    memory = {}
+    for trial in steady.trials:
+        steady.prepare(trial)
+        memory[trial] = step_memory(steady.rivals[trial.rival], device)
+    return memory
+
+
+def time_table(steady: SteadyState, times: Mapping[Trial, Sequence[float]], device: torch.device) -> Table:
+    """One row per trial: median (least-greatest) of its times in each round over those of a full step."""
+    table = Table(title="Steady state: median (least-greatest) over the rounds")
+    table.add_column("rival", no_wrap=True)
+    timed = device.type == "cuda"
+    columns = ("budget", "FLOPs", "time to own full step", "to eager, same set", *(("ms",) if timed else ()))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for trial in steady.trials:
+        to_full = ratios(times[trial], times[Trial(trial.rival, 1.0)])
+        to_eager = ratios(times[trial], times[Trial(EAGER, trial.budget)])
+        milliseconds = (f"{spread(times[trial]).median * 1e3:.1f}",) if timed else ()
+        numbers = (f"{trial.budget:.2f}", f"{flops_share(steady, trial):.3f}", str(to_full), str(to_eager))
+        table.add_row(trial.rival, *numbers, *milliseconds)
+    return table
+
+
+def flops_share(steady: SteadyState, trial: Trial) -> float:
+    """Share of a full step's FLOPs that the trial's set takes."""
+    return 1.0 if trial.budget == 1.0 else steady.selections[trial.budget].step_fraction
+
+
+def time_verdicts(steady: SteadyState, times: Mapping[Trial, Sequence[float]]) -> list[str]:
+    """One line per target."""
+
+    def ratio(one: Trial, other: Trial) -> Spread:
+        return ratios(times[one], times[other])
+
+    full = ratio(Trial(HOISTED, 1.0), Trial(PLAIN, 1.0))
+    lines = [f"full training, hoisted over plain blocks {full}: {verdict(full.median, FULL_STEP)}"]
+    for budget, selection in steady.selections.items():
+        ours = Trial(HOISTED, budget)
+        to_full, to_eager = ratio(ours, Trial(HOISTED, 1.0)), ratio(ours, Trial(EAGER, budget))
+        limit = selection.step_fraction + ABOVE_FLOPS
+        lines.append(f"budget {budget}, time over a full step's {to_full}: {verdict(to_full.median, limit)}")
+        lines.append(f"budget {budget}, time over eager's {to_eager}: {verdict(to_eager.median, 1.0)}")
+    return lines
+
+
+def memory_table(memory: Mapping[Trial, StepMemory]) -> Table:
+    """One row per trial."""
+    table = Table(title="Memory of a step beside weights, MB; peak: activations, gradients and moments")
+    table.add_column("rival", no_wrap=True)
+    for column in ("budget", "saved for backward", "to own full", "peak", "to own full"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for trial, used in memory.items():
+        full = memory[Trial(trial.rival, 1.0)]
+        saved = (f"{used.saved / 1e6:.1f}", f"{used.saved / full.saved:.3f}")
+        peak = (f"{used.peak / 1e6:.1f}", f"{used.peak / full.peak:.3f}")
+        table.add_row(trial.rival, f"{trial.budget:.2f}", *saved, *peak)
+    return table
+
+
+def memory_verdicts(memory: Mapping[Trial, StepMemory]) -> list[str]:
+    """One line per budget and kind: never more than eager freezing with the same set."""
+    lines = []
+    for trial, used in memory.items():
+        if trial.rival == HOISTED:
+            eagers = memory[Trial(EAGER, trial.budget)]
+            saved, peak = used.saved / eagers.saved, used.peak / eagers.peak
+            where = f"budget {trial.budget}"
+            lines.append(f"{where}, saved for backward over eager's {saved:.3f}: {verdict(saved, 1.0)}")
+            lines.append(f"{where}, peak over eager's {peak:.3f}: {verdict(peak, 1.0)}")
+    return lines
