@@ -6,18 +6,18 @@ import random
 
 import pytest
 import torch
-from gtcompile.tools.paper_selection import (
-    chain_costs,
-    compare_budgets,
-    select_by_paper,
-    select_on_chain,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtcompile.dependencies import BackwardCosts, SharedWork
 from gtcompile.joint import Parameter
 from gtcompile.selection import select_parameters
+from gtcompile.tools.paper_selection import (
+    chain_costs,
+    compare_budgets,
+    select_by_paper,
+    select_on_chain,
+)
 
 TENSORS = st.lists(
     st.tuples(st.integers(0, 30), st.integers(0, 30), st.floats(0.0, 5.0, width=32)), min_size=1, max_size=9
