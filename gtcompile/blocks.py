@@ -1,24 +1,36 @@
 """Compile a model block by block: repeated blocks share one capture and one compilation."""
 
+import contextlib
+import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.backend import make_backend, parse_options
 from gtcompile.capture import unwrap
 from gtcompile.cuts import cut
+from gtcompile.errors import CaptureError
 from gtcompile.torch_internals import dynamo_config
 
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
 """What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
-RECOMPILE_LIMIT = 64
-"""Captures of one forward before Dynamo gives up: blocks of all layers and stacks share a code object."""
-_LIMITS = dynamo_config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
+CAPTURES = 64
+"""Graphs captured of one class of blocks before it is an error: something must be different at every call."""
+_MORE = 4 * CAPTURES
+"""Dynamo's own limit, which is a silent fall back to eager and must not be reached before ours."""
+_LIMIT: dict[str, Any] = {}
+_RAISED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
+    _LIMIT = {"recompile_limit": _MORE}
+else:  # changing Dynamo's settings around every call takes longer than the rest of its dispatch
+    _RAISED = dynamo_config.patch(recompile_limit=_MORE)
 
 
 def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
@@ -51,15 +63,31 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
             f'or compile the model as a whole: torch.compile(model, backend="gtcompile")'
         )
     modules = [_submodule(model, name) for name in names]
-    backend = make_backend(parsed)
+    backends: dict[type[nn.Module], Backend] = {}
     seen: dict[type[nn.Module], set[int | str]] = {}
     for block in modules:
-        compiled = torch.compile(block.forward, backend=backend)
+        backend = backends.setdefault(type(block), _limited(make_backend(parsed), type(block)))
+        compiled = torch.compile(block.forward, backend=backend, **_LIMIT)
         block.forward = BlockForward(block.forward, compiled, seen.setdefault(type(block), set()))
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained.enter_region(inside)
     trained.leave_to_eager(p for p in model.parameters() if p not in inside)
     return model
+
+
+def _limited(backend: Backend, kind: type[nn.Module]) -> Backend:
+    """A backend that refuses to capture one class of blocks again and again."""
+    captures = itertools.count(1)
+
+    def limited(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if next(captures) > CAPTURES:
+            raise CaptureError(
+                f"Dynamo captured {kind.__name__} {CAPTURES} times and needs to again: something is "
+                f'different at every call, often a shape or a number. TORCH_LOGS="recompiles" says what.'
+            )
+        return backend(graph, example_inputs)
+
+    return limited
 
 
 def uncompile_blocks(model: nn.Module) -> nn.Module:
@@ -143,7 +171,7 @@ class BlockForward:
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
-        with _LIMITS:
+        with _RAISED:
             return self.compiled(*args, **kwargs)
 
     def _steady(self, key: int | str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
+from gtcompile.torch_internals import TorchDynamoException
 from gtcompile.trained import train_only, trained_parameters
 from tests.models import (
     RANDOM_LAYERS,
@@ -379,3 +380,32 @@ def test_blocks_can_be_set_free_with_the_same_parameters_trained():
     compile_blocks(model, compiler="eager")
     train_only(model, None)
     check_step(model, batch)
+
+
+class Repeated(nn.Module):
+    """A residual layer applied a number of times, which Dynamo takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.times = nn.Linear(4, 4), 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = x + self.linear(x)
+        return x
+
+
+def test_a_block_that_is_captured_again_and_again_is_refused_and_never_run_eagerly(monkeypatch):
+    monkeypatch.setattr("gtcompile.blocks.CAPTURES", 9)  # one more than Dynamo's default limit
+    model = compile_blocks(nn.Sequential(Repeated(), Repeated()), compiler="eager")
+
+    def run(times: int) -> None:
+        for block in model:
+            block.times = times
+        model(torch.ones(2, 4)).sum().backward()
+
+    for times in range(1, 10):
+        run(times)
+    assert captures() == 9
+    with pytest.raises(TorchDynamoException, match="captured Repeated 9 times"):
+        run(10)
