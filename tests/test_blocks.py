@@ -402,7 +402,7 @@ def test_a_block_that_is_captured_again_and_again_is_refused_and_never_run_eager
     def run(times: int) -> None:
         for block in model:
             block.times = times
-        model(torch.ones(2, 4)).sum().backward()
+        model(torch.ones(2, 4, requires_grad=True)).sum().backward()
 
     for times in range(1, 10):
         run(times)
