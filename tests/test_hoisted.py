@@ -1,0 +1,308 @@
+"""Hoisted variants: nothing kept for frozen parameters, nothing computed for them, nothing overwritten."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from gtcompile.blocks import compile_blocks
+from gtcompile.dependencies import backward_costs
+from gtcompile.flops import count_flops
+from gtcompile.hoisted import HoistedVariants
+from gtcompile.testing import assert_same_gradients, reference_gradients
+from gtcompile.trained import train_only
+from tests.models import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    Recipe,
+    Regression,
+    Stack,
+    block_recipes,
+    captures,
+    forget_captures,
+    make_batch,
+    random_sets,
+    recipes,
+    selectable,
+    step,
+    trained_sets,
+)
+
+BATCH_NORM = frozenset({"convolution"})
+"""A graph returns the new running statistics, where eager PyTorch writes them in place: a few bytes more."""
+ACTIVATION = (BATCH, LENGTH, WIDTH)
+
+
+def compiled(model, compiler="eager", **options):
+    options = {"compiler": compiler, "variants": "hoisted"} | options
+    return torch.compile(model, backend="gtcompile", options=options)
+
+
+class WeakRecorder(TorchDispatchMode):
+    """Weak references to everything operators return, in compiled regions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[weakref.ref[torch.Tensor]] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.references.append(weakref.ref(value))
+        return result
+
+    def survivors(self) -> list[torch.Tensor]:
+        gc.collect()
+        return [tensor for tensor in (reference() for reference in self.references) if tensor is not None]
+
+
+def bytes_alive(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[int, list[tuple[int, ...]]]:
+    """Bytes of what a forward computed and the graph keeps alive, and the shapes of its tensors."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *batch.values()]}
+    with WeakRecorder() as recorder:
+        loss = model(**batch)
+    storages = {
+        t.untyped_storage().data_ptr(): t for t in recorder.survivors() if t is not loss and t.numel()
+    }
+    kept = [tensor for pointer, tensor in storages.items() if pointer not in given]
+    return sum(t.untyped_storage().nbytes() for t in kept), [tuple(t.shape) for t in kept]
+
+
+def bytes_saved(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd saves in a forward, parameters and batch aside; generated code included."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *batch.values()]}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in given and tensor.numel():
+            sizes[pointer] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch)
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+class Chain(nn.Module):
+    """Linear layers in a row: what a layer reads is saved for its own weight's gradient alone."""
+
+    def __init__(self, depth=5):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+
+    def forward(self, x, y):
+        for layer in self.layers:
+            x = layer(x)
+        return ((x - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    ("trained", "activations"),
+    [
+        (["layers.0.weight"], 0),  # reads the batch itself
+        (["layers.0.bias", "layers.3.bias"], 0),
+        (["layers.1.weight"], 1),
+        (["layers.1.weight", "layers.3.weight", "layers.4.bias"], 2),
+        (None, 4),
+    ],
+    ids=str,
+)
+def test_no_value_saved_only_for_frozen_parameters_survives_the_forward(trained, activations):
+    model, batch = Chain(), make_batch()
+    run = compiled(model)
+    step(run, batch)
+    train_only(run, trained)
+    _, shapes = bytes_alive(run, batch)
+    assert (
+        sum(torch.Size(shape).numel() == torch.Size(ACTIVATION).numel() for shape in shapes)
+        == activations + 1
+    )
+    step(run, batch)
+    _, again = bytes_alive(run, batch)
+    assert again == shapes  # one more is the difference that the loss squares
+
+
+def test_the_recorder_sees_what_autograd_keeps():
+    _, shapes = bytes_alive(Chain(), make_batch())
+    assert shapes.count((BATCH * LENGTH, WIDTH)) + shapes.count(ACTIVATION) >= 5
+
+
+@settings(max_examples=8)
+@given(recipes(layers=3, without=BATCH_NORM), st.integers(0, 99))
+def test_never_more_is_kept_alive_than_by_eager_freezing(recipe, seed):
+    forget_captures()
+    model, twin, batch = recipe.model(), recipe.model(), recipe.batch()
+    run = compiled(model)
+    for trained in random_sets(sorted(backward_costs(model, batch).fqns), 3, seed):
+        train_only(run, trained)
+        train_only(twin, trained)
+        assert bytes_alive(run, batch)[0] <= bytes_alive(twin, batch)[0]
+
+
+def test_a_frozen_prefix_of_blocks_keeps_nothing_alive():
+    model, batch = Recipe(("residual",) * 4).model(), make_batch()
+    compile_blocks(model, compiler="eager")
+    step(model, batch)
+    kept = []
+    for lowest in range(4):
+        train_only(model, [f"layers.{lowest}.*", "layers.3.*"])
+        kept.append(bytes_alive(model, batch)[0])
+    assert kept == sorted(kept, reverse=True)
+    train_only(model, ["head.bias"])
+    assert bytes_alive(model, batch)[0] <= 2 * 4 * torch.Size(ACTIVATION).numel()
+
+
+def test_generated_code_saves_less_when_less_is_trained():
+    model, batch = Chain(), make_batch()
+    run = compiled(model, compiler="inductor")
+    saved = {}
+    for trained in (None, ["layers.1.weight", "layers.3.weight"], ["layers.0.bias"]):
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        step(run, batch)
+        assert_same_gradients(run, expected, rtol=1e-4, atol=1e-6)
+        saved[str(trained)] = bytes_saved(run, batch)
+    everything, two, none = saved.values()
+    activation = 4 * torch.Size(ACTIVATION).numel()
+    assert everything - two == 2 * activation
+    assert two - none == 2 * activation
+
+
+def test_after_the_backward_nothing_is_kept():
+    model, batch = Regression(4), make_batch()
+    run = compiled(model)
+    step(run, batch)
+    train_only(run, ["layers.1.*", "layers.3.weight"])
+    with WeakRecorder() as recorder:
+        loss = run(**batch)
+        loss.backward()
+    gradients = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    left = [t for t in recorder.survivors() if t is not loss and t.numel()]
+    assert {t.untyped_storage().data_ptr() for t in left} <= gradients | {loss.untyped_storage().data_ptr()}
+
+
+def test_each_set_is_planned_once(monkeypatch):
+    planned = []
+    plan = HoistedVariants._plan
+    monkeypatch.setattr(HoistedVariants, "_plan", lambda self, live: planned.append(live) or plan(self, live))
+    model, batch = Regression(3), make_batch()
+    run = compiled(model)
+    sets = random_sets(selectable(model), 4)
+    for trained in sets + sets[::-1]:
+        train_only(run, trained)
+        step(run, batch)
+    assert len(planned) == len(set(planned)) == 4
+
+
+@pytest.mark.parametrize("cut_chains", ["run", "compile"])
+def test_generated_code_overwrites_nothing_that_a_leaf_reads(cut_chains):
+    model, batch = Recipe(("norm", "residual"), tied=True).model(), make_batch()
+    costs = backward_costs(model, batch)
+    run = compiled(model, compiler="inductor", cut_chains=cut_chains)
+    for trained in random_sets(selectable(model), 3, seed=4):
+        train_only(run, trained)
+        for _ in range(2):
+            expected = reference_gradients(run, batch)
+            step(run, batch)
+            assert_same_gradients(run, expected, rtol=1e-4, atol=1e-6)
+        with count_flops() as counter:
+            step(run, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
+def test_a_retained_graph_of_generated_code_gives_the_same_gradients_again():
+    model, batch = Recipe(("norm",) * 2).model(), make_batch()
+    compile_blocks(model)
+    train_only(model, ["layers.*.weight"])
+    expected = reference_gradients(model, batch)
+    loss = model(**batch)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=True)
+        assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_in_generated_code_draws_the_same_for_every_set():
+    model, batch = Recipe(("dropout",) * 2).model(), make_batch()
+    compile_blocks(model)
+    everything = None
+    for trained in [None, *random_sets(selectable(model), 4)]:
+        train_only(model, trained)
+        torch.manual_seed(5)
+        loss = step(model, batch)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        everything = everything or (loss, gradients)
+        assert torch.equal(loss, everything[0])
+        of_these = {name: g for name, g in everything[1].items() if trained is None or name in trained}
+        assert_same_gradients(gradients, of_these, rtol=1e-4, atol=1e-6)
+
+
+class CheckpointedInside(Stack):
+    """Checkpointing that Dynamo sees: the partitioner has to recompute."""
+
+    def forward(self, x, y):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return ((self.head(x) - y) ** 2).mean()
+
+
+def test_checkpointing_inside_a_region_recomputes_and_is_trained_right():
+    recipe = Recipe(("residual", "norm"))
+    layers = list(recipe.model().layers)
+    model, batch = CheckpointedInside(layers, tied=False), make_batch()
+    run = compiled(model)
+    kept = {}
+    for trained in [None, *random_sets(selectable(model), 4)]:
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        step(run, batch)
+        assert_same_gradients(run, expected)
+        kept[trained] = bytes_alive(run, batch)[0]
+    assert captures() == 1
+    plain = Stack(layers, tied=False)
+    step(run_plain := compiled(plain), batch)
+    train_only(run, None)
+    assert bytes_alive(run, batch)[0] < bytes_alive(run_plain, batch)[0]
+
+
+def gradients_with(
+    make: Callable[[nn.Module], nn.Module], recipe: Recipe, trained
+) -> dict[str, torch.Tensor]:
+    model = recipe.model()
+    run = make(model)
+    train_only(run, trained)
+    torch.manual_seed(3)
+    step(run, recipe.batch())
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@settings(max_examples=6)
+@given(block_recipes(), st.data())
+def test_hoisted_and_specialized_agree_whole_and_in_blocks(recipe, data):
+    trained = data.draw(trained_sets(selectable(recipe.model()))) | {"head.bias"}
+    found = []
+    for variants in ("hoisted", "specialized"):
+        options = {"compiler": "eager", "variants": variants}
+        forget_captures()
+        found.append(gradients_with(lambda model: compiled(model, **options), recipe, trained))  # noqa: B023
+        forget_captures()
+        found.append(gradients_with(lambda model: compile_blocks(model, **options), recipe, trained))  # noqa: B023
+    for gradients in found[1:]:
+        assert_same_gradients(gradients, found[0])
