@@ -24,10 +24,13 @@ import torch
 from torch import fx
 
 from gtcompile.autograd_nodes import region_node
+from gtcompile.dependencies import SharedWork, costs_of
+from gtcompile.joint import JointGraph
 from gtcompile.operators import Boxed, boxed, run_operators
 from gtcompile.passes.hoisting import (
     HoistedBackward,
     Leaf,
+    Operand,
     Part,
     extract,
     free_strides,
@@ -84,9 +87,25 @@ class Partition:
         outputs: Any = self.backward.graph.output_node().args[0]
         return [node if slot in live else None for slot, node in enumerate(outputs)]
 
+    def work(self) -> tuple[SharedWork, ...]:
+        """The backward's FLOPs by the slots that need them, written as decimals."""
+        slots = tuple(map(str, range(len(self.slots))))
+        return costs_of(JointGraph(module=self.backward, forward_outputs=0, slots=slots)).shared_work
+
     def released(self, read: set[int]) -> tuple[int, ...]:
         """Where among the forward's outputs the saved values are that the backward will not read."""
         return tuple(output for position, output in self.saved.items() if position not in read)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The backward of one set of activation gradients, split and compiled."""
+
+    hoisted: HoistedBackward
+    run: Boxed
+    """The compiled part."""
+    flops: int
+    """FLOPs of the compiled part."""
 
 
 class HoistingPartitioner(CustomPartitionerFn):
@@ -142,10 +161,11 @@ class HoistedVariants:
         self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
         self._plans: dict[Live, Plan] = {}
-        self._chains: dict[Slots, tuple[HoistedBackward, Boxed]] = {}
+        self._chains: dict[Slots, Chain] = {}
         self._compile_part: Callable[[Part], Boxed] = run_part_eagerly
         self._current = threading.local()
         self._partition, self._code = self._compile(graph, example_inputs)
+        self._work = self._partition.work()
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
@@ -221,35 +241,38 @@ class HoistedVariants:
         names = {input_name(i) for i in live}
         slots = enumerate(self._partition.slots)
         live_slots = frozenset(i for i, name in slots if name in names or (name and name not in self._inputs))
+        if self._compiler == "inductor" and (whole_chain := self._whole_chain(live_slots)):
+            return whole_chain
         needed = extract(self._partition.backward, self._partition.gradients(live_slots))
         narrow_masks(needed.module.graph)
-        if self._compiler == "inductor":
-            whole_chain = self._whole_chain(live_slots, needed.flops)
-            if whole_chain is not None:
-                return whole_chain
         compiled = self._compiler == "inductor" and (
             self._cut_chains == "compile" or draws_random_numbers(needed)
         )
         run = lazily(self._compile_when_run if compiled else run_part_eagerly, needed)
         return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
 
-    def _whole_chain(self, live: Slots, flops: int) -> Plan | None:
+    def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
         slots = self._partition.slots
         activations = frozenset(slot for slot in live if slots[slot] not in self._parameters)
         if not activations and self._cut_chains == "run":
             return None  # the backward ends in this block
         if activations not in self._chains:
-            hoistable = {slot for slot, name in enumerate(slots) if name in self._parameters}
-            hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
-            self._chains[activations] = hoisted, lazily(self._compile_when_run, hoisted.chain)
-        hoisted, chain = self._chains[activations]
-        leaves = tuple(leaf for leaf in hoisted.leaves if leaf.slot in live)
-        if hoisted.chain.flops + sum(leaf.flops for leaf in leaves) != flops:
+            self._chains[activations] = self._chain(activations)
+        chain = self._chains[activations]
+        leaves = tuple(leaf for leaf in chain.hoisted.leaves if leaf.slot in live)
+        names = set(map(str, live))
+        needed_flops = sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
+        if chain.flops + sum(leaf.flops for leaf in leaves) != needed_flops:
             return None
-        read = {*hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
-        backward = functools.partial(run_chain, hoisted, chain, leaves, live, len(slots))
+        read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
+        backward = functools.partial(run_chain, chain, with_last_reads(leaves), live, len(slots))
         return Plan(self._partition.released(read), backward)
+
+    def _chain(self, activations: Slots) -> Chain:
+        hoistable = {slot for slot, name in enumerate(self._partition.slots) if name in self._parameters}
+        hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
+        return Chain(hoisted, lazily(self._compile_when_run, hoisted.chain), hoisted.chain.flops)
 
 
 def run_part(part: Part, run: Boxed, inputs: list[Any]) -> Sequence[Any]:
@@ -259,19 +282,32 @@ def run_part(part: Part, run: Boxed, inputs: list[Any]) -> Sequence[Any]:
     return run(own)
 
 
+def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
+    """Each leaf, and those of its operands that no later leaf reads."""
+    last = {operand: leaf.slot for leaf in leaves for operand in leaf.operands}
+    return tuple((leaf, tuple(o for o in leaf.operands if last[o] == leaf.slot)) for leaf in leaves)
+
+
 def run_chain(
-    hoisted: HoistedBackward, chain: Boxed, leaves: Sequence[Leaf], live: Slots, slots: int, inputs: list[Any]
+    chain: Chain,
+    leaves: Sequence[tuple[Leaf, Sequence[Operand]]],
+    live: Slots,
+    slots: int,
+    inputs: list[Any],
 ) -> Sequence[Any]:
     """Run the chain, then the leaves one by one; what no later leaf reads is let go."""
-    saved = {o.index: inputs[o.index] for leaf in leaves for o in leaf.operands if o.saved}
-    computed = list(run_part(hoisted.chain, chain, inputs))
+    saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
+    computed = list(run_part(chain.hoisted.chain, chain.run, inputs))
     gradients: list[Any] = [None] * slots
-    for position, slot in enumerate(hoisted.chain_slots):
+    for position, slot in enumerate(chain.hoisted.chain_slots):
         if slot in live:
             gradients[slot] = computed[position]
-    for leaf in leaves:
+    for leaf, last_read in leaves:
         operands = [saved[o.index] if o.saved else computed[o.index] for o in leaf.operands]
-        gradients[leaf.slot] = leaf.module(*operands)
+        gradients[leaf.slot] = leaf.module.forward(*operands)
+        del operands
+        for operand in last_read:
+            (saved if operand.saved else computed)[operand.index] = None
     return gradients
 
 
