@@ -22,8 +22,16 @@ Batch = dict[str, torch.Tensor]
 
 
 def _opt(hidden_size: int, layers: int, heads: int, **other: Any) -> OPTConfig:
-    sizes = {"ffn_dim": 4 * hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
-    embeddings = {"vocab_size": 50272, "max_position_embeddings": 2048, "word_embed_proj_dim": hidden_size}
+    sizes: dict[str, Any] = {
+        "ffn_dim": 4 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    embeddings: dict[str, Any] = {
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": hidden_size,
+    }
     return OPTConfig(hidden_size=hidden_size, **sizes, **(embeddings | other))
 
 
@@ -32,15 +40,17 @@ def _bloomz_3b() -> BloomConfig:
 
 
 def _flan_t5_xl() -> T5Config:
-    widths = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "vocab_size": 32128}
-    return T5Config(
-        **widths,
-        num_layers=24,
-        num_decoder_layers=24,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 32128,
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_decoder_layers": 24,
+        "num_heads": 32,
+    }
+    untied: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
+    return T5Config(feed_forward_proj="gated-gelu", **sizes, **untied)
 
 
 PAPER_MODELS: Mapping[str, Callable[[], PretrainedConfig]] = {
@@ -63,7 +73,8 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     if isinstance(config, T5Config) and not config.scale_decoder_outputs:
         # transformers unties such a head only when it finds its weights in a checkpoint
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    return model.train()
+    model.train()
+    return model
 
 
 def make_batch(config: PretrainedConfig, rows: int, length: int, target_length: int) -> Batch:

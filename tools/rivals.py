@@ -74,7 +74,8 @@ class Workload:
         torch.manual_seed(0)
         with self.device:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config(), dtype=self.dtype)
-        return model.train()
+        model.train()
+        return model
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Random tokens, all of them labelled."""

@@ -4,6 +4,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.max_memory_allocated(device)) - int(before)
 
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
@@ -76,6 +77,9 @@ def _peak_on_cpu(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None
-    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records: list[Any] = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     records.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in records), initial=0))
+    held = itertools.accumulate((int(event.nbytes()) for event in records), initial=0)
+    return max(held)

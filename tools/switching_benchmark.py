@@ -308,7 +308,7 @@ def main(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     try:
-        chosen = make_workload(workload, torch.device(device), dtype and DTYPES[dtype], **sizes)
+        chosen = make_workload(workload, torch.device(device), DTYPES[dtype] if dtype else None, **sizes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     effort = Effort(sets=sets, slow_sets=slow_sets, rounds=rounds, seed=seed)
