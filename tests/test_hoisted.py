@@ -65,8 +65,13 @@ class WeakRecorder(TorchDispatchMode):
                 self.references.append(weakref.ref(value))
         return result
 
+    def __enter__(self):
+        gc.freeze()  # what is there already is not looked at again, which takes half a second
+        return super().__enter__()
+
     def survivors(self) -> list[torch.Tensor]:
         gc.collect()
+        gc.unfreeze()
         return [tensor for tensor in (reference() for reference in self.references) if tensor is not None]
 
 
