@@ -16,7 +16,7 @@ Either way the FLOPs are exactly those of the live gradients.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,10 @@ from gtcompile.torch_internals import (
 
 PLAN = "gtcompile.plan"
 """Key of the plan in the metadata of a region's autograd node."""
+
+PLANS_KEPT = 256
+"""Plans a region keeps, the least recently used is dropped; making one again takes microseconds, or some
+milliseconds where the chain is cut."""
 
 Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
@@ -152,15 +156,17 @@ class HoistedVariants:
         example_inputs: Sequence[Any],
         *,
         compiler: Literal["inductor", "eager"],
+        patches: Mapping[str, Any],
         cut_chains: Literal["run", "compile"],
         parameters: frozenset[int],
     ) -> None:
         self._compiler = compiler
+        self._patches = patches
         self._cut_chains = cut_chains
         self._parameters = {input_name(i) for i in parameters}
         self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
-        self._plans: dict[Live, Plan] = {}
+        self._plan_for = functools.lru_cache(PLANS_KEPT)(self._plan)
         self._chains: dict[Slots, Chain] = {}
         self._compile_part: Callable[[Part], Boxed] = run_part_eagerly
         self._current = threading.local()
@@ -169,10 +175,7 @@ class HoistedVariants:
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
-        plan = self._plans.get(live)
-        if plan is None:
-            plan = self._plans[live] = self._plan(live)
-        self._current.plan = plan
+        plan = self._current.plan = self._plan_for(live)
         outputs = self._code(*inputs)
         node = region_node(outputs, [inputs[i] for i in self._activations])
         if node is not None:
@@ -188,7 +191,7 @@ class HoistedVariants:
         code: Any
         with without_donation():
             if self._compiler == "inductor":
-                patches = {"custom_partitioner_fn": partitioner}
+                patches = {**self._patches, "custom_partitioner_fn": partitioner}
                 code = compile_fx(graph, example_inputs, inner_compile=self._inductor, config_patches=patches)
             else:
                 code = aot_autograd(
@@ -203,7 +206,7 @@ class HoistedVariants:
         """Inductor's `inner_compile`: the forward as ever; of the backward, only what its parts will need."""
         if not options.get("is_backward"):
             return self._forward(compile_fx_inner(module, example_inputs, **options))
-        resume = resumable_compilation()
+        resume = resumable_compilation(self._patches)
 
         def compile_part(part: Part) -> Boxed:
             inputs = [example_inputs[i] for i in part.inputs]
@@ -352,10 +355,12 @@ def without_donation() -> Iterator[None]:
         yield
 
 
-def resumable_compilation() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Remember the compilation under way; what is returned enters it again later."""
+def resumable_compilation(
+    patches: Mapping[str, Any],
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Remember the compilation under way; what is returned enters it again later, with the same settings."""
     context, fake_mode = TracingContext.get(), inductor_state.fake_mode
-    settings = {"custom_partitioner_fn": inductor_config.custom_partitioner_fn}
+    settings = {**patches, "custom_partitioner_fn": inductor_config.custom_partitioner_fn}
 
     @contextlib.contextmanager
     def resume() -> Iterator[None]:

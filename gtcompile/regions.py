@@ -1,7 +1,8 @@
 """A region: one graph that Dynamo captured, dispatched at run time on what is trained."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from gtcompile import trained
 from gtcompile.autograd_nodes import region_node
 from gtcompile.cuts import wants_gradient
 from gtcompile.errors import GraphContractError
+from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants
 from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
@@ -36,6 +38,14 @@ class RegionOptions:
     by operator."""
     differentiate: Literal["everything", "loss"] = "everything"
     """`loss` when only scalar outputs are differentiated: no zero gradient for logits, nor its memory."""
+    random: Literal["eager", "compiler"] = "eager"
+    """Whose random numbers dropout draws. `eager`: the same as eager PyTorch, in every variant; `compiler`:
+    Inductor's own, generated where they are used, which a GPU does faster and a CPU slower."""
+
+
+LIVE_SETS_KEPT = 256
+"""Sets of live gradients a region remembers to have checked; the oldest is forgotten."""
+NOTHING: Live = frozenset()
 
 
 class Region:
@@ -52,53 +62,72 @@ class Region:
         self._tracing_context = TracingContext.get()
         if options.differentiate == "loss":
             graph = differentiate_loss_only(graph)
+        self._graph = graph
+        self._example_inputs = _fake_inputs(graph, example_inputs)
+        self._options = options
         self._output_sources = _output_sources(graph)
         self._cut_positions: dict[Live, tuple[int, ...]] = {}
-        self._variants = self._make_variants(graph, _fake_inputs(graph, example_inputs), options)
         self._lives: dict[tuple[int, ...], Live] = {}
         self._generation = -1
-        self._checked: set[Live] = set()
+        hoisted = options.variants == "hoisted"
+        self._variants = self._hoisted() if hoisted and self._differentiable else self._specialized()
+        self._frozen = self._compile_frozen() if hoisted else None  # so that later sets compile nothing
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the variant for what is trained now among `inputs`."""
-        if not self._differentiable:
-            return self._variants(frozenset(), inputs)
-        live = self._live(inputs)
-        if live in self._checked:
-            outputs = self._variants(live, inputs)
-        else:
-            with self._compilation():
-                outputs = self._variants(live, inputs)
+        live = self._live(inputs) if self._differentiable else NOTHING
+        if not live:
+            return self._run_frozen(inputs)
+        outputs = self._variants(live, inputs)
+        if live not in self._cut_positions:
             expect_gradients(outputs, inputs, live)
-            self._checked.add(live)
-        return self._cut(outputs, live)
+            self._keep_cut_positions(live)
+        return detach(outputs, self._cut_positions[live])
 
-    def _cut(self, outputs: Sequence[Any], live: Live) -> Sequence[Any]:
-        """End the backward at every output that depends on nothing trained, here or before."""
-        positions = self._cut_positions.get(live)
-        if positions is None:
-            positions = tuple(i for i, sources in enumerate(self._output_sources) if sources.isdisjoint(live))
-            self._cut_positions[live] = positions
-        if not positions:
-            return outputs
-        outputs = list(outputs)
-        for i in positions:
-            if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
-                outputs[i] = outputs[i].detach()
-        return outputs
+    def _run_frozen(self, inputs: Sequence[Any]) -> Any:
+        """Run where nothing is trained, here or before: without autograd."""
+        if self._frozen is None:
+            with self._compilation():
+                self._frozen = self._compile_frozen()
+        outputs = self._frozen(*inputs)
+        return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
 
-    def _make_variants(
-        self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: RegionOptions
-    ) -> Callable[[Live, Sequence[Any]], Any]:
-        if options.variants == "specialized" or not self._differentiable:
-            return SpecializedVariants(graph, example_inputs, options.compiler, options.variants_kept)
+    def _keep_cut_positions(self, live: Live) -> None:
+        """Work out which outputs depend on nothing trained, here or before: the backward ends there."""
+        if len(self._cut_positions) == LIVE_SETS_KEPT:
+            del self._cut_positions[next(iter(self._cut_positions))]
+        sources = enumerate(self._output_sources)
+        self._cut_positions[live] = tuple(i for i, positions in sources if positions.isdisjoint(live))
+
+    def _compile_frozen(self) -> Callable[..., Any]:
+        return compile_frozen(
+            self._graph, self._example_inputs, compiler=self._options.compiler, patches=self._patches
+        )
+
+    def _specialized(self) -> SpecializedVariants:
+        return SpecializedVariants(
+            self._graph,
+            self._example_inputs,
+            compiler=self._options.compiler,
+            patches=self._patches,
+            kept=self._options.variants_kept,
+            compilation=self._compilation,
+        )
+
+    def _hoisted(self) -> HoistedVariants:
         return HoistedVariants(
-            graph,
-            example_inputs,
-            compiler=options.compiler,
-            cut_chains=options.cut_chains,
+            copy.copy(self._graph),
+            self._example_inputs,
+            compiler=self._options.compiler,
+            patches=self._patches,
+            cut_chains=self._options.cut_chains,
             parameters=frozenset(self._parameters),
         )
+
+    @property
+    def _patches(self) -> dict[str, Any]:
+        """Of Inductor's settings."""
+        return {"fallback_random": self._options.random == "eager"}
 
     def _live(self, inputs: Sequence[Any]) -> Live:
         """Positions of the inputs whose gradients are wanted."""
@@ -119,6 +148,15 @@ class Region:
         """Dynamo's compilation of this graph, entered again for a new variant."""
         with tracing(self._tracing_context), torch.set_grad_enabled(self._differentiable):
             yield
+
+
+def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
+    """The outputs, those at some positions without their history."""
+    detached = list(outputs)
+    for i in positions:
+        if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
+            detached[i] = outputs[i].detach()
+    return detached
 
 
 def requires_grad(value: object) -> bool:

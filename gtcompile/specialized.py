@@ -1,9 +1,10 @@
 """Specialized variants: one compilation per set of live gradients, for the best code and least memory."""
 
 import copy
+import functools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 from torch import fx
@@ -30,28 +31,33 @@ class SpecializedVariants:
         self,
         graph: fx.GraphModule,
         example_inputs: Sequence[Any],
+        *,
         compiler: Literal["inductor", "eager"],
+        patches: Mapping[str, Any],
         kept: int,
+        compilation: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._graph = graph
         self._example_inputs = example_inputs
         self._compiler = compiler
-        self._kept = kept
-        self._variants: OrderedDict[Live, Compiled] = OrderedDict()
+        self._patches = patches
+        self._compilation = compilation
+        self._variant = functools.lru_cache(kept)(self._compile)
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
-        variant = self._variants.get(live)
-        if variant is None:
-            logger.info("compiling a variant with %d live inputs", len(live))
-            graph = copy.copy(self._graph)
-            variant = compile_specialized(graph, self._example_inputs, live, self._compiler)
-            self._variants[live] = variant
-            if len(self._variants) > self._kept:
-                self._variants.popitem(last=False)
-        else:
-            self._variants.move_to_end(live)
-        return variant(*inputs)
+        return self._variant(live)(*inputs)
+
+    @property
+    def kept(self) -> int:
+        """How many variants there are now."""
+        return self._variant.cache_info().currsize
+
+    def _compile(self, live: Live) -> Compiled:
+        logger.info("compiling a variant with %d live inputs", len(live))
+        graph = copy.copy(self._graph)
+        with self._compilation():
+            return compile_specialized(graph, self._example_inputs, live, self._compiler, self._patches)
 
 
 class TrainedSetPartitioner(CustomPartitionerFn):
@@ -78,7 +84,11 @@ class TrainedSetPartitioner(CustomPartitionerFn):
 
 
 def compile_specialized(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], live: Live, compiler: Literal["inductor", "eager"]
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    live: Live,
+    compiler: Literal["inductor", "eager"],
+    patches: Mapping[str, Any],
 ) -> Compiled:
     """Compile a Dynamo graph so that its backward computes the live gradients alone.
 
@@ -87,11 +97,13 @@ def compile_specialized(
         example_inputs: fake tensors and numbers, one per placeholder.
         live: positions of the inputs whose gradients are wanted.
         compiler: who turns the two graphs into code.
+        patches: of Inductor's settings.
     """
     partitioner = TrainedSetPartitioner(live)
     code: Any
     if compiler == "inductor":
-        code = compile_fx(graph, example_inputs, config_patches={"custom_partitioner_fn": partitioner})
+        settings = {**patches, "custom_partitioner_fn": partitioner}
+        code = compile_fx(graph, example_inputs, config_patches=settings)
     else:
         code = aot_autograd(
             fw_compiler=run_operators,

@@ -29,6 +29,7 @@ ORDER = [
         "region_graph",
         "autograd_nodes",
         "operators",
+        "frozen",
         "specialized",
         "hoisted",
         "regions",

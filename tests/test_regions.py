@@ -26,9 +26,9 @@ def compilations(monkeypatch) -> list[frozenset[int]]:
     seen = []
     compile_specialized = specialized.compile_specialized
 
-    def note(graph, example_inputs, live, compiler):
+    def note(graph, example_inputs, live, compiler, patches):
         seen.append(live)
-        return compile_specialized(graph, example_inputs, live, compiler)
+        return compile_specialized(graph, example_inputs, live, compiler, patches)
 
     monkeypatch.setattr(specialized, "compile_specialized", note)
     return seen
@@ -81,7 +81,7 @@ def test_a_dropped_variant_is_set_free():
         step(run, batch)
         gc.collect()
         variants = [v for v in gc.get_objects() if type(v) is specialized.SpecializedVariants]
-        alive.append([len(v._variants) for v in variants if v._variants])
+        alive.append([v.kept for v in variants if v.kept])
     assert alive == [[1]] * 4
 
 
@@ -238,9 +238,9 @@ def test_gradients_reach_what_lies_before_the_region(variants):
 
 
 def test_a_variant_that_hands_out_a_frozen_gradient_is_caught(monkeypatch):
-    def ignore_the_set(graph, example_inputs, live, compiler):
+    def ignore_the_set(graph, example_inputs, live, compiler, patches):
         everything = frozenset(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
-        return compile_specialized(graph, example_inputs, everything or live, compiler)
+        return compile_specialized(graph, example_inputs, everything or live, compiler, patches)
 
     compile_specialized = specialized.compile_specialized
     monkeypatch.setattr(specialized, "compile_specialized", ignore_the_set)

@@ -1,0 +1,40 @@
+"""The forward of a region in which nothing is trained: no autograd, nothing saved for backward."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from gtcompile.torch_internals import compile_fx
+
+
+def compile_frozen(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    compiler: Literal["inductor", "eager"],
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph for inputs of which none is differentiated.
+
+    Args:
+        graph: left as it is.
+        example_inputs: fake tensors and numbers, one per placeholder.
+        compiler: who turns the graph into code; "eager" runs the graph as Dynamo captured it.
+        patches: of Inductor's settings.
+
+    Returns:
+        A function of the graph's inputs whose outputs need no gradient.
+    """
+    run: Any = graph
+    if compiler == "inductor":
+        with torch.no_grad():
+            run = compile_fx(copy.copy(graph), example_inputs, config_patches=patches)
+
+    def forward(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return forward
