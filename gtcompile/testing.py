@@ -1,7 +1,7 @@
 """The oracles gtcompile is tested against, for your own tests: eager gradients and what must equal them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from gtcompile.capture import loss_of, unwrap
 from gtcompile.trained import trained_parameters
+
+Gradients = Sequence[torch.Tensor | None]
 
 
 def reference_gradients(
@@ -34,26 +36,55 @@ def reference_gradients(
     unknown = sorted(chosen - parameters.keys())
     if unknown:
         raise ValueError(f"no parameter is called {', '.join(unknown)}")
-    with _everything_restored(inner), torch.compiler.set_stance("force_eager"):
-        for fqn, parameter in parameters.items():
-            parameter.requires_grad_(fqn in chosen)
-        names = sorted(chosen)
-        loss = loss_of(inner(**batch))
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    wanted = {name: parameters[name] for name in sorted(chosen)}
+    try:
+        gradients = _eager_step(inner, batch, wanted, _handed_out)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        gradients = _eager_step(inner, batch, wanted, _accumulated)
+    return {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+
+
+def _eager_step(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    wanted: Mapping[str, nn.Parameter],
+    differentiate: Callable[[torch.Tensor, list[nn.Parameter]], Gradients],
+) -> Gradients:
+    with _everything_restored(model), torch.compiler.set_stance("force_eager"):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        return differentiate(loss_of(model(**batch)), list(wanted.values()))
+
+
+def _handed_out(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    """Gradients by a backward that touches no `.grad` and runs no hook of a parameter."""
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _accumulated(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    """Gradients by `.grad`, for reentrant checkpointing knows no other way; hooks of parameters run."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    return [parameter.grad for parameter in parameters]
 
 
 @contextlib.contextmanager
 def _everything_restored(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
+            parameter.grad = gradient
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -51,7 +51,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
         if fqn in trained:
             _thaw(parameter)
         else:
-            _freeze(parameter, outside=not compiled or _known_outside(parameter))
+            _freeze(parameter, outside=_is_outside(parameter, compiled))
     _current_generation = next(_generation)
     return trained
 
@@ -146,8 +146,11 @@ def _names(model: nn.Module) -> dict[str, str]:
     return {name: p.fqn for p in described if p.fqn in selectable for name in (p.fqn, *p.aliases)}
 
 
-def _known_outside(parameter: nn.Parameter) -> bool:
-    return parameter not in _in_region and (parameter in _outside or not parameter.requires_grad)
+def _is_outside(parameter: nn.Parameter, compiled: bool) -> bool:
+    """Whether eager code alone uses a parameter of a model that is compiled or is not."""
+    if parameter in _in_region:
+        return False
+    return not compiled or parameter in _outside or not parameter.requires_grad
 
 
 def _freeze(parameter: nn.Parameter, *, outside: bool) -> None:

@@ -1,5 +1,6 @@
 """Hoisted variants: nothing kept for frozen parameters, nothing computed for them, nothing overwritten."""
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -256,6 +257,51 @@ def test_dropout_in_generated_code_draws_the_same_for_every_set():
         assert torch.equal(loss, everything[0])
         of_these = {name: g for name, g in everything[1].items() if trained is None or name in trained}
         assert_same_gradients(gradients, of_these, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("how", ["specialized", "hoisted", "blocks"])
+def test_dropout_draws_the_random_numbers_of_eager_pytorch(how, compiler):
+    model, batch = Recipe(("dropout",) * 3).model(), make_batch()
+    if how == "blocks":
+        run = compile_blocks(model, compiler=compiler)
+    else:
+        run = compiled(model, compiler, variants=how)
+    for seed, trained in enumerate([frozenset({"head.bias"}), *random_sets(selectable(model), 2)]):
+        train_only(run, trained)
+        torch.manual_seed(seed)
+        expected = reference_gradients(run, batch)
+        model.zero_grad()
+        step(run, batch)
+        tolerance = 1e-6 if compiler == "inductor" else 0.0
+        assert_same_gradients(model, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_checkpointed_block_with_dropout_draws_the_same_again(compiler, reentrant):
+    model, batch = Recipe(("dropout",) * 3).model(), make_batch()
+    compile_blocks(model, compiler=compiler)
+    for layer in model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=reentrant)
+    for seed, trained in enumerate(random_sets(selectable(model), 3)):
+        train_only(model, trained | {"embed.weight"})
+        torch.manual_seed(seed)
+        expected = reference_gradients(model, batch)
+        model.zero_grad()
+        step(model, batch)
+        tolerance = 1e-6 if compiler == "inductor" else 0.0
+        assert_same_gradients(model, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_compilers_own_random_numbers_can_be_asked_for():
+    model, batch = Recipe(("dropout",) * 2).model(), make_batch()
+    run = compiled(model, "inductor", random="compiler")
+    torch.manual_seed(0)
+    own = step(run, batch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert not torch.equal(own, model(**batch))
 
 
 class CheckpointedInside(Stack):

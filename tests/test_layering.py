@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import gtcompile.passes
+import gtcompile.tools
+
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"gtcompile": "gtcompile", "gtcompile.passes": "passes", "gtcompile.tools": "tools"}
+PACKAGES = (gtcompile, gtcompile.passes, gtcompile.tools)
+FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in PACKAGES}
+"""Where the packages lie: in the checkout, or in site-packages when a wheel is tested."""
 
 ORDER = [
     *("errors", "torch_internals", "joint", "capture", "flops", "dependencies"),
@@ -45,11 +50,11 @@ AWAY_FROM_FX = {"selection", "knapsack", "importance", "optimizer_updates"}
 
 def module_name(path: Path) -> str:
     """Dotted name of a source file, as it is imported."""
-    package = next(name for name, folder in FOLDERS.items() if path.parent.name == folder)
+    package = next(name for name, folder in FOLDERS.items() if path.parent == folder)
     return package if path.stem == "__init__" else f"{package}.{path.stem}"
 
 
-SOURCES = {module_name(p): p for folder in FOLDERS.values() for p in sorted((ROOT / folder).glob("*.py"))}
+SOURCES = {module_name(p): p for folder in FOLDERS.values() for p in sorted(folder.glob("*.py"))}
 
 
 @functools.cache

@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from gtcompile import regions, specialized
+from gtcompile.blocks import compile_blocks
 from gtcompile.errors import GraphContractError
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.trained import train_only
@@ -274,3 +276,34 @@ def test_a_compiled_model_can_be_set_free(variants):
     torch.compiler.reset()
     gc.collect()
     assert weight() is None
+
+
+@VARIANTS
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_block_in_which_nothing_is_trained_runs_without_autograd(variants, compiler):
+    model, batch = Recipe(("residual",) * 3).model(), make_batch()
+    compile_blocks(model, variants=variants, compiler=compiler)
+    train_only(model, ["head.*"])
+    saved = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        hidden = model.layers[0](batch["x"])
+        assert not hidden.requires_grad
+        assert saved == []
+    step(model, batch)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_what_a_region_remembers_is_bounded(monkeypatch):
+    monkeypatch.setattr(regions, "LIVE_SETS_KEPT", 3)
+    model, batch = Regression(4), make_batch()
+    run = compiled(model, variants="hoisted")
+    for trained in random_sets(selectable(model), 8):
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        step(run, batch)
+        assert_same_gradients(run, expected)
+    remembered = [r for r in gc.get_objects() if type(r) is regions.Region and r._cut_positions]
+    assert [len(region._cut_positions) for region in remembered] == [3]

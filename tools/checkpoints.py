@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place in one step.
 
     Whatever happens in between, `path` holds the old content or the new, never a part.
@@ -34,18 +34,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_lines(path: Path, records: list[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

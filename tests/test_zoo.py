@@ -1,0 +1,95 @@
+"""The check of many architectures, on a few of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from gtcompile.tools import zoo, zoo_check
+from gtcompile.tools.zoo_check import MODES, NO_BLOCKS, Checked, check
+from gtcompile.tools.zoo_models import disable_dropout, read_architectures
+
+ARCHITECTURES = read_architectures()
+RIGHT = Checked(
+    name="A", family="a", mode="whole-eager", regions=1, parameters=9, sets=3, flops_difference=0, seconds=1.0
+)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "MixtralForCausalLM"])
+@pytest.mark.parametrize("mode", ["whole-eager", "blocks-eager"])
+def test_gradients_and_flops_of_different_architectures_are_right(name, mode):
+    checked = check(ARCHITECTURES[name], MODES[mode])
+    assert checked.right, checked
+    assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["whole-eager", "blocks-eager"])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES)[::3])
+def test_gradients_of_every_third_architecture_are_right(name, mode):
+    checked = check(ARCHITECTURES[name], MODES[mode])
+    assert checked.right or checked.skipped or zoo_check.plain_failure(ARCHITECTURES[name]), checked
+
+
+def test_a_wrong_gradient_is_not_called_right(monkeypatch):
+    def doubled(model, batch):
+        return {name: 2 * gradient for name, gradient in reference_gradients(model, batch).items()}
+
+    reference_gradients = zoo_check.reference_gradients
+    monkeypatch.setattr(zoo_check, "reference_gradients", doubled)
+    checked = check(ARCHITECTURES["OPTForCausalLM"], MODES["whole-eager"])
+    assert checked.sets == 3
+    assert not checked.right
+
+
+def test_a_gradient_too_many_is_not_called_right(monkeypatch):
+    monkeypatch.setattr(zoo_check, "train_only", lambda model, trained: None)
+    reference = zoo_check.reference_gradients
+    monkeypatch.setattr(zoo_check, "reference_gradients", lambda m, b: dict([*reference(m, b).items()][1:]))
+    checked = check(ARCHITECTURES["OPTForCausalLM"], MODES["whole-eager"])
+    assert not checked.right
+    assert "gradients of the wrong parameters" in checked.failure
+
+
+def test_the_table_tells_right_from_wrong_and_from_what_does_not_apply():
+    wrong = dataclasses.replace(RIGHT, name="B", gradient_difference=0.1)
+    skipped = Checked(name="C", family="c", mode="blocks-eager", failure=NO_BLOCKS)
+    rows = zoo.table([skipped, wrong, RIGHT]).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["A", "B", "C"]
+    assert [row.split(" | ")[-1].split()[0] for row in rows] == ["right", "**WRONG**", "-"]
+    assert zoo.summary([skipped, wrong, RIGHT]) == [
+        "whole-eager: gradients right for 1 of 2 models (1 families, 1 bit for bit); "
+        "predicted FLOPs equal to counted for 2"
+    ]
+
+
+def test_what_was_checked_is_kept_and_not_checked_again(tmp_path, monkeypatch):
+    calls = []
+
+    def pretend(path, name, family, mode):
+        calls.append(name)
+        return dataclasses.replace(RIGHT, name=name, mode=mode)
+
+    monkeypatch.setattr(zoo, "check_in_process", pretend)
+    arguments = {"modes": ["whole-eager"], "output": tmp_path / "zoo.md"}
+    zoo.main(models=["OPTForCausalLM"], **arguments)
+    zoo.main(models=["OPTForCausalLM", "GPT2LMHeadModel"], **arguments)
+    assert calls == ["OPTForCausalLM", "GPT2LMHeadModel"]
+    assert "GPT2LMHeadModel" in (tmp_path / "zoo.md").read_text()
+    kept = (tmp_path / "zoo.md.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in kept] == calls
+
+
+def test_a_process_that_dies_is_a_row():
+    checked = zoo.check_in_process(zoo.ARCHITECTURES, "no such model", "none", "whole-eager")
+    assert not checked.right
+    assert "died" in checked.failure
+
+
+def test_dropout_inside_nested_configurations_is_disabled():
+    architecture = next(a for a in ARCHITECTURES.values() if a.name == "T5ForConditionalGeneration")
+    model = architecture.build()
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    disable_dropout(model.config)
+    assert model.config.dropout_rate == 0.0

@@ -1,0 +1,120 @@
+"""The backend on many architectures: `python -m gtcompile.tools.zoo` checks each and writes a table.
+
+Each model is checked in a process of its own. What was checked is kept in a file of JSON lines beside the
+table, and not checked again.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from gtcompile.tools.checkpoints import write_text
+from gtcompile.tools.zoo_check import MODES, Checked, check_named
+from gtcompile.tools.zoo_models import ARCHITECTURES, read_architectures
+
+TIME_LIMIT = 600.0
+"""Seconds for one model."""
+
+
+def check_in_process(path: Path, name: str, family: str, mode: str) -> Checked:
+    """Check a model where neither a crash nor an endless loop does harm."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gtcompile.tools.zoo_check"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send, args=(theirs, path, name, mode))
+    process.start()
+    theirs.close()
+    failed = Checked(name=name, family=family, mode=mode, failure=f"no result in {TIME_LIMIT:.0f} s")
+    try:
+        if ours.poll(TIME_LIMIT):
+            return ours.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        process.join()
+        failed = dataclasses.replace(failed, failure=f"the process died with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    return failed
+
+
+def _send(pipe: Connection, path: Path, name: str, mode: str) -> None:
+    pipe.send(check_named(path, name, mode))
+
+
+def read_results(path: Path) -> list[Checked]:
+    """What a file of JSON lines holds; nothing when there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [Checked(**json.loads(line)) for line in lines]
+
+
+def table(results: Iterable[Checked]) -> str:
+    """A Markdown table, one row per model and mode."""
+    lines = [
+        "| model | family | mode | regions | parameters | sets | gradients | FLOPs | s | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(results, key=lambda r: (list(MODES).index(r.mode), r.name)):
+        right = "right" if r.right else "-" if r.skipped else "**WRONG**"
+        flops = "" if r.flops_difference is None else str(r.flops_difference)
+        gradients = f"{r.gradient_difference:.1e}" if r.sets else ""
+        cells = (r.name, r.family, r.mode, r.regions, r.parameters, r.sets, gradients, flops, r.seconds)
+        remark = f"{right} {r.failure}".replace("|", "/").strip()
+        lines.append(f"| {' | '.join(map(str, cells))} | {remark} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: Sequence[Checked]) -> list[str]:
+    """One line per mode."""
+    lines = []
+    for mode in MODES:
+        of_mode = [r for r in results if r.mode == mode and not r.skipped]
+        if of_mode:
+            right = [r for r in of_mode if r.right]
+            bitwise = sum(r.gradient_difference == 0 for r in right)
+            exact = sum(r.flops_difference == 0 for r in of_mode)
+            families = len({r.family for r in right})
+            lines.append(
+                f"{mode}: gradients right for {len(right)} of {len(of_mode)} models ({families} families, "
+                f"{bitwise} bit for bit); predicted FLOPs equal to counted for {exact}"
+            )
+    return lines
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Option(help="model classes; all by default")] = None,
+    modes: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MODES)}")] = None,
+    architectures: Annotated[Path, typer.Option(help="file of configuration values")] = ARCHITECTURES,
+    output: Annotated[Path, typer.Option(help="the table; results go to OUTPUT.jsonl")] = Path("zoo.md"),
+) -> None:
+    """Check the backend on many architectures."""
+    known = read_architectures(architectures)
+    chosen = models or list(known)
+    for name in [*chosen, *(modes or [])]:
+        if name not in known and name not in MODES:
+            raise typer.BadParameter(f"{name!r} is neither a model of {architectures} nor a mode")
+    kept = output.with_name(output.name + ".jsonl")
+    results = read_results(kept)
+    done = {(r.name, r.mode) for r in results}
+    wanted = [(m, n) for m in modes or ["whole-eager", "blocks-eager"] for n in chosen if (n, m) not in done]
+    console = Console()
+    for mode, name in track(wanted, description="checking", console=console):
+        result = check_in_process(architectures, name, known[name].family, mode)
+        results.append(result)
+        with kept.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        if not (result.right or result.skipped) or result.flops_difference:
+            console.print(f"{name} {mode}: {result}", highlight=False)
+    write_text(output, table(results))
+    console.print(*summary(results), sep="\n", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
