@@ -178,6 +178,18 @@ def _work(joint: JointGraph) -> Iterable[tuple[fx.Node, int]]:
             yield user, by_output.get(user.args[1], 0)
 
 
+def work_by_node(joint: JointGraph) -> dict[fx.Node, int]:
+    """FLOPs per training step by node; those of a masked backward operator stand at its outputs.
+
+    Raises:
+        CaptureError: for a matmul-like operator without a FLOP formula.
+    """
+    work: defaultdict[fx.Node, int] = defaultdict(int)
+    for node, flops in _work(joint):
+        work[node] += flops
+    return dict(work)
+
+
 def _in_order(backward: Mapping[frozenset[str], int]) -> tuple[SharedWork, ...]:
     works = [SharedWork(flops, parameters) for parameters, flops in backward.items() if parameters]
     return tuple(sorted(works, key=lambda work: (len(work.parameters), sorted(work.parameters))))

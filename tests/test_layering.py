@@ -28,6 +28,7 @@ ORDER = [
         "importance",
         "knapsack",
         "selection",
+        "explanations",
     ),
     *(
         "cuts",
