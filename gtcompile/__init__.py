@@ -1,5 +1,7 @@
 """Cheaper fine-tuning by a compiler pass: compute only the weight gradients that are worth their FLOPs."""
 
+from typing import TYPE_CHECKING, Any
+
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.backend import gtcompile
 from gtcompile.blocks import compile_blocks, uncompile_blocks
@@ -9,8 +11,12 @@ from gtcompile.importance import measure_importance
 from gtcompile.selection import Selection, select_parameters
 from gtcompile.trained import train_only, trained_parameters
 
+if TYPE_CHECKING:
+    from gtcompile.huggingface import AdaptiveBackpropCallback
+
 __all__ = [
     "AdaptiveBackprop",
+    "AdaptiveBackpropCallback",
     "BackwardCosts",
     "BudgetError",
     "CaptureError",
@@ -26,3 +32,12 @@ __all__ = [
     "trained_parameters",
     "uncompile_blocks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback, which alone needs transformers, when somebody asks for it."""
+    if name == "AdaptiveBackpropCallback":
+        from gtcompile.huggingface import AdaptiveBackpropCallback
+
+        return AdaptiveBackpropCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

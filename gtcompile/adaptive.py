@@ -43,6 +43,8 @@ class AdaptiveBackprop:
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
+        loss_module: computes the loss that training really uses, with the model's parameters under the
+            model's names. Importance is measured through it, and costs where the model returns no loss.
 
     Raises:
         ValueError: a budget outside (0, 1], or a pattern that matches nothing.
@@ -58,8 +60,10 @@ class AdaptiveBackprop:
         always: Iterable[str] = (),
         never: Iterable[str] = (),
         two_pass: bool = False,
+        loss_module: nn.Module | None = None,
     ) -> None:
         self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
+        self._loss_module = model if loss_module is None else loss_module
         self._terms = _check_terms(model, budget_fraction, always, never)
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
@@ -107,7 +111,7 @@ class AdaptiveBackprop:
             ValueError, TypeError: batches, patterns or optimizer do not fit the model.
         """
         with restored(unwrap(self._model)):
-            checked = check_batches(self._model, batches, minimum=1 if self._two_pass else 2)
+            checked = check_batches(self._loss_module, batches, minimum=1 if self._two_pass else 2)
             costs = self._costs(checked[0])
             importance = self._measure(costs, checked)
         terms = self._terms
@@ -165,7 +169,7 @@ class AdaptiveBackprop:
         if not asked:
             return {}
         measured = measure_importance(
-            self._model, self._optimizer, batches, only=asked, two_pass=self._two_pass
+            self._loss_module, self._optimizer, batches, only=asked, two_pass=self._two_pass
         )
         return {fqn: measured.get(fqn, 0.0) for fqn in sorted(asked)}
 

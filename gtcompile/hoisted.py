@@ -123,16 +123,26 @@ class HoistingPartitioner(CustomPartitionerFn):
         """Split a joint graph into forward and backward."""
         slots = region_joint(gm).slots
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
-        outputs: Any = forward.graph.output_node().args[0]
-        first_saved = kwargs["num_fwd_outputs"]
-        saved = {positions[o.name]: i for i, o in enumerate(outputs) if i >= first_saved and _is_tensor(o)}
-        self.partition = Partition(_copy(backward), saved, slots)
+        self.partition = Partition(
+            _copy(backward), _saved_positions(forward, backward, kwargs["num_fwd_outputs"]), slots
+        )
         return forward, backward
 
     def uuid(self) -> str:
         """Tells Inductor's cache that what is compiled under this key is given nothing to overwrite."""
         return f"hoisted: {get_hash_for_files((__file__,))!r}"
+
+
+def _saved_positions(forward: fx.GraphModule, backward: fx.GraphModule, first_saved: int) -> dict[int, int]:
+    """Per tensor the forward saves, its place among the backward's inputs and among the forward's outputs.
+
+    They go by one name, except random states saved for recomputation, which come in one order.
+    """
+    positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
+    outputs: Any = forward.graph.output_node().args[0]
+    tensors = [(i, node.name) for i, node in enumerate(outputs) if i >= first_saved and _is_tensor(node)]
+    random_states = (i for name, i in positions.items() if name.startswith("rng_state_output"))
+    return {positions[name] if name in positions else next(random_states): i for i, name in tensors}
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -1,0 +1,271 @@
+"""Adaptive backpropagation in Hugging Face's trainers, as a callback."""
+
+import inspect
+import itertools
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from gtcompile.adaptive import AdaptiveBackprop
+from gtcompile.blocks import compile_blocks, uncompile_blocks
+from gtcompile.errors import GTCompileError
+from gtcompile.trained import train_only
+from gtcompile.trainer_loss import TrainerLoss
+from gtcompile.trainer_settings import check_trainer, repair_model
+
+logger = logging.getLogger(__name__)
+Every = int | Literal["epoch"]
+
+
+class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Has a `transformers.Trainer`, or one derived from it, train what is worth it within a FLOPs budget.
+
+    `Trainer(..., callbacks=[AdaptiveBackpropCallback(0.5)])` is all. When training begins, the model's
+    repeated blocks are compiled; then and every epoch, or every so many steps, importance is measured on
+    examples of the training data, through the trainer's own collator, loss and autocast, and a new set is
+    trained. Costs are those of the model's own loss, so batches must contain what it computes one from.
+    The choice is logged through the trainer's loggers (`adaptive/...`) and is part of its checkpoints.
+    When training ends the model is what it was: uncompiled, everything trainable.
+
+    Args:
+        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        every: re-select at each "epoch", or after this many optimizer steps.
+        batches: how many batches of the trainer's size importance is measured on, at least 2 (1 with
+            `two_pass`). They are drawn anew each time, from the trainer's seed and the step alone; of a
+            data set without length, the first ones.
+        compiled: whether blocks are compiled; without, frozen parameters are frozen by `requires_grad_`.
+        compiler: what compiles a block's graphs, "inductor" or "eager".
+        always: FQNs or shell-style patterns of parameters to train in any case.
+        never: FQNs or shell-style patterns of parameters never to train.
+        two_pass: measure importance as the paper does, not across batches.
+
+    Raises:
+        ValueError: for arguments outside these ranges; from `Trainer(...)` or `.train()` for settings that
+            would undo it: a second such callback, `torch_compile=True`, reentrant checkpointing, DeepSpeed,
+            FSDP, several processes; for a checkpoint of another model or budget.
+        BudgetError: from `.train()` when the budget trains nothing on this model; names the smallest.
+    """
+
+    def __init__(
+        self,
+        budget_fraction: float = 0.5,
+        *,
+        every: Every = "epoch",
+        batches: int = 4,
+        compiled: bool = True,
+        compiler: str = "inductor",
+        always: Iterable[str] = (),
+        never: Iterable[str] = (),
+        two_pass: bool = False,
+    ) -> None:
+        if not 0 < budget_fraction <= 1:
+            raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+        if every != "epoch" and (not isinstance(every, int) or every < 1):
+            raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {every!r}')
+        if batches < (1 if two_pass else 2):
+            raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {batches}")
+        if isinstance(always, str) or isinstance(never, str):
+            raise TypeError("expected collections of patterns for always and never, got a single string")
+        self._terms: dict[str, Any] = {
+            **{"budget_fraction": budget_fraction, "every": every, "batches": batches},
+            **{"compiled": compiled, "compiler": compiler, "two_pass": two_pass},
+            **{"always": list(always), "never": list(never)},
+        }
+        self._adaptive: AdaptiveBackprop | None = None
+        self._model: nn.Module | None = None
+        self._trainer: Trainer | None = None
+        self._due = False
+        self._selected_at = -1
+        self._steps, self._spent = 0, 0.0
+
+    @property
+    def adaptive(self) -> AdaptiveBackprop:
+        """The selections and importances of the present or latest training.
+
+        Raises:
+            GTCompileError: before training.
+        """
+        if self._adaptive is None:
+            raise GTCompileError("nothing is selected before training begins; call trainer.train() first")
+        return self._adaptive
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse settings that would undo the callback while nothing has been done yet."""
+        check_trainer(self._find_trainer(), type(self))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compile the blocks; continue with a checkpoint's trained set where there is one.
+
+        Fires again without an end when `auto_find_batch_size` starts over.
+        """
+        self._trainer = self._find_trainer()
+        check_trainer(self._trainer, type(self))
+        self._release()
+        model: nn.Module = kwargs["model"]
+        repair_model(model)
+        self._due, self._selected_at, self._steps, self._spent = True, -1, 0, 0.0
+        terms = {name: self._terms[name] for name in ("budget_fraction", "always", "never", "two_pass")}
+        self._adaptive = AdaptiveBackprop(
+            model, kwargs["optimizer"], loss_module=TrainerLoss(model, self._trainer), **terms
+        )
+        if self._terms["compiled"]:
+            compile_blocks(model, compiler=self._terms["compiler"])
+        self._model = model
+        try:
+            self._restore(state)
+        except BaseException:
+            self._release()
+            raise
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch's first step selects anew; where a resumed training begins in the middle of one, none."""
+        in_the_middle = self._selected_at >= 0 and not float(state.epoch or 0).is_integer()
+        self._due = self._due or (self._terms["every"] == "epoch" and not in_the_middle)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Select anew when it is time to."""
+        every = self._terms["every"]
+        by_steps = every != "epoch" and state.global_step % every == 0
+        if (self._due or by_steps) and self._selected_at != state.global_step:
+            try:
+                self._reselect(args, state, kwargs["train_dataloader"])
+            except BaseException:
+                self._release()
+                raise
+        self._due = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what the step cost."""
+        selection = self.adaptive.selection
+        assert selection is not None
+        self._steps += 1
+        self._spent += selection.step_flops / selection.full_flops
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what was spent; leave the model uncompiled, with everything trainable that was before."""
+        if self._trainer is not None and self._steps:
+            self._trainer.log({"adaptive/flops_fraction_spent": self._spent / self._steps})
+        self._release()
+        self._trainer = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON types."""
+        progress = {
+            **{"torch": torch.__version__, "selected_at": self._selected_at},
+            **{"steps": self._steps, "spent": self._spent},
+            "adaptive": self._adaptive.state_dict() if self._adaptive and self._selected_at >= 0 else None,
+        }
+        return {"args": dict(self._terms), "attributes": {"progress": progress}}
+
+    def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
+        assert self._model is not None
+        assert self._trainer is not None
+        self._model.train()  # as the step that follows; an evaluation may lie before it
+        size = state.train_batch_size or args.train_batch_size
+        drawn = _draw_batches(loader, self._terms["batches"], size, f"{args.seed} {state.global_step}")
+        trainer = self._trainer
+        batches = ({**trainer._prepare_inputs(batch)} for batch in drawn)
+        selection = self.adaptive.reselect(batches)
+        self._selected_at = state.global_step
+        logger.info("step %d: %s", state.global_step, selection)
+        importance = {
+            f"adaptive/importance/{fqn}": self.adaptive.importance[fqn]
+            for fqn in sorted(selection.trained & self.adaptive.importance.keys())
+        }
+        numbers = {
+            "adaptive/trained_parameters": len(selection.trained),
+            "adaptive/selectable_parameters": selection.selectable,
+            "adaptive/flops_fraction": selection.step_flops / selection.full_flops,
+            "adaptive/importance": selection.importance,
+            **importance,
+        }
+        if self._steps:
+            numbers["adaptive/flops_fraction_spent"] = self._spent / self._steps
+        trainer.log(numbers)
+
+    def _restore(self, state: TrainerState) -> None:
+        """Continue from what a resumed trainer's state says, which it keeps by the callback's class name."""
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        saved = saved[0] if isinstance(saved, list) else saved
+        progress = saved.get("attributes", {}).get("progress")
+        if state.global_step == 0 or progress is None or progress["adaptive"] is None:
+            return
+        changed = [name for name, value in self._terms.items() if saved["args"][name] != value]
+        changed = [name for name in changed if name not in ("compiled", "compiler")]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"the checkpoint was trained with {name}={saved['args'][name]!r}, this callback has "
+                f"{self._terms[name]!r}; resume with the checkpoint's, or start a new training"
+            )
+        if progress["torch"] != torch.__version__:
+            logger.warning(
+                "resumed with torch %s, saved with %s: the continuation may differ in rounding",
+                *(torch.__version__, progress["torch"]),
+            )
+        self.adaptive.load_state_dict(progress["adaptive"])
+        self._selected_at, self._due = progress["selected_at"], False
+        self._steps, self._spent = progress["steps"], progress["spent"]
+
+    def _release(self) -> None:
+        """Leave the model as it was before training."""
+        if self._model is not None:
+            uncompile_blocks(self._model)
+            train_only(self._model, None)
+        self._model = None
+
+    def _find_trainer(self) -> Trainer:
+        """The trainer this event comes from: it calls us, and hands us everything but itself.
+
+        Its loss can be had in no other way without a second line in the user's script.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer) and any(c is self for c in owner.callback_handler.callbacks):
+                return owner
+            frame = frame.f_back
+        raise GTCompileError(
+            f"{type(self).__name__} needs the transformers.Trainer it belongs to and was called by something "
+            f"else; in a loop of your own use gtcompile.AdaptiveBackprop"
+        )
+
+
+def _draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Mapping[str, Any]]:
+    """`count` collated batches of up to `size` examples of the loader's data set.
+
+    Raises:
+        ValueError: with fewer examples than batches.
+    """
+    data = loader.dataset
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        length = len(data)
+        chosen = random.Random(seed).sample(range(length), min(length, count * size))
+        examples = [data[index] for index in chosen]
+    else:
+        examples = list(itertools.islice(iter(data), count * size))
+    if len(examples) < count:
+        raise ValueError(
+            f"expected at least {count} training examples to measure importance on, got {len(examples)}"
+        )
+    share = min(size, len(examples) // count)
+    for start in range(0, count * share, share):
+        yield loader.collate_fn(examples[start : start + share])

@@ -1,0 +1,61 @@
+"""Settings of Hugging Face's trainers that would undo adaptive backpropagation: refused, or repaired."""
+
+import logging
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Trainer, callback: type[TrainerCallback]) -> None:
+    """Refuse a trainer whose settings would undo the callback.
+
+    Raises:
+        ValueError: says which setting, why and what to do.
+    """
+    for problem in _problems(trainer, callback):
+        raise ValueError(problem)
+
+
+def repair_model(model: nn.Module) -> None:
+    """Take away the hook that makes embeddings' outputs ask for a gradient.
+
+    Reentrant checkpointing needs it; any other does not, and with it the backward would run through every
+    frozen block below the deepest trained parameter.
+    """
+    hooked = getattr(model, "_require_grads_hook", None) or getattr(model, "_require_grads_hooks", None)
+    if hooked and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
+        logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
+
+
+def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:
+    args, name = trainer.args, callback.__name__
+    if sum(isinstance(c, callback) for c in trainer.callback_handler.callbacks) > 1:
+        yield f"expected one {name}, got two: each would undo the other's selection; remove one"
+    if args.torch_compile:
+        yield f"torch_compile=True compiles the model a second time; leave it off, {name} compiles the blocks"
+    if trainer.is_deepspeed_enabled:
+        yield (
+            "DeepSpeed keeps gradients and optimizer states in flat buffers of its own, where a frozen "
+            "parameter cannot be left out; train without it"
+        )
+    if trainer.is_fsdp_enabled:
+        yield (
+            f"{name} does not work with FSDP: version 1 flattens parameters that are selected one by one. "
+            f"Use fully_shard (FSDP2) in a loop of your own, with gtcompile.AdaptiveBackprop"
+        )
+    if args.n_gpu > 1 or args.world_size > 1:
+        yield (
+            f"{name} runs in one process on one device; got world_size={args.world_size} and "
+            f"n_gpu={args.n_gpu}. Show the process one device with CUDA_VISIBLE_DEVICES"
+        )
+    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
+    kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if checkpointing and kwargs.get("use_reentrant"):
+        yield (
+            "reentrant checkpointing hands out gradients in parts; "
+            'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )

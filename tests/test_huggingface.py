@@ -1,0 +1,360 @@
+"""The callback in Hugging Face's Trainer: what is trained, what is logged, what is refused."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import gtcompile
+from gtcompile import AdaptiveBackpropCallback, BudgetError, CaptureError
+from gtcompile.trained import train_only, trained_parameters, uses_compiled_code
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def make_model(dropout=0.0):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_data(count=24, length=8):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, 32, (count, length), generator=generator)
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def make_args(folder, **changes):
+    settings = {
+        **{"output_dir": str(folder), "per_device_train_batch_size": 2, "num_train_epochs": 1},
+        **{"learning_rate": 1e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True},
+        **{"save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False},
+        **{"lr_scheduler_type": "constant"},
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+class Witness(TrainerCallback):
+    """Notes, before each optimizer step, which parameters have a gradient and which are to be trained."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        gradients = frozenset(n for n, p in model.named_parameters() if p.grad is not None)
+        self.steps.append((trained_parameters(model), gradients))
+
+
+class Replay(TrainerCallback):
+    """Freezes by `requires_grad_` alone what another run had frozen at each step."""
+
+    def __init__(self, sets):
+        self.sets = sets
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        train_only(kwargs["model"], self.sets[state.global_step])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        train_only(kwargs["model"], None)
+
+
+def adaptive(budget=0.6, **changes):
+    return AdaptiveBackpropCallback(budget, **({"compiler": "eager", "batches": 2, "every": 2} | changes))
+
+
+def train(folder, *callbacks, model=None, data=None, resume=None, trainer_settings=None, **changes):
+    model = make_model() if model is None else model
+    data = make_data() if data is None else data
+    trainer = Trainer(
+        model=model,
+        args=make_args(folder, **changes),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=list(callbacks),
+        **(trainer_settings or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logged_sets(trainer):
+    return [entry for entry in trainer.state.log_history if "adaptive/flops_fraction" in entry]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def check_combination(folder, steps, accumulation, bf16, checkpointing, clipping):
+    settings = {
+        **{"gradient_accumulation_steps": accumulation, "bf16": bf16, "max_steps": steps},
+        **{"gradient_checkpointing": checkpointing, "max_grad_norm": 0.5 if clipping else 0.0},
+    }
+    witness = Witness()
+    trainer = train(folder, adaptive(every=max(2, steps // 4)), witness, **settings)
+    assert len(witness.steps) == steps
+    for trained, gradients in witness.steps:
+        assert trained == gradients
+        assert 0 < len(trained) < len(list(trainer.model.parameters()))
+    replayed = train(folder, Replay([trained for trained, _ in witness.steps]), **settings)
+    torch.testing.assert_close(
+        torch.tensor(losses(trainer)),
+        torch.tensor(losses(replayed)),
+        rtol=2e-2 if bf16 else 1e-4,
+        atol=2e-2 if bf16 else 1e-4,
+    )
+
+
+COMBINATIONS = list(itertools.product([1, 4], [False, True], [False, True], [False, True]))
+
+
+@pytest.mark.parametrize(("accumulation", "bf16", "checkpointing", "clipping"), COMBINATIONS[::5])
+def test_what_is_trained_is_what_has_gradients_and_the_loss_is_that_of_eager_freezing(
+    tmp_path, accumulation, bf16, checkpointing, clipping
+):
+    check_combination(tmp_path, 4, accumulation, bf16, checkpointing, clipping)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("accumulation", "bf16", "checkpointing", "clipping"), COMBINATIONS)
+def test_a_hundred_steps_train_what_has_gradients_under_every_combination(
+    tmp_path, accumulation, bf16, checkpointing, clipping
+):
+    check_combination(tmp_path, 100, accumulation, bf16, checkpointing, clipping)
+
+
+def test_frozen_parameters_do_not_move_and_trained_ones_do(tmp_path):
+    before = weights(make_model())
+    witness = Witness()
+    trainer = train(tmp_path, adaptive(every="epoch"), witness, max_steps=3, weight_decay=0.1)
+    (trained,) = {trained for trained, _ in witness.steps}
+    after = weights(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == trained
+
+
+def test_an_epoch_selects_once_and_logs_through_the_trainer(tmp_path):
+    callback = adaptive(0.5, every="epoch")
+    trainer = train(tmp_path, callback, num_train_epochs=2, data=make_data(8))
+    entries = [e for e in trainer.state.log_history if "adaptive/trained_parameters" in e]
+    assert [e["step"] for e in entries] == [0, 4]
+    for entry, selection in zip(entries, callback.adaptive.history, strict=True):
+        assert entry["adaptive/trained_parameters"] == len(selection.trained)
+        assert 0.3 < entry["adaptive/flops_fraction"] <= 0.5
+    spent = trainer.state.log_history[-2:]
+    assert any(0.3 < e.get("adaptive/flops_fraction_spent", 0) <= 0.5 for e in spent)
+
+
+def test_the_model_is_left_uncompiled_whole_and_able_to_generate(tmp_path):
+    model = make_model()
+    keys = list(model.state_dict())
+    train(tmp_path, adaptive(), model=model, max_steps=2)
+    assert not uses_compiled_code(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path / "saved")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same_weights(weights(again), weights(model))
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize("every", ["epoch", 3])
+@pytest.mark.parametrize("saved_at", [2, 3, 4])
+def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every, saved_at):
+    """Steps 3 and 6 select anew: a checkpoint in between, right before one, and right after one."""
+    settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": saved_at}
+    whole = train(tmp_path, adaptive(every=every), model=make_model(0.1), **settings)
+    resumed = train(
+        tmp_path,
+        adaptive(every=every),
+        model=make_model(0.1),
+        resume=str(tmp_path / f"checkpoint-{saved_at}"),
+        **settings,
+    )
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert losses(whole) == losses(resumed)
+    assert logged_sets(whole) == logged_sets(resumed)
+
+
+def test_the_trainers_own_way_of_restoring_callbacks_works_too(tmp_path):
+    settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, adaptive(every=3), **settings)
+    resumed = train(
+        tmp_path,
+        adaptive(every=3),
+        resume=str(tmp_path / "checkpoint-2"),
+        restore_callback_states_from_checkpoint=True,
+        **settings,
+    )
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+
+
+def test_a_resume_with_another_budget_is_refused(tmp_path):
+    train(tmp_path, adaptive(0.6), max_steps=2, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match=r"trained with budget_fraction=0.6, this callback has 0.5"):
+        train(tmp_path, adaptive(0.5), max_steps=4, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resume_with_the_state_of_another_model_is_refused(tmp_path):
+    train(tmp_path, adaptive(), max_steps=2, save_strategy="steps", save_steps=2)
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["AdaptiveBackpropCallback"]["attributes"]["progress"]
+    saved["adaptive"]["parameters"]["lm_head.weight"] = [32, 99]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"state of another model: lm_head\.weight"):
+        train(tmp_path, adaptive(), max_steps=4, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):
+    seen = []
+
+    def doubled(outputs, labels, num_items_in_batch=None):
+        seen.append(num_items_in_batch)
+        return 2 * torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    plain, twice = adaptive(every=9), adaptive(every=9)
+    train(tmp_path, plain, max_steps=1, label_smoothing_factor=0.1, optim="sgd")
+    train(tmp_path, twice, max_steps=1, trainer_settings={"compute_loss_func": doubled}, optim="sgd")
+    assert len(seen) == 3  # two batches measured, one trained
+    assert plain.adaptive.importance != twice.adaptive.importance
+
+
+def test_batches_of_which_the_model_itself_computes_no_loss_are_refused(tmp_path):
+    data = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in make_data(8)]
+    with pytest.raises(CaptureError, match="could not capture LlamaForCausalLM"):
+        train(tmp_path, adaptive(), data=data, max_steps=1)
+
+
+def test_evaluation_during_training_and_grouping_by_length_work(tmp_path):
+    witness = Witness()
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "auto_find_batch_size": True}
+    trainer = train(
+        tmp_path, adaptive(), witness, max_steps=3, train_sampling_strategy="group_by_length", **settings
+    )
+    assert all(trained == gradients for trained, gradients in witness.steps)
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
+
+
+def test_a_smaller_batch_size_found_automatically_starts_over(tmp_path):
+    class Hungry(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+
+    witness = Witness()
+    trainer = train(tmp_path, adaptive(), Hungry(), witness, max_steps=3, auto_find_batch_size=True)
+    assert trainer.state.global_step == 3
+    assert all(trained == gradients for trained, gradients in witness.steps)
+    assert not uses_compiled_code(trainer.model)
+
+
+def test_without_compilation_the_same_parameters_are_trained(tmp_path):
+    one, other = adaptive(), adaptive(compiled=False)
+    first = train(tmp_path, one, max_steps=4)
+    second = train(tmp_path, other, max_steps=4)
+    assert [s.trained for s in one.adaptive.history] == [s.trained for s in other.adaptive.history]
+    torch.testing.assert_close(weights(first.model), weights(second.model))
+
+
+def test_a_budget_below_the_minimum_names_the_smallest_and_leaves_the_model_whole(tmp_path):
+    model = make_model()
+    with pytest.raises(BudgetError):
+        train(tmp_path, adaptive(0.2), model=model, max_steps=1)
+    assert not uses_compiled_code(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_callback_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected one AdaptiveBackpropCallback, got two"):
+        train(tmp_path, adaptive(), adaptive(), max_steps=1)
+
+
+def test_torch_compile_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="torch_compile=True compiles the model a second time"):
+        train(tmp_path, adaptive(), max_steps=1, torch_compile=True, torch_compile_backend="eager")
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="reentrant checkpointing hands out gradients in parts"):
+        train(tmp_path, adaptive(), max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"), [("is_deepspeed_enabled", "DeepSpeed keeps"), ("is_fsdp_enabled", "fully_shard")]
+)
+def test_engines_that_flatten_parameters_are_refused(tmp_path, setting, reason):
+    trainer = Trainer(
+        model=make_model(),
+        args=make_args(tmp_path),
+        train_dataset=make_data(4),
+        callbacks=[AdaptiveBackpropCallback()],
+    )
+    setattr(trainer, setting, True)
+    with pytest.raises(ValueError, match=reason):
+        gtcompile.trainer_settings.check_trainer(trainer, AdaptiveBackpropCallback)
+
+
+def test_a_trainer_without_training_data_is_refused(tmp_path):
+    trainer = Trainer(model=make_model(), args=make_args(tmp_path), callbacks=[adaptive()])
+    with pytest.raises(ValueError, match="requires a train_dataset"):
+        trainer.train()
+
+
+def test_too_few_examples_to_measure_on_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 training examples to measure importance on, got 1"):
+        train(tmp_path, adaptive(), data=make_data(1), max_steps=1)
+
+
+def test_a_hook_that_makes_inputs_require_gradients_is_taken_away(tmp_path):
+    model = make_model()
+    model.enable_input_require_grads()
+    train(tmp_path, adaptive(), model=model, max_steps=1)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"budget_fraction": 0}, {"every": 0}, {"every": "week"}, {"batches": 1}]
+)
+def test_arguments_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        AdaptiveBackpropCallback(**arguments)
+
+
+def test_importing_gtcompile_does_not_import_transformers():
+    code = "import gtcompile, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
