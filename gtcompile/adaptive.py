@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gtcompile.capture import list_parameters, unwrap
 from gtcompile.dependencies import BackwardCosts, backward_costs
 from gtcompile.errors import GTCompileError
+from gtcompile.frozen_state import FrozenState, Setting
 from gtcompile.importance import check_batches, measure_importance
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.selection import Selection, parameters_to_measure, select_parameters
@@ -43,6 +44,8 @@ class AdaptiveBackprop:
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
+        frozen_state: what becomes of the optimizer's state of a parameter while it is frozen: "keep" it, move
+            it to host memory ("cpu"), or "drop" it and start anew.
         loss_module: computes the loss that training really uses, with the model's parameters under the
             model's names. Importance is measured through it, and costs where the model returns no loss.
 
@@ -60,10 +63,12 @@ class AdaptiveBackprop:
         always: Iterable[str] = (),
         never: Iterable[str] = (),
         two_pass: bool = False,
+        frozen_state: Setting = "keep",
         loss_module: nn.Module | None = None,
     ) -> None:
         self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
         self._loss_module = model if loss_module is None else loss_module
+        self._frozen_state = FrozenState(optimizer, frozen_state)
         self._terms = _check_terms(model, budget_fraction, always, never)
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
@@ -121,6 +126,7 @@ class AdaptiveBackprop:
         if not selection.trained:
             selection = self._former_selection(selection)
         train_only(self._model, selection.trained)
+        self._frozen_state.apply()
         self._importance = importance
         self._history += (selection,)
         return selection
@@ -152,6 +158,7 @@ class AdaptiveBackprop:
         )
         terms = _check_terms(self._model, state["budget_fraction"], state["always"], state["never"])
         train_only(self._model, state["trained"])
+        self._frozen_state.apply()
         self._terms, self._history, self._importance = terms, history, dict(state["importance"])
 
     def _costs(self, batch: Mapping[str, Any]) -> BackwardCosts:

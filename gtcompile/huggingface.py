@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.blocks import compile_blocks, uncompile_blocks
 from gtcompile.errors import GTCompileError
+from gtcompile.frozen_state import Setting, check_setting
 from gtcompile.trained import train_only
 from gtcompile.trainer_loss import TrainerLoss
 from gtcompile.trainer_settings import check_trainer, repair_model
@@ -44,6 +45,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
+        frozen_state: what becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop".
 
     Raises:
         ValueError: for arguments outside these ranges; from `Trainer(...)` or `.train()` for settings that
@@ -63,6 +65,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
         always: Iterable[str] = (),
         never: Iterable[str] = (),
         two_pass: bool = False,
+        frozen_state: Setting = "keep",
     ) -> None:
         if not 0 < budget_fraction <= 1:
             raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
@@ -70,12 +73,13 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {every!r}')
         if batches < (1 if two_pass else 2):
             raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {batches}")
+        check_setting(frozen_state)
         if isinstance(always, str) or isinstance(never, str):
             raise TypeError("expected collections of patterns for always and never, got a single string")
         self._terms: dict[str, Any] = {
             **{"budget_fraction": budget_fraction, "every": every, "batches": batches},
             **{"compiled": compiled, "compiler": compiler, "two_pass": two_pass},
-            **{"always": list(always), "never": list(never)},
+            **{"always": list(always), "never": list(never), "frozen_state": frozen_state},
         }
         self._adaptive: AdaptiveBackprop | None = None
         self._model: nn.Module | None = None
@@ -114,7 +118,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
         model: nn.Module = kwargs["model"]
         repair_model(model)
         self._due, self._selected_at, self._steps, self._spent = True, -1, 0, 0.0
-        terms = {name: self._terms[name] for name in ("budget_fraction", "always", "never", "two_pass")}
+        asked = ("budget_fraction", "always", "never", "two_pass", "frozen_state")
+        terms = {name: self._terms[name] for name in asked}
         self._adaptive = AdaptiveBackprop(
             model, kwargs["optimizer"], loss_module=TrainerLoss(model, self._trainer), **terms
         )

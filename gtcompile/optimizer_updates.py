@@ -29,7 +29,7 @@ class ShadowOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = _innermost(optimizer)
+        self._optimizer = innermost(optimizer)
         _refuse_closure(self._optimizer)
         groups = [(_moving(group), group["params"]) for group in self._optimizer.param_groups]
         self._groups = {parameter: group for group, parameters in groups for parameter in parameters}
@@ -77,18 +77,19 @@ class ShadowOptimizer:
         }
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
         if kept := self._optimizer.state.get(parameter):
-            state[twin] = copy.deepcopy(kept)
+            state[twin] = {name: _copied(value, parameter.device) for name, value in kept.items()}
         own |= {"state": state, "param_groups": [{**self._groups[parameter], "params": [twin]}]}
         shadow = object.__new__(type(self._optimizer))
         shadow.__setstate__(own)
         return shadow
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself behind wrappers that keep it in `.optimizer`."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     inner = getattr(optimizer, "optimizer", None)
-    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+    return innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _refuse_closure(optimizer: Optimizer) -> None:
@@ -108,3 +109,10 @@ def _moving(group: dict[str, Any]) -> dict[str, Any]:
 
 def _is_zero(rate: float | torch.Tensor | None) -> bool:
     return rate is not None and bool(rate == 0)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy, on the parameter's device where a frozen parameter's moments were moved to the host."""
+    if isinstance(value, torch.Tensor) and value.dim() and value.device != device:
+        return value.to(device)
+    return copy.deepcopy(value)

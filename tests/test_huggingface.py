@@ -7,10 +7,22 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import gtcompile
 from gtcompile import AdaptiveBackpropCallback, BudgetError, CaptureError
+from gtcompile.tools.byte_tokenizer import byte_tokenizer
 from gtcompile.trained import train_only, trained_parameters, uses_compiled_code
 
 pytestmark = [
@@ -19,10 +31,10 @@ pytestmark = [
 ]
 
 
-def make_model(dropout=0.0):
+def make_model(dropout=0.0, vocabulary=32):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32,
+        vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=3,
@@ -358,3 +370,97 @@ def test_arguments_out_of_range_are_refused(arguments):
 def test_importing_gtcompile_does_not_import_transformers():
     code = "import gtcompile, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_adapters_of_a_peft_model_are_selected_and_its_base_stays_frozen(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config)
+    adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = weights(model)
+    witness, callback = Witness(), adaptive(0.9)
+    train(tmp_path, callback, witness, model=model, max_steps=4)
+    for trained, gradients in witness.steps:
+        assert trained == gradients
+        assert trained <= adapters
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == frozenset().union(*(trained for trained, _ in witness.steps))
+    assert {n for n, parameter in model.named_parameters() if parameter.requires_grad} == adapters
+    assert set(model.state_dict()) == before.keys()
+
+
+def test_a_peft_model_works_in_a_plain_loop():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config)
+    gtcompile.compile_blocks(model, compiler="eager")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    own = gtcompile.AdaptiveBackprop(model, optimizer, 0.9)
+    rows = torch.stack([row["input_ids"] for row in make_data(8)])
+    batches = [{"input_ids": part, "labels": part} for part in rows.split(2)]
+    selection = own.reselect(batches[:2])
+    model(**batches[2]).loss.backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients == selection.trained
+    assert all("lora_" in name for name in gradients)
+    gtcompile.uncompile_blocks(model)
+
+
+def test_a_plain_loop_with_accelerate_trains_what_is_selected():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = gtcompile.compile_blocks(make_model(), compiler="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = torch.utils.data.DataLoader(make_data(8), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    own = gtcompile.AdaptiveBackprop(model, optimizer, 0.6)
+    batches = list(loader)
+    for _ in range(2):
+        selection = own.reselect(batches[:2])
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                assert selection.trained == {n for n, p in model.named_parameters() if p.grad is not None}
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_the_sequence_to_sequence_trainer_takes_the_callback(tmp_path):
+    config = T5Config(
+        vocab_size=300, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=2, label_smoothing_factor=0.1,
+        dataloader_pin_memory=False, predict_with_generate=True,
+    )  # fmt: skip
+    witness, model = Witness(), T5ForConditionalGeneration(config)
+    collator = DataCollatorForSeq2Seq(byte_tokenizer(config), model=model)
+    data = [{name: value.tolist() for name, value in row.items()} for row in make_data(8)]
+    Seq2SeqTrainer(
+        model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[adaptive(0.7), witness]
+    ).train()
+    assert len(witness.steps) == 2
+    assert all(trained == gradients for trained, gradients in witness.steps)
+
+
+def test_trls_supervised_trainer_takes_the_callback(tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
+        save_strategy="no", per_device_train_batch_size=2, dataloader_pin_memory=False, logging_steps=1,
+        max_length=16,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in make_data(8)])
+    witness, model = Witness(), make_model(vocabulary=300)
+    trainer = trl.SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(model.config),
+        callbacks=[adaptive(), witness],
+    )  # fmt: skip
+    trainer.train()
+    assert len(witness.steps) == 2
+    assert all(trained == gradients for trained, gradients in witness.steps)

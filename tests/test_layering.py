@@ -42,7 +42,17 @@ ORDER = [
         "backend",
         "blocks",
     ),
-    *("adaptive", "trainer_settings", "trainer_loss", "huggingface", "testing", "tools", "cli", "__main__"),
+    *(
+        "frozen_state",
+        "adaptive",
+        "trainer_settings",
+        "trainer_loss",
+        "huggingface",
+        "testing",
+        "tools",
+        "cli",
+        "__main__",
+    ),
 ]
 """From what everything may import down to what nothing imports; a new module takes its place here."""
 AWAY_FROM_FX = {"selection", "knapsack", "importance", "optimizer_updates"}
