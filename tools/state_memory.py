@@ -17,14 +17,14 @@ BUDGETS, SETTINGS = (0.4, 0.5, 0.7), ("keep", "cpu", "drop")
 def measure(budget: float, setting: Setting, selections: int) -> Iterator[tuple[str, int, int]]:
     """Train with AdamW over several selections; yields what, predicted bytes and measured bytes."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=6)
     config.num_attention_heads = config.num_key_value_heads = 4
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     adaptive = AdaptiveBackprop(model, optimizer, budget, frozen_state=setting)
     ever: set[torch.nn.Parameter] = set()
     for _ in range(selections):
-        batches = [{"input_ids": rows, "labels": rows} for rows in torch.randint(512, (2, 4, 32))]
+        batches = [{"input_ids": rows, "labels": rows} for rows in torch.randint(64, (2, 4, 32))]
         adaptive.reselect(batches)
         optimizer.zero_grad()
         model(**batches[0]).loss.backward()
