@@ -169,6 +169,28 @@ def _print_inspection(console: Console, result: Any, *, as_json: bool) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory with weights, or demo.")],
+    onnx: Annotated[Path, _option("File to write: the training step of the trained set.")],
+    train: Annotated[list[str] | None, _option("Pattern of parameters to train; may be repeated.")] = None,
+    budget: Annotated[float | None, _option("Train what this share of a full step's FLOPs buys.")] = None,
+    optimizer: Annotated[str | None, _option("Include its update: sgd or adamw.")] = None,
+    dynamic: Annotated[bool, _option("Other batch sizes and lengths work too.", "--dynamic")] = False,
+    batch_size: BatchSize = 4,
+    length: Annotated[int, _option("Input tokens per example.")] = 64,
+    target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 16,
+) -> None:
+    """Write the training step as plain ONNX: loss and gradients of the trained parameters only."""
+    with _errors_in_one_line():
+        from gtcompile.tools import onnx_command
+
+        _quiet()
+        shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
+        choice = {"train": train or None, "budget": budget}
+        typer.echo(onnx_command.export(model, onnx, **choice, optimizer=optimizer, dynamic=dynamic, **shape))
+
+
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """What the user can act on is printed without a traceback, and the exit code is 2."""

@@ -35,6 +35,12 @@ import torch._dynamo.config as dynamo_config  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 
+# What operators that ONNX has not are made of.
+from torch._decomp import get_decompositions  # noqa: E402
+
+# Marks a size of an example as one that may change.
+from torch._dynamo import mark_dynamic  # noqa: E402
+
 # The backend route: AOTAutograd over a graph that Dynamo captured.
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
@@ -107,9 +113,11 @@ __all__ = [
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
     "functorch_config",
+    "get_decompositions",
     "get_hash_for_files",
     "inductor_config",
     "inductor_state",
+    "mark_dynamic",
     "min_cut_rematerialization_partition",
     "tracing",
     "tree_map",

@@ -1,0 +1,172 @@
+"""Exported training steps against eager PyTorch, in ONNX Runtime on batches the export never saw."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    T5Config,
+)
+
+from gtcompile.errors import CaptureError
+from gtcompile.tools import onnx_step
+from gtcompile.tools.onnx_export import export_onnx
+from gtcompile.tools.onnx_step import Update
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install gtcompile[onnx]")
+onnx = pytest.importorskip("onnx")
+
+from gtcompile.tools.onnx_check import Session, compare, inputs_of  # noqa: E402
+
+VOCABULARY = 97
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    "llama": LlamaConfig(**LLAMA),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "mixture": MixtralConfig(**LLAMA, num_local_experts=4),
+    "t5": T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+}
+
+
+def build(name: str) -> torch.nn.Module:
+    family = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    return family.from_config(CONFIGS[name]).eval()
+
+
+def draw(rows: int = 2, length: int = 11) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def names_of(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_of_everything_agree_with_eager_on_an_unseen_batch(name, tmp_path):
+    model = build(name)
+    export = export_onnx(model, draw(), tmp_path / "step.onnx")
+    agreement = compare(Session(str(export.path)), model, draw(), export.trained)
+    assert set(export.trained) == set(names_of(model))
+    assert not agreement.refused
+    assert agreement.gradient < 2e-6
+
+
+@pytest.mark.long
+def test_a_dynamic_export_takes_other_shapes(tmp_path):
+    model = build("opt")
+    export = export_onnx(model, draw(), tmp_path / "step.onnx", dynamic=True)
+    session = Session(str(export.path))
+    for rows, length in ((1, 5), (5, 19)):
+        assert not compare(session, model, draw(rows, length), export.trained).refused
+
+
+def test_only_trained_parameters_have_a_gradient_in_the_file(tmp_path):
+    model = build("llama")
+    export = export_onnx(model, draw(), tmp_path / "step.onnx", trained=["model.layers.1.mlp.*"])
+    outputs = {value.name for value in onnx.load(export.path).graph.output}
+    assert outputs == {"loss", *(f"gradient.{fqn}" for fqn in export.trained)}
+    assert len(export.trained) == 3
+    assert not compare(Session(str(export.path)), model, draw(), export.trained).refused
+
+
+def test_twenty_steps_of_adamw_in_onnx_runtime_match_torch(tmp_path):
+    model = build("opt")
+    patterns = ["model.decoder.layers.1.fc*", "model.decoder.final_layer_norm.*"]
+    update = Update(name="adamw")
+    export = export_onnx(model, draw(), tmp_path / "step.onnx", trained=patterns, update=update)
+    session = Session(str(export.path))
+    state = {name: value.detach().clone() for name, value in inputs_of(model, {}).items()}
+    for k in (1, 2):
+        state |= {f"moment{k}.{fqn}": torch.zeros_like(state[f"parameter.{fqn}"]) for fqn in export.trained}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in export.trained)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(1, 21):
+        batch = draw()
+        scalars = {"optimizer.lr": torch.tensor(1e-3), "optimizer.step": torch.tensor(float(step))}
+        outputs = session(state | scalars | {f"batch.{name}": value for name, value in batch.items()})
+        state |= {name.removeprefix("new_"): value for name, value in outputs.items() if name != "loss"}
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(outputs["loss"], loss.detach(), rtol=1e-5, atol=0)
+    for fqn in export.trained:
+        ours, theirs = state[f"parameter.{fqn}"], model.get_parameter(fqn).detach()
+        # AdamW divides by the gradient's size: rounding of a tiny one moves a weight by a share of lr
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.005 * 20 * 1e-3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_update_written_out_is_that_of_torch(weight_decay):
+    update = Update(name="adamw", weight_decay=weight_decay)
+    weight = torch.nn.Parameter(torch.randn(7, 5))
+    ours = weight.detach().clone()
+    first, second = torch.zeros_like(ours), torch.zeros_like(ours)
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=weight_decay)
+    for step in range(1, 21):
+        weight.grad = torch.randn(7, 5)
+        scalars = {"optimizer.lr": torch.tensor(1e-2), "optimizer.step": torch.tensor(float(step))}
+        tensors = {"parameter.w": ours, "moment1.w": first, "moment2.w": second}
+        ours, first, second = onnx_step._adamw(update, ["w"], {"w": weight.grad}, tensors | scalars)
+        optimizer.step()
+    torch.testing.assert_close(ours, weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_refused_before_anything_is_written(tmp_path):
+    model = build("opt").train()
+    with pytest.raises(CaptureError, match="random numbers"):
+        export_onnx(model, draw(), tmp_path / "step.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_and_an_unknown_pattern_are_refused(tmp_path):
+    model = build("opt")
+    with pytest.raises(ValueError, match="no folder"):
+        export_onnx(model, draw(), tmp_path / "none" / "step.onnx")
+    with pytest.raises(ValueError, match="nothing_like_this"):
+        export_onnx(model, draw(), tmp_path / "step.onnx", trained=["nothing_like_this"])
+
+
+def test_an_export_that_differs_from_eager_is_not_written(tmp_path, monkeypatch):
+    wrong = lambda gradient, value: gradient * 2  # noqa: E731
+    monkeypatch.setitem(onnx_step.WRITTEN_OUT, torch.ops.aten.silu_backward.default, wrong)
+    path = tmp_path / "step.onnx"
+    path.write_text("kept")
+    with pytest.raises(CaptureError, match="differs from eager"):
+        export_onnx(build("llama"), draw(), path, trained=["model.layers.0.mlp.gate_proj.weight"])
+    assert path.read_text() == "kept"

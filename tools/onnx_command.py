@@ -1,0 +1,61 @@
+"""What `gtcompile export --onnx` does: a model by name, a choice of what to train, an ONNX file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from gtcompile.dependencies import backward_costs
+from gtcompile.selection import select_parameters
+from gtcompile.tools.models import load_model
+from gtcompile.tools.onnx_export import Export, export_onnx
+from gtcompile.tools.onnx_step import OptimizerName, Update
+
+
+def export(
+    name: str,
+    path: Path,
+    *,
+    train: Sequence[str] | None = None,
+    budget: float | None = None,
+    optimizer: str | None = None,
+    dynamic: bool = False,
+    batch_size: int = 4,
+    length: int = 64,
+    target_length: int = 16,
+) -> Export:
+    """Export the training step of a model, without dropout.
+
+    Args:
+        name: hub id, local directory with weights, or `demo`.
+        path: of the file.
+        train: patterns of parameters to train; None and no budget trains everything.
+        budget: share of a full step's FLOPs; every parameter counts as much as it has elements.
+        optimizer: `sgd` or `adamw` to include the update.
+        dynamic: whether other batch sizes and lengths than these work.
+        batch_size: rows.
+        length: input tokens per row.
+        target_length: answer tokens per row of an encoder-decoder.
+
+    Raises:
+        ValueError: an argument or the model's name is wrong.
+        GTCompileError: the budget is too small, or the step cannot be exported.
+    """
+    if train is not None and budget is not None:
+        raise ValueError("expected --train or --budget, got both; leave one out")
+    if optimizer is not None and optimizer not in get_args(OptimizerName):
+        raise ValueError(f"expected --optimizer sgd or adamw, got {optimizer!r}")
+    model = load_model(name).eval()
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch_size, length))
+    labels = ids.clone()
+    if model.config.is_encoder_decoder:
+        labels = labels[:, :1].repeat(1, target_length)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    trained: Sequence[str] | frozenset[str] | None = train
+    if budget is not None:
+        costs = backward_costs(model, batch)
+        importance = {p.fqn: float(p.numel) for p in costs.parameters if p.fqn in costs.fqns}
+        trained = select_parameters(costs, importance, budget).trained
+    update = None if optimizer is None else Update(name="sgd" if optimizer == "sgd" else "adamw")
+    return export_onnx(model, batch, path, trained=trained, update=update, dynamic=dynamic)

@@ -1,0 +1,158 @@
+"""The training step of a trained set as plain ONNX: `gtcompile export --onnx`."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gtcompile.capture import capture, unwrap
+from gtcompile.errors import CaptureError
+from gtcompile.joint import JointGraph
+from gtcompile.passes.pipeline import restrict_gradients
+from gtcompile.tools.onnx_check import Agreement, Session, compare, fresh_batch, require, runtime_installed
+from gtcompile.tools.onnx_graph import lower, write
+from gtcompile.tools.onnx_step import TrainingStep, Update
+from gtcompile.torch_internals import mark_dynamic
+from gtcompile.trained import match_patterns
+
+Batch = Mapping[str, torch.Tensor]
+FRESH = 1
+"""Seed of the batch an export is compared on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """An exported training step."""
+
+    path: Path
+    """The model's file."""
+    trained: tuple[str, ...]
+    """What has a gradient or an update in it, in registration order."""
+    nodes: int
+    """ONNX operators."""
+    bytes: int
+    """Of the model without its weights, which are inputs."""
+    agreement: Agreement | None
+    """With eager PyTorch on a fresh batch; None without ONNX Runtime to run it in."""
+
+    def __str__(self) -> str:
+        said = str(self.agreement) if self.agreement else "not run: install onnxruntime to compare with eager"
+        size = f"{self.nodes} operators, {self.bytes / 1e6:.1f} MB, {len(self.trained)} trained parameters"
+        return f"{self.path}: {size}; {said}"
+
+
+def export_onnx(
+    model: nn.Module,
+    batch: Batch,
+    path: Path,
+    *,
+    trained: Iterable[str] | None = None,
+    update: Update | None = None,
+    dynamic: bool = False,
+) -> Export:
+    """Write the training step of a trained set as ONNX, once it has been seen to agree with eager PyTorch.
+
+    Inputs are `parameter.FQN` (tied weights once, under their first name), `batch.NAME`, and with an update
+    `optimizer.lr`, `optimizer.step` (float, from 1) and `moment1.FQN`, `moment2.FQN`. Outputs are `loss` and
+    `gradient.FQN`, or with an update `new_parameter.FQN`, `new_moment1.FQN` and `new_moment2.FQN`, of trained
+    parameters alone. Buffers are constants.
+
+    Args:
+        model: on the CPU, float32, without dropout; returns its scalar loss or an output with `.loss`.
+        batch: keyword dictionary of one batch, all tensors.
+        path: of the file; written at the end and at once.
+        trained: FQNs or patterns; None trains everything.
+        update: also take the optimizer's step.
+        dynamic: other batch sizes and lengths work as well (the first two dimensions of each batch tensor).
+
+    Raises:
+        CaptureError: the step cannot be captured or lowered, or differs from eager PyTorch.
+        ValueError: a pattern matches nothing, or the path cannot be written.
+        TypeError: the batch holds something that is no tensor.
+    """
+    model = unwrap(model)
+    _check_arguments(batch, path)
+    with exportable(model):
+        joint = _trained_joint(model, batch, trained, dynamic=dynamic)
+        step = TrainingStep(joint, model, list(batch), None)
+        agreement = None
+        proto = _lowered(step, model, batch, dynamic=dynamic)
+        if runtime_installed():
+            another = fresh_batch(batch, FRESH, resize=dynamic)
+            agreement = require(compare(Session(proto), model, another, step.trained))
+        if update is not None:
+            step = TrainingStep(joint, model, list(batch), update)
+            proto = _lowered(step, model, batch, dynamic=dynamic)
+    write(proto, path)
+    return Export(
+        path=path,
+        trained=step.trained,
+        nodes=len(proto.graph.node),
+        bytes=proto.ByteSize(),
+        agreement=agreement,
+    )
+
+
+def _check_arguments(batch: Batch, path: Path) -> None:
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"expected a batch of tensors, got {name}={value!r}; set it in the model's configuration"
+            )
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {str(path.parent)!r} to write {path.name} to; make it first")
+    if path.is_dir():
+        raise ValueError(f"expected a file to write to, {str(path)!r} is a folder")
+
+
+@contextlib.contextmanager
+def exportable(model: nn.Module) -> Iterator[None]:
+    """Attention and experts in plain operators for a while."""
+    config: Any = getattr(model, "config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    with sdpa_kernel(SDPBackend.MATH):
+        if experts is not None:
+            config._experts_implementation = "batched_mm"
+        try:
+            yield
+        finally:
+            if experts is not None:
+                config._experts_implementation = experts
+
+
+def _trained_joint(
+    model: nn.Module, batch: Batch, trained: Iterable[str] | None, *, dynamic: bool
+) -> JointGraph:
+    batch = {name: value.clone() for name, value in batch.items()}
+    for value in batch.values() if dynamic else ():
+        for dimension in range(min(value.dim(), 2)):
+            mark_dynamic(value, dimension)
+    joint = capture(model, batch)
+    names = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
+    wanted = joint.live if trained is None else match_patterns(names, trained)
+    if not wanted & joint.live:
+        raise CaptureError("none of the trained parameters has a gradient in this model: nothing to export")
+    return restrict_gradients(joint, wanted)
+
+
+def _lowered(step: TrainingStep, model: nn.Module, batch: Batch, *, dynamic: bool) -> onnx.ModelProto:
+    parameters = dict(model.named_parameters())
+    examples = []
+    shapes = {}
+    for name in step.input_names:
+        kind, _, rest = name.partition(".")
+        if kind == "batch":
+            examples.append(batch[rest].clone())  # one tensor under two names would become one input
+            auto = dict.fromkeys(range(min(batch[rest].dim(), 2)), torch.export.Dim.AUTO)
+            shapes[name] = auto
+        elif kind == "optimizer":
+            examples.append(torch.tensor(1.0))
+        else:
+            examples.append(parameters[rest].detach())
+    return lower(step, examples, shapes if dynamic else None)
