@@ -1,7 +1,6 @@
 """The `gtcompile` command: parse, call a tool, print what it returns or one line that says what is wrong."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,9 @@ def _option(help_text: str, *names: str) -> Any:
 
 
 MODEL_HELP = "Hub id, local directory (a config alone is enough to inspect), or demo."
+SUBJECT_HELP = (
+    "Hub id, directory (a config is enough), demo, module:function, or the output folder of finetune."
+)
 DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or the path of a .jsonl file."
 
 Dataset = Annotated[str, _option(DATASET_HELP)]
@@ -116,14 +118,33 @@ def _finetune(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    budget: Budget = 0.5,
+    model: Annotated[str, typer.Argument(help=SUBJECT_HELP)],
+    budget: Annotated[
+        float | None,
+        _option("Share of a full step's FLOPs, forward included. Default: 0.5, or the run's plan."),
+    ] = None,
     dataset: Annotated[str | None, _option(f"Take the shape of a run on {DATASET_HELP}")] = None,
     batch_size: BatchSize = 4,
     length: Annotated[int, _option("Input tokens per example, without --dataset.")] = 512,
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder, without --dataset.")] = 64,
     importances: Annotated[
         Path | None, _option("selections.json of a run of this model. Default: a stand-in.")
+    ] = None,
+    only: Annotated[
+        str | None, _option("Parameters with these path segments: layers.1 is not layers.10.", "--filter")
+    ] = None,
+    sort: Annotated[str, _option("name, cost, marginal, importance or size.")] = "cost",
+    top: Annotated[int, _option("Parameters to list at most; 0 for all.")] = 12,
+    why: Annotated[
+        list[str] | None, _option("A parameter or node: why it is computed, or not. May be repeated.")
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        _option("Two trained sets: epochs of a run, plan, all, none, or patterns with commas between."),
+    ] = None,
+    html: Annotated[Path | None, _option("Write a report to this file, to be opened in a browser.")] = None,
+    export: Annotated[
+        Path | None, _option("Write the joint graph: .json (Model Explorer), .dot, .graphml or .txt.")
     ] = None,
     json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
     data_dir: DataDir = None,
@@ -144,29 +165,30 @@ def inspect(
         "max_new_tokens": max_new_tokens,
         "tokenizer": tokenizer,
     }
-    console = Console()
+    shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
     with _errors_in_one_line():
-        from gtcompile.tools import inspection
+        from gtcompile.tools import inspection, inspection_outputs
 
+        wanted = inspection_outputs.Outputs(
+            only=only,
+            order=sort,
+            top=top,
+            why=tuple(why or ()),
+            diff=diff,
+            html=html,
+            export=export,
+            as_json=json_output,
+        )
         _quiet()
         if dataset is None:
-            shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
-            result = inspection.inspect_shape(model, budget, **shape, importances=importances)
+            result = inspection.inspect_model(model, budget, **shape, importances=importances)
         else:
+            share = inspection.DEFAULT_BUDGET if budget is None else budget
             run = Settings(
-                model=model, dataset=dataset, budget=budget, batch_size=batch_size, method="full", **data
+                model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
             result = inspection.inspect_dataset(run, importances)
-        _print_inspection(console, result, as_json=json_output)
-
-
-def _print_inspection(console: Console, result: Any, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
-        return
-    console.print(result.table())
-    for line in result.lines():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        inspection_outputs.put_out(Console(), result, wanted)
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Explanation:
             return f"{self.node} runs in the forward, whatever is trained; {saved}"
         if not self.alive:
             served = len(self.would_need)
-            return f"{self.node} is eliminated: none of the {served} parameters it serves is trained"
+            return f"{self.node} is eliminated: none of the parameters it serves ({served}) is trained"
         if not self.needed_by:
             return f"{self.node} runs for its side effect"
         return f"{self.node} runs for {len(self.needed_by)} trained parameters"

@@ -67,6 +67,7 @@ def finetune(
     steps = None if settings.method == "full" else compare_steps(training)
     summary = _summarise(training, evaluate(prepared, reporter), before, steps)
     folder.write_summary(summary.as_dict())
+    training.report.write(training.module, prepared.batch(prepared.epoch(0)[0]))
     return summary
 
 

@@ -1,32 +1,45 @@
-"""The plan for a model and a budget, printed without training anything."""
+"""The plan for a model and a budget, or of a run, worked out without training anything."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel
 
-from gtcompile.dependencies import BackwardCosts, backward_costs
+from gtcompile.capture import capture
+from gtcompile.dependencies import BackwardCosts, costs_of
+from gtcompile.explanations import saved_bytes
+from gtcompile.joint import JointGraph
 from gtcompile.selection import Selection, select_parameters
+from gtcompile.tools.factories import call_factory, is_factory
 from gtcompile.tools.models import model_on_meta
+from gtcompile.tools.places import block_of_parameter
 from gtcompile.tools.preparation import prepare
+from gtcompile.tools.run_record import RunRecord, is_run, read_run
 from gtcompile.tools.settings import Settings
 
-Batch = dict[str, torch.Tensor]
+Batch = Mapping[str, Any]
+DEFAULT_BUDGET = 0.5
+"""Where none is asked for; a run has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What a step costs and what a budget would train."""
+    """What a step costs and what a budget would train, or a run trained."""
 
     model: str
     """As asked for."""
+    architecture: str
+    """Class of the model."""
     batch: str
     """The shape that FLOPs are quoted for."""
+    joint: JointGraph
+    """As captured, every gradient live."""
     costs: BackwardCosts
     """Of every trained set."""
     importance: Mapping[str, float]
@@ -34,7 +47,9 @@ class Inspection:
     importance_origin: str
     """Where the importances come from."""
     selection: Selection
-    """The best for these importances."""
+    """The best for these importances, or what a run trained last."""
+    run: RunRecord | None = None
+    """The run that was inspected."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One per parameter, in registration order.
@@ -42,12 +57,14 @@ class Inspection:
         `dw_flops` is what only this parameter's gradient needs. `marginal_flops` is what a step loses without
         it where it is trained, and would gain with it where it is frozen.
         """
-        own = {next(iter(w.parameters)): w.flops for w in self.costs.shared_work if len(w.parameters) == 1}
+        own = self.own_flops()
         return [
             {
                 "parameter": p.fqn,
+                "block": block_of_parameter(p.fqn),
                 "aliases": list(p.aliases),
                 "shape": list(p.shape),
+                "elements": p.numel,
                 "dw_flops": own.get(p.fqn, 0),
                 "marginal_flops": self._marginal(p.fqn),
                 "importance": self.importance.get(p.fqn),
@@ -55,6 +72,10 @@ class Inspection:
             }
             for p in self.costs.parameters
         ]
+
+    def own_flops(self) -> dict[str, int]:
+        """FLOPs that only one parameter's gradient needs, by FQN; absent where there are none."""
+        return {next(iter(w.parameters)): w.flops for w in self.costs.shared_work if len(w.parameters) == 1}
 
     def _marginal(self, fqn: str) -> int:
         if fqn not in self.costs.fqns:
@@ -66,90 +87,114 @@ class Inspection:
             return status
         return "trained" if fqn in self.selection.trained else "frozen"
 
+    def blocks(self) -> list[dict[str, Any]]:
+        """One per block, in registration order: what it has and what of it is trained."""
+        blocks: dict[str, dict[str, Any]] = {}
+        for row in self.rows():
+            keys = ("parameters", "trained", "elements", "trained_elements", "dw_flops", "trained_dw_flops")
+            block = blocks.setdefault(row["block"], {"block": row["block"], **dict.fromkeys(keys, 0)})
+            trained = row["status"] == "trained"
+            for key, value in (
+                ("parameters", 1),
+                ("elements", row["elements"]),
+                ("dw_flops", row["dw_flops"]),
+            ):
+                block[key] += value
+                block["trained" if key == "parameters" else f"trained_{key}"] += value * trained
+        return list(blocks.values())
+
     def totals(self) -> dict[str, Any]:
-        """FLOPs of one step against the budget."""
+        """FLOPs of one step against the budget, bytes saved for backward, and how good the plan is."""
+        backward = self.costs.full_flops - self.costs.forward_flops
+        dw = sum(self.own_flops().values())
         return {
             "forward_flops": self.costs.forward_flops,
+            "dx_flops": backward - dw,
+            "dw_flops": dw,
             "full_flops": self.costs.full_flops,
             "budget_flops": self.selection.budget_flops,
             "step_flops": self.selection.step_flops,
             "minimum_budget_fraction": self.costs.minimum_budget_fraction,
+            "full_saved_bytes": saved_bytes(self.joint, self.joint.live),
+            "step_saved_bytes": saved_bytes(self.joint, self.selection.trained),
+            "importance": self.selection.importance,
+            "importance_bound": self.selection.importance_bound,
         }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
         return {
             "model": self.model,
+            "architecture": self.architecture,
             "batch": self.batch,
             "importance_origin": self.importance_origin,
             **self.totals(),
+            "blocks": self.blocks(),
             "parameters": self.rows(),
         }
 
-    def table(self) -> Table:
-        """One line per parameter."""
-        table = Table(title=f"{self.model}: {self.selection}")
-        table.add_column("parameter", overflow="fold")
-        for column in ("shape", "dW FLOPs", "marginal FLOPs", "importance", ""):
-            table.add_column(column, justify="right")
-        for row in self.rows():
-            table.add_row(
-                row["parameter"],
-                " x ".join(map(str, row["shape"])),
-                f"{row['dw_flops']:.3g}",
-                f"{row['marginal_flops']:.3g}",
-                "-" if row["importance"] is None else f"{row['importance']:.3g}",
-                row["status"],
-            )
-        return table
-
     def lines(self) -> list[str]:
-        """The totals in words."""
-        full, totals = self.costs.full_flops, self.totals()
-        shares = {
-            "forward": "forward_flops",
-            "full step": "full_flops",
-            "budget": "budget_flops",
-            "this plan": "step_flops",
-        }
+        """What the figures stand for, in words."""
         return [
-            f"batches of {self.batch}; FLOPs per training step at this shape, 2 per multiply-add",
-            *(
-                f"{name}: {totals[key]:.6g} FLOPs, {totals[key] / full:.1%} of full"
-                for name, key in shares.items()
-            ),
-            f"smallest budget that trains anything: {totals['minimum_budget_fraction']:.4f}",
+            f"FLOPs of one training step on batches of {self.batch}, 2 per multiply-add",
+            f"smallest budget that trains anything: {self.costs.minimum_budget_fraction:.4f}",
             f"importance: {self.importance_origin}",
         ]
+
+
+def inspect_model(
+    model: str,
+    budget: float | None,
+    *,
+    batch_size: int,
+    length: int,
+    target_length: int,
+    importances: Path | None,
+) -> Inspection:
+    """Plan for a model however it is named, or tell what a run trained.
+
+    Args:
+        model: hub id, directory, `demo`, `module:function`, or the output folder of a run.
+        budget: share of a full step's FLOPs, in (0, 1]; None takes 0.5, or what a run trained last.
+        batch_size: rows.
+        length: input tokens per row.
+        target_length: answer tokens per row, for an encoder-decoder.
+        importances: `selections.json` of a run of this model; None takes the run's own, or a stand-in.
+
+    Raises:
+        ValueError, GTCompileError: the model is not there or cannot be captured, or the budget is too small.
+    """
+    shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
+    for name, value in shape.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if is_run(Path(model)):
+        return inspect_run(Path(model), budget, importances)
+    wanted = DEFAULT_BUDGET if budget is None else budget
+    if is_factory(model):
+        made, batch = call_factory(model)
+        if batch is None and not isinstance(made, PreTrainedModel):
+            raise ValueError(
+                f"{model} returned a {type(made).__name__} and no batch; "
+                f"return both: model, keyword dictionary"
+            )
+        told = "its own batch" if batch is not None else _told(made, **shape)
+        batch = _batch_for(made, **shape) if batch is None else batch
+        return _inspect(model, made, batch, told, wanted, importances)
+    return inspect_shape(model, wanted, **shape, importances=importances)
 
 
 def inspect_shape(
     model: str, budget: float, *, batch_size: int, length: int, target_length: int, importances: Path | None
 ) -> Inspection:
-    """Plan for batches of a given shape; no weights are loaded.
-
-    Args:
-        model: hub id, directory or `demo`; only its configuration is read.
-        budget: share of a full step's FLOPs, in (0, 1].
-        batch_size: rows.
-        length: input tokens per row.
-        target_length: answer tokens per row, for an encoder-decoder.
-        importances: `selections.json` of a run of this model; None takes a stand-in.
+    """Plan for batches of a given shape; no weights are loaded. Arguments are those of `inspect_model`.
 
     Raises:
-        ValueError, GTCompileError: the model is not there or cannot be captured, or the budget is too small.
+        ValueError, GTCompileError: as for `inspect_model`.
     """
-    for name, value in (("batch-size", batch_size), ("length", length), ("target-length", target_length)):
-        if value < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {value}")
-    architecture = model_on_meta(model)
-    columns = target_length if architecture.config.is_encoder_decoder else length
-    ids, labels = (torch.zeros(batch_size, n, dtype=torch.long) for n in (length, columns))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    answer = f", {target_length} answer tokens" if architecture.config.is_encoder_decoder else ""
-    return _inspect(
-        model, architecture, batch, f"{batch_size} x {length} tokens{answer}", budget, importances
-    )
+    shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
+    made = model_on_meta(model)
+    return _inspect(model, made, _batch_for(made, **shape), _told(made, **shape), budget, importances)
 
 
 def inspect_dataset(settings: Settings, importances: Path | None) -> Inspection:
@@ -164,11 +209,91 @@ def inspect_dataset(settings: Settings, importances: Path | None) -> Inspection:
     return _inspect(settings.model, prepared.language.model, batch, shape, settings.budget, importances)
 
 
-def _inspect(
-    name: str, model: PreTrainedModel, batch: Batch, shape: str, budget: float, importances: Path | None
-) -> Inspection:
+def inspect_run(path: Path, budget: float | None = None, importances: Path | None = None) -> Inspection:
+    """What a run trained and what it cost, from its folder; with a budget, a plan for its importances.
+
+    Raises:
+        ValueError: the folder is of another version, or its model is another than the one captured now.
+    """
+    run = read_run(path)
+    model = model_on_meta(run.model)
     model.config.use_cache = False
-    costs = backward_costs(model, batch)
+    inspection = inspection_of_run(run, capture(model, run.batch()), type(model).__name__)
+    if budget is None and importances is None:
+        return inspection
+    source = path / "selections.json" if importances is None else importances
+    wanted = float(run.settings["budget"]) if budget is None else budget
+    return _plan(inspection.joint, str(path), inspection.architecture, run.shape, wanted, source, run)
+
+
+def inspection_of_run(run: RunRecord, joint: JointGraph, architecture: str) -> Inspection:
+    """What a run trained last, on the graph of its model.
+
+    Raises:
+        ValueError: the graph's FLOPs are not those that the run recorded.
+    """
+    costs, last = costs_of(joint), run.selections[-1]
+    trained = frozenset(last["trained"])
+    if trained - costs.fqns or costs.step_flops(trained) != last["step_flops"]:
+        raise ValueError(
+            f"the model captured now takes other FLOPs than the run in {run.path} recorded: it was written "
+            f"with another version of gtcompile, torch or transformers. Inspect {run.path / 'model'} instead"
+        )
+    importance = dict(last["importance"])
+    total = math.fsum(importance.get(fqn, 0.0) for fqn in sorted(trained))
+    bound = last["importance_bound"]
+    selection = Selection(
+        trained=trained,
+        selectable=last["selectable"],
+        step_flops=last["step_flops"],
+        budget_flops=last["budget_flops"],
+        full_flops=last["full_flops"],
+        importance=total,
+        importance_bound=total if bound is None else bound,
+    )
+    origin = f"measured in epoch {last['epoch'] + 1}" if importance else "not measured by this run"
+    return Inspection(
+        model=str(run.path),
+        architecture=architecture,
+        batch=run.shape,
+        joint=joint,
+        costs=costs,
+        importance=importance,
+        importance_origin=origin,
+        selection=selection,
+        run=run,
+    )
+
+
+def _batch_for(model: PreTrainedModel, *, batch_size: int, length: int, target_length: int) -> Batch:
+    columns = target_length if model.config.is_encoder_decoder else length
+    ids, labels = (torch.zeros(batch_size, n, dtype=torch.long) for n in (length, columns))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _told(model: PreTrainedModel, *, batch_size: int, length: int, target_length: int) -> str:
+    answer = f", {target_length} answer tokens" if model.config.is_encoder_decoder else ""
+    return f"{batch_size} x {length} tokens{answer}"
+
+
+def _inspect(
+    name: str, model: nn.Module, batch: Batch, shape: str, budget: float, importances: Path | None
+) -> Inspection:
+    if isinstance(model, PreTrainedModel):
+        model.config.use_cache = False
+    return _plan(capture(model, batch), name, type(model).__name__, shape, budget, importances)
+
+
+def _plan(
+    joint: JointGraph,
+    name: str,
+    architecture: str,
+    shape: str,
+    budget: float,
+    importances: Path | None,
+    run: RunRecord | None = None,
+) -> Inspection:
+    costs = costs_of(joint)
     importance = uniform_importance(costs) if importances is None else read_importance(importances, costs)
     origin = (
         "not known without a run; every element of every parameter counts the same"
@@ -177,11 +302,14 @@ def _inspect(
     )
     return Inspection(
         model=name,
+        architecture=architecture,
         batch=shape,
+        joint=joint,
         costs=costs,
         importance=importance,
         importance_origin=origin,
         selection=select_parameters(costs, importance, budget),
+        run=run,
     )
 
 

@@ -56,10 +56,15 @@ class RunFolder:
         if differences:
             raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
 
-    def write_settings(self, settings: Settings) -> None:
-        """Begin the folder."""
+    def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
+        """Begin the folder.
+
+        Args:
+            settings: the run's.
+            batch: what `described_batch` says of its batches.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", settings.as_dict())
+        write_json(self.path / "run.json", {**settings.as_dict(), **batch})
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""

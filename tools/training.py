@@ -20,6 +20,8 @@ from gtcompile.tools.policies import policy_for
 from gtcompile.tools.preparation import Batch, Prepared
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
+from gtcompile.tools.run_record import described_batch
+from gtcompile.tools.run_report import RunReport
 from gtcompile.trained import train_only
 
 MEASURED_BATCHES = 4
@@ -50,6 +52,7 @@ class Training:
         self.total_steps = prepared.steps_per_epoch * settings.epochs
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
         self.policy = policy_for(settings, self.model, self.optimizer)
+        self.report = RunReport(folder.path, reporter)
         self.selections: list[dict[str, Any]] = []
         self.steps = 0
         self.predicted_flops = 0
@@ -96,11 +99,13 @@ class Training:
         counted = check_step_flops(self.model, batches[0], plan.step_flops)
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
-            self.folder.write_settings(self.prepared.settings)
+            described = described_batch(batches[0], self.prepared.collate.shape)
+            self.folder.write_settings(self.prepared.settings, described)
         self.selections.append({"epoch": self.epoch, **plan.as_dict(), "counted_step_flops": counted})
         self.folder.write_selections(self.selections)
         self.save()
         self.reporter.planned(self.epoch, plan)
+        self.report.write(self.module, batches[0])
 
     def _step(self) -> None:
         index = self.steps % self.prepared.steps_per_epoch

@@ -1,0 +1,46 @@
+"""Models that a Python function makes, named `module:function`."""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def is_factory(name: str) -> bool:
+    """Whether a model's name is of the form `package.module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None and not Path(name).exists()
+
+
+def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
+    """The model that `module:function` returns, with its batch where it returns both.
+
+    The working directory is searched for the module as `python -m` would.
+
+    Raises:
+        ValueError: no such module or function (names near ones), or the function returned something else.
+    """
+    module_name, _, function_name = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import the module of {name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = difflib.get_close_matches(function_name, dir(module), n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"{module_name} has no function {function_name!r}{hint}")
+    made = function()
+    model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not (batch is None or isinstance(batch, Mapping)):
+        raise ValueError(
+            f"expected {name} to return a model, or a model and its batch as a keyword dictionary, "
+            f"got {type(made).__name__}"
+        )
+    return model, batch

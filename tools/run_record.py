@@ -1,0 +1,109 @@
+"""What a run's folder says about the run, read without training."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+"""Of `run.json`; another number is another layout of the folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run as its folder tells it, finished or not."""
+
+    path: Path
+    """The folder."""
+    settings: Mapping[str, Any]
+    """As in `run.json`."""
+    selections: Sequence[Mapping[str, Any]]
+    """What was trained from each epoch in `selections.json` on; at least one."""
+    metrics: Sequence[Mapping[str, Any]]
+    """One record per step taken."""
+    summary: Mapping[str, Any] | None
+    """The result; None until the run is finished."""
+
+    @property
+    def model(self) -> str:
+        """The model as the run left it, or as it was asked for while there is none."""
+        own = self.path / "model"
+        return str(own) if (own / "config.json").is_file() else str(self.settings["model"])
+
+    @property
+    def shape(self) -> str:
+        """The shape of every batch, in words."""
+        return str(self.settings["batch_shape"])
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """A batch of ones in the shape of the run's."""
+        described = self.settings["batch"].items()
+        return {key: torch.ones(v["shape"], dtype=getattr(torch, v["dtype"])) for key, v in described}
+
+    def selection_at(self, epoch: int) -> Mapping[str, Any]:
+        """The selection in force in an epoch.
+
+        Args:
+            epoch: from 1, as `finetune` prints it.
+
+        Raises:
+            ValueError: the run has no such epoch.
+        """
+        last = max(int(self.settings["epochs"]), 1)
+        if not 1 <= epoch <= last:
+            raise ValueError(f"the run in {self.path} has epochs 1 to {last}, not {epoch}")
+        return [s for s in self.selections if s["epoch"] < epoch][-1]
+
+
+def described_batch(batch: Mapping[str, torch.Tensor], shape: str) -> dict[str, Any]:
+    """What `run.json` keeps of the batches beside the settings."""
+    tensors = {
+        key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for key, tensor in batch.items()
+    }
+    return {"format": FORMAT, "batch_shape": shape, "batch": tensors}
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is the output of `finetune`."""
+    return (path / "run.json").is_file()
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: a file is missing or broken, or the run was written by another version of gtcompile.
+    """
+    settings = _read(path / "run.json")
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        said = "no format" if found is None else f"format {found!r}"
+        raise ValueError(
+            f"{path / 'run.json'} has {said}, this gtcompile reads format {FORMAT}: the run was written by "
+            f"another version. Inspect {path / 'model'} instead, "
+            f"with --importances {path / 'selections.json'}"
+        )
+    selections = _read(path / "selections.json")
+    if not selections:
+        raise ValueError(f"the run in {path} has selected nothing yet")
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text("utf-8").splitlines() if metrics.is_file() else []
+    summary = path / "summary.json"
+    return RunRecord(
+        path=path,
+        settings=settings,
+        selections=selections,
+        metrics=[json.loads(line) for line in lines if line.endswith("}")],
+        summary=_read(summary) if summary.is_file() else None,
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as part of a run: {error}") from error
