@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Every = int | Literal["epoch"]
 
 
-class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     """Has a `transformers.Trainer`, or one derived from it, train what is worth it within a FLOPs budget.
 
     `Trainer(..., callbacks=[AdaptiveBackpropCallback(0.5)])` is all. When training begins, the model's
@@ -187,7 +187,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
         size = state.train_batch_size or args.train_batch_size
         drawn = _draw_batches(loader, self._terms["batches"], size, f"{args.seed} {state.global_step}")
         trainer = self._trainer
-        batches = ({**trainer._prepare_inputs(batch)} for batch in drawn)
+        batches = ({**trainer._prepare_inputs({**batch})} for batch in drawn)
         selection = self.adaptive.reselect(batches)
         self._selected_at = state.global_step
         logger.info("step %d: %s", state.global_step, selection)
@@ -208,7 +208,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):  # type: ignor
 
     def _restore(self, state: TrainerState) -> None:
         """Continue from what a resumed trainer's state says, which it keeps by the callback's class name."""
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        stored: Any = state.stateful_callbacks or {}
+        saved = stored.get(type(self).__name__, {})
         saved = saved[0] if isinstance(saved, list) else saved
         progress = saved.get("attributes", {}).get("progress")
         if state.global_step == 0 or progress is None or progress["adaptive"] is None:

@@ -28,14 +28,14 @@ class TrainerLoss(nn.Module):
         self.__dict__.update(shared)
         self._behind = (model, trainer)  # in a tuple, so that the model is no submodule of its own twin
 
-    @torch.compiler.disable  # a trainer's bookkeeping is nothing Dynamo could capture
     def forward(self, **batch: Any) -> torch.Tensor:
         """The loss of one batch, a scalar."""
         model, trainer = self._behind
         kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _COUNTERS if name in vars(trainer)}
         try:
             with trainer.compute_loss_context_manager():
-                loss: torch.Tensor = trainer.compute_loss(model, dict(batch))
+                loss: Any = trainer.compute_loss(model, dict(batch))
         finally:
             vars(trainer).update(kept)
-        return loss.mean()  # a loss by device or by example counts as its mean, as it does for the trainer
+        mean: torch.Tensor = loss.mean()  # a loss by example counts as its mean, as for the trainer
+        return mean

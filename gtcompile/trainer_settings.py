@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -26,8 +27,9 @@ def repair_model(model: nn.Module) -> None:
     frozen block below the deepest trained parameter.
     """
     hooked = getattr(model, "_require_grads_hook", None) or getattr(model, "_require_grads_hooks", None)
-    if hooked and hasattr(model, "disable_input_require_grads"):
-        model.disable_input_require_grads()
+    disable = getattr(model, "disable_input_require_grads", None)
+    if hooked and disable is not None:
+        disable()
         logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
 
 
@@ -53,7 +55,7 @@ def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str
             f"n_gpu={args.n_gpu}. Show the process one device with CUDA_VISIBLE_DEVICES"
         )
     checkpointing = args.activation_checkpointing or args.gradient_checkpointing
-    kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
     if checkpointing and kwargs.get("use_reentrant"):
         yield (
             "reentrant checkpointing hands out gradients in parts; "

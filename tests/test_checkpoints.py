@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +108,33 @@ def test_the_weights_of_another_model_are_refused(other: nn.Module, tmp_path: Pa
 
 def test_the_weights_of_a_like_model_are_accepted(tmp_path: Path) -> None:
     check_same_model(nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), tmp_path)
+
+
+@pytest.mark.long
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A process that writes one checkpoint after another is killed at twenty random moments."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from gtcompile.tools.checkpoints import save_checkpoint
+path = Path(sys.argv[1])
+first = int(sys.argv[2])
+for number in range(first, first + 10**9):
+    save_checkpoint(path, {"number": number, "values": torch.full((50_000,), float(number))})
+    print(number, flush=True)
+"""
+    path, chance, last = tmp_path / "state", random.Random(0), 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(last + 1)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        written = int(process.stdout.readline())
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        written = max([written, *(int(line) for line in process.communicate()[0].split())])
+        state = load_checkpoint(path)
+        assert state["number"] in (written, written + 1)  # killed before or after it said so
+        assert bool((state["values"] == state["number"]).all())
+        last = state["number"]

@@ -464,3 +464,45 @@ def test_trls_supervised_trainer_takes_the_callback(tmp_path):
     trainer.train()
     assert len(witness.steps) == 2
     assert all(trained == gradients for trained, gradients in witness.steps)
+
+
+def plain_loop(folder, setting, stop_after=None, resume=False):
+    """Eight steps of a loop of one's own that selects at 0, 3 and 6 and can stop and continue anywhere."""
+    model = make_model(0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gtcompile.compile_blocks(model, compiler="eager")
+    own = gtcompile.AdaptiveBackprop(model, optimizer, 0.6, frozen_state=setting)
+    rows = torch.stack([row["input_ids"] for row in make_data(20)])
+    batches = [{"input_ids": part, "labels": part} for part in rows.split(2)]
+    start = 0
+    if resume:
+        saved = torch.load(folder / "state")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        own.load_state_dict(saved["adaptive"])
+        torch.set_rng_state(saved["random"])
+        start = saved["step"]
+    for step in range(start, 8):
+        if step % 3 == 0:
+            own.reselect(batches[8:])
+        model(**batches[step]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 == stop_after:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(
+                {**state, "adaptive": own.state_dict(), "random": torch.get_rng_state()}, folder / "state"
+            )
+            break
+    gtcompile.uncompile_blocks(model)
+    return weights(model), own.history
+
+
+@pytest.mark.parametrize(("setting", "stop_after"), [("keep", 2), ("cpu", 3), ("drop", 3), ("drop", 4)])
+def test_a_plain_loop_resumes_bit_for_bit(tmp_path, setting, stop_after):
+    """In the middle of a stretch, right before a selection and right after one."""
+    whole, history = plain_loop(tmp_path, setting)
+    plain_loop(tmp_path, setting, stop_after=stop_after)
+    resumed, continued = plain_loop(tmp_path, setting, resume=True)
+    assert continued == history
+    assert_same_weights(whole, resumed)
