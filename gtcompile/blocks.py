@@ -16,6 +16,7 @@ from gtcompile.backend import make_backend, parse_options
 from gtcompile.capture import unwrap
 from gtcompile.cuts import cut
 from gtcompile.errors import CaptureError
+from gtcompile.forced_leaves import needs_gradient, watch_embeddings
 from gtcompile.torch_internals import dynamo_config
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -72,6 +73,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained.enter_region(inside)
     trained.leave_to_eager(p for p in model.parameters() if p not in inside)
+    watch_embeddings(model)
     return model
 
 
@@ -119,7 +121,7 @@ def _blocks_below(module: nn.Module, prefix: str) -> Iterator[str]:
     is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and bool(repeated)
     for name, child in module.named_children():
         fqn = f"{prefix}{name}"
-        if name in members and (is_list or type(child) in repeated) and not _is_stack(child):
+        if name in members and (is_list or type(child) in repeated) and not _is_stack(child, in_list=is_list):
             yield fqn
         else:
             yield from _blocks_below(child, f"{fqn}.")
@@ -130,15 +132,27 @@ def _could_be_block(module: nn.Module) -> bool:
     return has_children and not isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
 
 
-def _is_stack(module: nn.Module) -> bool:
-    """Whether a module itself holds a list of repeated blocks, as an encoder or a decoder does."""
+def _is_stack(module: nn.Module, *, in_list: bool) -> bool:
+    """Whether a module itself holds a list of repeated blocks, as an encoder or a decoder does.
+
+    Where the module is a member of a list itself, a stage of blocks is told from a block with a list of
+    experts: experts are made of single operators, blocks of modules that have modules of their own.
+    """
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
-    return any(
-        count > 1
-        for members in lists
-        for kind, count in Counter(map(type, members)).items()
-        if any(True for _ in kind.__mro__) and all(_could_be_block(m) for m in members if type(m) is kind)
-    )
+    return any(_is_list_of_blocks(members, nested=in_list) for members in lists)
+
+
+def _is_list_of_blocks(members: nn.ModuleList, *, nested: bool) -> bool:
+    kinds = Counter(map(type, members))
+    for kind in (kind for kind, count in kinds.items() if count > 1):
+        blocks = [m for m in members if type(m) is kind]
+        if all(map(_could_be_block, blocks)) and (not nested or any(map(_is_nested, blocks))):
+            return True
+    return False
+
+
+def _is_nested(module: nn.Module) -> bool:
+    return any(True for child in module.children() for _ in child.children())
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -153,7 +167,8 @@ class BlockForward:
     """A block's forward: compiled while gradients are enabled, and with inputs that always look the same.
 
     An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
-    it still looks as it did, and no guard fails.
+    it still looks as it did, and no guard fails. So is one that requires a gradient only because activation
+    checkpointing made frozen embeddings ask for it.
     """
 
     def __init__(
@@ -179,7 +194,7 @@ class BlockForward:
             return value
         if value.requires_grad:
             self._differentiable.add(key)
-            return value
+            return value if needs_gradient(value) else cut(value)
         return cut(value) if self._cuts(key) else value
 
     def _cuts(self, key: int | str) -> bool:

@@ -409,3 +409,24 @@ def test_a_block_that_is_captured_again_and_again_is_refused_and_never_run_eager
     assert captures() == 9
     with pytest.raises(TorchDynamoException, match="captured Repeated 9 times"):
         run(10)
+
+
+class Routed(nn.Module):
+    """A block that holds its experts in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.experts = ResidualMLP(), nn.ModuleList(ResidualMLP() for _ in range(2))
+
+    def forward(self, x):
+        return sum(expert(self.mixer(x)) for expert in self.experts)
+
+
+def test_a_block_with_a_list_of_experts_is_one_block():
+    assert list(find_blocks(Stack([Routed() for _ in range(2)], tied=False))) == ["layers.0", "layers.1"]
+
+
+def test_stages_of_blocks_are_looked_into():
+    stage = nn.ModuleDict({"blocks": nn.ModuleList(Routed() for _ in range(2))})
+    found = list(find_blocks(nn.ModuleList([stage, stage])))
+    assert found[:2] == ["0.blocks.0", "0.blocks.1"]

@@ -32,6 +32,7 @@ ORDER = [
     ),
     *(
         "cuts",
+        "forced_leaves",
         "region_graph",
         "autograd_nodes",
         "operators",

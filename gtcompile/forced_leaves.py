@@ -1,0 +1,80 @@
+"""Forced leaves: outputs of frozen embeddings that a hook has asked for a gradient nobody wants.
+
+Transformers and PEFT do so when activation checkpointing is enabled, and the backward then runs down to them
+through every frozen block. Which tensor it was is noticed where embeddings return; blocks ask here whether
+anything trained is upstream of their inputs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gtcompile import trained
+
+_embedded = WeakTensorKeyDictionary()  # the keys: what embeddings returned without a history
+_WANTED = "gtcompile.wanted"  # in an autograd node's metadata: something trained is upstream
+
+
+def watch_embeddings(model: nn.Module) -> None:
+    """Notice from now on what the model's frozen embeddings return; watching twice does no harm."""
+    for module in _embeddings(model):
+        if _notice not in module._forward_hooks.values():
+            module.register_forward_hook(_notice)
+
+
+def needs_gradient(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's gradient reaches anything but frozen parameters and forced leaves.
+
+    Without a forced leaf alive this is not looked into: then autograd's own answer, yes, holds.
+
+    Args:
+        tensor: any; its history is walked up to the first thing that wants a gradient.
+    """
+    if not any(leaf.requires_grad for leaf in _embedded):
+        return True
+    if tensor.grad_fn is None:
+        return _leaf_wants(tensor)
+    return _reaches_wanted(tensor.grad_fn)
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module
+        elif callable(find := getattr(module, "get_input_embeddings", None)):
+            try:
+                found = find()
+            except NotImplementedError:  # transformers' way to say that a model has none
+                continue
+            if isinstance(found, nn.Module):
+                yield found
+
+
+def _notice(_module: nn.Module, _inputs: object, output: object) -> None:
+    """Remember an embedding's output before or after another hook makes it require a gradient."""
+    if torch.compiler.is_compiling() or not isinstance(output, torch.Tensor):
+        return
+    if torch.is_grad_enabled() and output.grad_fn is None:
+        _embedded[output] = True
+
+
+def _leaf_wants(leaf: torch.Tensor) -> bool:
+    if isinstance(leaf, nn.Parameter):
+        return trained.is_trained(leaf)
+    return leaf not in _embedded
+
+
+def _reaches_wanted(start: torch.autograd.graph.Node) -> bool:
+    todo, seen = [start], {start}
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if node.metadata.get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
+            start.metadata[_WANTED] = True
+            return True
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= parents
+        todo.extend(parents)
+    return False
