@@ -28,6 +28,7 @@ class TrainerLoss(nn.Module):
         self.__dict__.update(shared)
         self._behind = (model, trainer)  # in a tuple, so that the model is no submodule of its own twin
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # blocks run eagerly here, as in all measuring
     def forward(self, **batch: Any) -> torch.Tensor:
         """The loss of one batch, a scalar."""
         model, trainer = self._behind

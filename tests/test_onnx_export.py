@@ -94,6 +94,7 @@ def test_a_dynamic_export_takes_other_shapes(tmp_path):
         assert not compare(session, model, draw(rows, length), export.trained).refused
 
 
+@pytest.mark.long
 def test_only_trained_parameters_have_a_gradient_in_the_file(tmp_path):
     model = build("llama")
     export = export_onnx(model, draw(), tmp_path / "step.onnx", trained=["model.layers.1.mlp.*"])
@@ -103,6 +104,7 @@ def test_only_trained_parameters_have_a_gradient_in_the_file(tmp_path):
     assert not compare(Session(str(export.path)), model, draw(), export.trained).refused
 
 
+@pytest.mark.long
 def test_twenty_steps_of_adamw_in_onnx_runtime_match_torch(tmp_path):
     model = build("opt")
     patterns = ["model.decoder.layers.1.fc*", "model.decoder.final_layer_norm.*"]
