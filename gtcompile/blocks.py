@@ -16,7 +16,7 @@ from gtcompile.backend import make_backend, parse_options
 from gtcompile.capture import unwrap
 from gtcompile.cuts import cut
 from gtcompile.errors import CaptureError
-from gtcompile.forced_leaves import needs_gradient, watch_embeddings
+from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
 from gtcompile.torch_internals import dynamo_config
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -98,6 +98,7 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), BlockForward):
             del module.forward
+    unwatch_embeddings(model)
     chosen = trained.trained_parameters(model)
     trained.enter_eager(model.parameters())
     if chosen:

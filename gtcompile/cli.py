@@ -208,9 +208,18 @@ def export(
         from gtcompile.tools import onnx_command
 
         _quiet()
-        shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
-        choice = {"train": train or None, "budget": budget}
-        typer.echo(onnx_command.export(model, onnx, **choice, optimizer=optimizer, dynamic=dynamic, **shape))
+        written = onnx_command.export(
+            model,
+            onnx,
+            train=train or None,
+            budget=budget,
+            optimizer=optimizer,
+            dynamic=dynamic,
+            batch_size=batch_size,
+            length=length,
+            target_length=target_length,
+        )
+        typer.echo(written)
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def _check_trained(joint: JointGraph, trained: Set[str]) -> None:
 
 def _find(joint: JointGraph, subject: str) -> fx.Node:
     fqns = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
-    nodes = {node.name: node for node in joint.module.graph.nodes if node.op != "output"}
+    nodes: dict[str, fx.Node] = {n.name: n for n in joint.module.graph.nodes if n.op != "output"}
     if subject in fqns:
         gradients = _gradients(joint).get(fqns[subject])
         if not gradients:

@@ -6,6 +6,7 @@ anything trained is upstream of their inputs.
 """
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,13 @@ def watch_embeddings(model: nn.Module) -> None:
     for module in _embeddings(model):
         if _notice not in module._forward_hooks.values():
             module.register_forward_hook(_notice)
+
+
+def unwatch_embeddings(model: nn.Module) -> None:
+    """Take the hooks away that `watch_embeddings` put there."""
+    for module in _embeddings(model):
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _notice]:
+            del module._forward_hooks[key]
 
 
 def needs_gradient(tensor: torch.Tensor) -> bool:
@@ -71,10 +79,15 @@ def _reaches_wanted(start: torch.autograd.graph.Node) -> bool:
     while todo:
         node = todo.pop()
         leaf = getattr(node, "variable", None)
-        if node.metadata.get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
-            start.metadata[_WANTED] = True
+        if _metadata(node).get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
+            _metadata(start)[_WANTED] = True
             return True
         parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
         seen |= parents
         todo.extend(parents)
     return False
+
+
+def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
+    metadata: Any = node.metadata  # a dictionary, though declared as a method that returns one
+    return cast("dict[str, Any]", metadata)

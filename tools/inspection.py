@@ -173,13 +173,14 @@ def inspect_model(
     wanted = DEFAULT_BUDGET if budget is None else budget
     if is_factory(model):
         made, batch = call_factory(model)
-        if batch is None and not isinstance(made, PreTrainedModel):
+        if batch is not None:
+            return _inspect(model, made, batch, "its own batch", wanted, importances)
+        if not isinstance(made, PreTrainedModel):
             raise ValueError(
                 f"{model} returned a {type(made).__name__} and no batch; "
                 f"return both: model, keyword dictionary"
             )
-        told = "its own batch" if batch is not None else _told(made, **shape)
-        batch = _batch_for(made, **shape) if batch is None else batch
+        batch, told = _batch_for(made, **shape), _told(made, **shape)
         return _inspect(model, made, batch, told, wanted, importances)
     return inspect_shape(model, wanted, **shape, importances=importances)
 
