@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
 )
 
 from gtcompile.errors import CaptureError
-from gtcompile.torch_internals import CountingMode, OpOverload, tree_map
+from gtcompile.torch_internals import CountingMode, FakeTensor, FunctionalTensor, OpOverload, tree_map
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -116,6 +116,14 @@ class _CountingCompiledCode(CountingMode):
         """Tell torch.compile to go on working under this mode."""
         return True
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count one operator, unless it is only traced while something is compiled."""
+        if any(issubclass(kind, (FakeTensor, FunctionalTensor)) for kind in types):
+            return func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
 
 @contextmanager
 def count_flops() -> Iterator[FlopCounterMode]:
@@ -124,8 +132,7 @@ def count_flops() -> Iterator[FlopCounterMode]:
     Read `counter.get_total_flops()` afterwards.
 
     Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another
-    program than the one in use. Call a compiled step once before counting it: operators traced while it
-    compiles would be counted too.
+    program than the one in use. What is traced while a step compiles does not run and is not counted.
     """
     register_missing_formulas()
     counter = FlopCounterMode(display=False)

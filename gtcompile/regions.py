@@ -19,7 +19,7 @@ from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
 from gtcompile.specialized import SpecializedVariants
-from gtcompile.torch_internals import TracingContext, tracing
+from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +168,22 @@ def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[A
     """What Dynamo traced with: later variants are compiled when the first example inputs are long gone."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
-        node.meta.get("example_value", value)
+        _of_backend(node.meta.get("example_value", value))
         for node, value in zip(placeholders, example_inputs, strict=True)
     ]
+
+
+def _of_backend(value: Any) -> Any:
+    """A Python number that Dynamo made a tensor, with the symbol its `.item()` stands for.
+
+    Backends trace in a fake mode of their own, and a fake tensor that is carried over forgets the symbol.
+    """
+    mode = TracingContext.get().fake_mode
+    if mode is None or not isinstance(value, FakeTensor) or value.item_memo is None:
+        return value
+    carried = mode.from_tensor(value)
+    carried.item_memo = value.item_memo
+    return carried
 
 
 def _output_sources(graph: fx.GraphModule) -> tuple[Live, ...]:

@@ -76,7 +76,10 @@ from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 from torch._ops import OpOverload  # noqa: E402
 
 # Shapes without values: capture from a configuration alone.
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+
+# What operators are traced with.
+from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 
 # Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
@@ -95,7 +98,9 @@ __all__ = [
     "BufferAOTInput",
     "CountingMode",
     "CustomPartitionerFn",
+    "FakeTensor",
     "FakeTensorMode",
+    "FunctionalTensor",
     "GradAOTOutput",
     "OpOverload",
     "ParamAOTInput",

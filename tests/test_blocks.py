@@ -430,3 +430,31 @@ def test_stages_of_blocks_are_looked_into():
     stage = nn.ModuleDict({"blocks": nn.ModuleList(Routed() for _ in range(2))})
     found = list(find_blocks(nn.ModuleList([stage, stage])))
     assert found[:2] == ["0.blocks.0", "0.blocks.1"]
+
+
+class ScaledMLP(nn.Module):
+    """A block with a Python number of its own, as layers with a scale by depth have."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = ResidualMLP(), scale
+
+    def forward(self, x):
+        return x + self.scale * self.inner(x)
+
+
+@pytest.mark.parametrize(("compiler", "tolerance"), [("eager", 0.0), ("inductor", 1e-5)])
+def test_blocks_that_differ_in_a_number_share_two_captures(compiler, tolerance):
+    model, batch = Stack([ScaledMLP(0.1 * depth) for depth in range(1, 6)], tied=False), make_batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler=compiler)
+    before = captures()
+    for trained in (frozenset(selectable(model)), *random_sets(selectable(model), 3)):
+        train_only(model, trained)
+        expected = reference_gradients(model, batch)
+        with count_flops() as counter:
+            step(model, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+        step(model, batch)
+        assert_same_gradients(model, expected, rtol=tolerance, atol=tolerance)
+    assert captures() == before + 2

@@ -225,3 +225,17 @@ def test_an_unknown_matmul_of_torchs_own_is_refused():
 
     with pytest.raises(CaptureError, match=r"cdist.* does matmul-like work"):
         backward_costs(Distances(), {"x": torch.randn(5, 4)})
+
+
+@pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+def test_what_is_only_traced_is_not_counted(variants):
+    torch.compiler.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    options = {"compiler": "eager", "variants": variants}
+    compiled, x = torch.compile(model, backend="gtcompile", options=options), torch.randn(5, 8)
+    counted = []
+    for _ in range(2):
+        with count_flops() as counter:
+            compiled(x).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted == [4480, 4480]
