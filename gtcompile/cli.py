@@ -1,6 +1,7 @@
 """The `gtcompile` command: parse, call a tool, print what it returns or one line that says what is wrong."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,6 +221,49 @@ def export(
             target_length=target_length,
         )
         typer.echo(written)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, directory (a config is enough), demo, or module:function.")
+    ],
+    budgets: Annotated[str, _option("Shares of a full step's FLOPs, with commas between.")] = "0.4,0.5,0.7",
+    batch_size: BatchSize = 4,
+    length: Annotated[int, _option("Input tokens per example.")] = 512,
+    target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 64,
+    compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
+    rounds: Annotated[int, _option("Times every step is timed; fewer than 5 say little.")] = 9,
+    importances: Annotated[Path | None, _option("selections.json of a run. Default: random.")] = None,
+    json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
+) -> None:
+    """Measure steps at several budgets beside full training and eager freezing, with random weights."""
+    with _errors_in_one_line():
+        from gtcompile.tools import bench, preparation
+
+        _quiet()
+        result = bench.bench(
+            model,
+            _shares(budgets),
+            compiler=compiler or preparation.default_compiler(),
+            rounds=rounds,
+            importances=importances,
+            progress=Console(stderr=True),
+            batch_size=batch_size,
+            length=length,
+            target_length=target_length,
+        )
+        if json_output:
+            typer.echo(json.dumps(result.as_dict(), indent=2))
+        else:
+            bench.show(Console(), result)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(f"--budgets: expected numbers with commas between, got {text!r}") from None
 
 
 @contextlib.contextmanager

@@ -102,13 +102,37 @@ def model_on_meta(name: str) -> PreTrainedModel:
     """A model's architecture with all tensors on the meta device; only its configuration is read.
 
     Raises:
-        ValueError: the configuration could not be loaded.
+        ValueError: the configuration could not be loaded, or is not that of a language model.
+    """
+    return model_with_random_weights(name, torch.device("meta"))
+
+
+def model_with_random_weights(name: str, device: torch.device) -> PreTrainedModel:
+    """A model of a configuration alone, in training mode, float32 on a real device.
+
+    Raises:
+        ValueError: the configuration could not be loaded, or is not that of a language model.
     """
     config = load_demo()[0].config if name == DEMO else load_config(name)
-    with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config).from_config(config)
+    options = {} if device.type == "meta" else {"dtype": torch.float32}
+    with device:
+        try:
+            model: PreTrainedModel = _auto_class(config).from_config(config, **options)
+        except ValueError as error:
+            raise ValueError(_not_a_language_model(name, config, error)) from error
     model.train()
     return model
+
+
+def _not_a_language_model(name: str, config: PretrainedConfig, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    if "Unrecognized configuration class" not in reason:
+        return f"could not build the model of {name!r}: {reason}"
+    kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal language model"
+    return (
+        f"transformers cannot build {kind} from the {type(config).__name__} of {name!r}; any other model can "
+        f"be given as module:function, a function that returns the model and a batch"
+    )
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
@@ -123,6 +147,8 @@ def _load(what: str, name: str, auto_class: Any, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
+        if "config" in options and "Unrecognized configuration class" in str(error):
+            raise ValueError(_not_a_language_model(name, options["config"], error)) from error
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"could not load the {what} of {name!r}: {reason}") from error
 

@@ -4,13 +4,14 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
 from gtcompile.blocks import compile_blocks, find_blocks
+from gtcompile.capture import loss_of
 from gtcompile.torch_internals import dynamo_config, dynamo_counters
 from gtcompile.trained import train_only
 
@@ -120,6 +121,16 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
 """Fields of `Workload` by name; the two large ones are for a GPU."""
 
 
+class Trainee(Protocol):
+    """What rivals train, each a copy of its own."""
+
+    def model(self) -> nn.Module:
+        """A model that no other rival has."""
+
+    def batch(self) -> Mapping[str, Any]:
+        """The batch of every step, labels included."""
+
+
 class Rival:
     """One way to train part of a model.
 
@@ -132,7 +143,7 @@ class Rival:
 
     def __init__(
         self,
-        workload: Workload,
+        workload: Trainee,
         prepare: Callable[[nn.Module], nn.Module],
         choose: Callable[[nn.Module, Trained | None], object],
         recompile_limit: int | None = None,
@@ -149,6 +160,16 @@ class Rival:
         """The model as its author wrote it, though its blocks may be compiled."""
         return self._model
 
+    @property
+    def callable(self) -> nn.Module:
+        """What is called, with the same parameters."""
+        return self._run
+
+    @property
+    def batch(self) -> Mapping[str, Any]:
+        """What every step trains on."""
+        return self._batch
+
     def switch(self, trained: Trained | None) -> None:
         """Train exactly these parameters from the next step on."""
         self._choose(self._model, trained)
@@ -156,13 +177,12 @@ class Rival:
     def loss(self) -> torch.Tensor:
         """The forward pass of a step."""
         with self._limits():
-            loss: torch.Tensor = self._run(**self._batch).loss
-        return loss
+            return loss_of(self._run(**self._batch))
 
     def step(self) -> None:
         """One training step: forward, backward, AdamW."""
         with self._limits():
-            self._run(**self._batch).loss.backward()
+            loss_of(self._run(**self._batch)).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -184,7 +204,7 @@ class Rival:
             yield
 
 
-def eager(workload: Workload) -> Rival:
+def eager(workload: Trainee) -> Rival:
     """Eager PyTorch with `requires_grad_`."""
     return Rival(workload, lambda model: model, freeze)
 
@@ -199,7 +219,7 @@ def whole_with_reset(workload: Workload) -> Rival:
     return Rival(workload, _compile_whole, _reset_and_freeze)
 
 
-def plain_blocks(workload: Workload, recompile_limit: int | None = None) -> Rival:
+def plain_blocks(workload: Trainee, recompile_limit: int | None = None) -> Rival:
     """Every block compiled by `torch.compile`, with `requires_grad_`."""
     return Rival(workload, _compile_each_block, freeze, recompile_limit)
 

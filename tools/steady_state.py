@@ -45,7 +45,13 @@ class SteadyState:
         return [Trial(rival, 1.0) for rival in self.rivals] + budgets
 
     def prepare(self, trial: Trial) -> None:
-        """Have the trial's set trained, and take a step so that the next one is ordinary."""
+        """Have the trial's set trained, and take a step so that the next one is ordinary.
+
+        The others give their moments up, for no user would have them beside.
+        """
+        for name, rival in self.rivals.items():
+            if name != trial.rival:
+                rival.forget_moments()
         trained = None if trial.budget == 1.0 else self.selections[trial.budget].trained
         self.rivals[trial.rival].switch_and_step(trained)
 
