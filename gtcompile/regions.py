@@ -78,6 +78,7 @@ class Region:
         live = self._live(inputs) if self._differentiable else NOTHING
         if not live:
             return self._run_frozen(inputs)
+        inputs = self._without_hooks(inputs, live)
         outputs = self._variants(live, inputs)
         if live not in self._cut_positions:
             expect_gradients(outputs, inputs, live)
@@ -91,6 +92,16 @@ class Region:
                 self._frozen = self._compile_frozen()
         outputs = self._frozen(*inputs)
         return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
+
+    def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
+        """The inputs, with a stand-in for a frozen parameter that has hooks: autograd calls those with None."""
+        hooked = [i for i in self._parameters if inputs[i]._backward_hooks and i not in live]
+        if not hooked:
+            return inputs
+        replaced = list(inputs)
+        for i in hooked:
+            replaced[i] = inputs[i].detach().requires_grad_(inputs[i].requires_grad)
+        return replaced
 
     def _keep_cut_positions(self, live: Live) -> None:
         """Work out which outputs depend on nothing trained, here or before: the backward ends there."""
