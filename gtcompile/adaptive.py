@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gtcompile.capture import list_parameters, unwrap
+from gtcompile.capture import list_parameters, unwrap, without_replicas
+from gtcompile.data_parallel import Ranks
 from gtcompile.dependencies import BackwardCosts, backward_costs
 from gtcompile.errors import GTCompileError
 from gtcompile.frozen_state import FrozenState, Setting
@@ -35,7 +36,9 @@ class AdaptiveBackprop:
 
     Call `reselect` with a few batches before the first epoch and then every epoch or so; in between, train as
     always. The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have
-    compiled blocks.
+    compiled blocks. Inside `DistributedDataParallel(model, find_unused_parameters=True)` every rank calls
+    `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides for all, and
+    only trained gradients are sent. What fails on one rank is raised on all.
 
     Args:
         model: returns its scalar loss or an output with `.loss`.
@@ -50,7 +53,8 @@ class AdaptiveBackprop:
             model's names. Importance is measured through it, and costs where the model returns no loss.
 
     Raises:
-        ValueError: a budget outside (0, 1], or a pattern that matches nothing.
+        ValueError: a budget outside (0, 1], a pattern that matches nothing, or a `DistributedDataParallel`
+            that would train or send something else.
         TypeError: a single string where patterns are expected.
     """
 
@@ -66,6 +70,7 @@ class AdaptiveBackprop:
         frozen_state: Setting = "keep",
         loss_module: nn.Module | None = None,
     ) -> None:
+        self._ranks, model = Ranks.of(model), without_replicas(model)
         self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
         self._loss_module = model if loss_module is None else loss_module
         self._frozen_state = FrozenState(optimizer, frozen_state)
@@ -113,19 +118,17 @@ class AdaptiveBackprop:
             CaptureError: the model could not be captured or returns no loss.
             GTCompileError: too few batches are finite, or nothing is predicted to reduce the loss and there
                 is no former selection.
-            ValueError, TypeError: batches, patterns or optimizer do not fit the model.
+            ValueError, TypeError: batches, patterns or optimizer do not fit the model, or differ by rank.
         """
+        ranks = self._ranks
+        ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
-            checked = check_batches(self._loss_module, batches, minimum=1 if self._two_pass else 2)
-            costs = self._costs(checked[0])
-            importance = self._measure(costs, checked)
-        terms = self._terms
-        selection = select_parameters(
-            costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
-        )
-        if not selection.trained:
-            selection = self._former_selection(selection)
+            checked, costs = ranks.together(lambda: self._prepare(batches))
+            asked = ranks.from_first(lambda: self._asked(costs))
+            importance = ranks.mean(ranks.together(lambda: self._measure(asked, checked)))
+        selection = ranks.from_first(lambda: self._select(costs, importance))
         train_only(self._model, selection.trained)
+        ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
         self._frozen_state.apply()
         self._importance = importance
         self._history += (selection,)
@@ -169,16 +172,45 @@ class AdaptiveBackprop:
                 self._known_costs = {key: backward_costs(self._model, batch)}
         return self._known_costs[key]
 
-    def _measure(self, costs: BackwardCosts, batches: tuple[Mapping[str, Any], ...]) -> dict[str, float]:
-        """Importance of what is not settled otherwise; 0 for parameters these batches did not use."""
+    def _common_ground(self) -> dict[str, Any]:
+        """What all ranks must have the same of."""
+        return {
+            "the budget": self._terms.budget_fraction,
+            "the patterns in always": self._terms.always,
+            "the patterns in never": self._terms.never,
+            "the model": _shapes(self._model),
+            "the version of torch": torch.__version__,
+            "the number of selections so far": len(self._history),
+        }
+
+    def _prepare(
+        self, batches: Iterable[Mapping[str, Any]]
+    ) -> tuple[tuple[Mapping[str, Any], ...], BackwardCosts]:
+        checked = check_batches(self._loss_module, batches, minimum=1 if self._two_pass else 2)
+        return checked, self._costs(checked[0])
+
+    def _asked(self, costs: BackwardCosts) -> list[str]:
+        """FQNs of what is not settled before importance is known."""
         terms = self._terms
-        asked = parameters_to_measure(costs, terms.budget_fraction, always=terms.always, never=terms.never)
+        return sorted(
+            parameters_to_measure(costs, terms.budget_fraction, always=terms.always, never=terms.never)
+        )
+
+    def _measure(self, asked: list[str], batches: tuple[Mapping[str, Any], ...]) -> dict[str, float]:
+        """Importance of what is asked for; 0 for parameters these batches did not use."""
         if not asked:
             return {}
         measured = measure_importance(
             self._loss_module, self._optimizer, batches, only=asked, two_pass=self._two_pass
         )
-        return {fqn: measured.get(fqn, 0.0) for fqn in sorted(asked)}
+        return {fqn: measured.get(fqn, 0.0) for fqn in asked}
+
+    def _select(self, costs: BackwardCosts, importance: Mapping[str, float]) -> Selection:
+        terms = self._terms
+        selection = select_parameters(
+            costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
+        )
+        return selection if selection.trained else self._former_selection(selection)
 
     def _former_selection(self, empty: Selection) -> Selection:
         reason = f"training any of the {empty.selectable} parameters is predicted to raise the loss"

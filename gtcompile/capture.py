@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile.errors import CaptureError
 from gtcompile.joint import JointGraph, Parameter, ParameterStatus, verify
@@ -67,10 +68,16 @@ class LossModule(nn.Module):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`'s wrapper, where there is one."""
-    inner = getattr(model, "_orig_mod", model)
+    """The user's own module inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
+    inner = without_replicas(getattr(without_replicas(model), "_orig_mod", without_replicas(model)))
     if not isinstance(inner, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    return inner
+
+
+def without_replicas(model: nn.Module) -> nn.Module:
+    """The module that `DistributedDataParallel` wraps, compiled or not; any other model itself."""
+    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return inner
 
 

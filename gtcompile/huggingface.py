@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -50,7 +51,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: for arguments outside these ranges; from `Trainer(...)` or `.train()` for settings that
             would undo it: a second such callback, `torch_compile=True`, reentrant checkpointing, DeepSpeed,
-            FSDP, several processes; for a checkpoint of another model or budget.
+            FSDP, several devices in one process; for a checkpoint of another model or budget.
         BudgetError: from `.train()` when the budget trains nothing on this model; names the smallest.
     """
 
@@ -104,6 +105,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse settings that would undo the callback while nothing has been done yet."""
         check_trainer(self._find_trainer(), type(self))
+        if args.world_size > 1:  # or frozen parameters would get gradients of zero, and train
+            args.ddp_find_unused_parameters = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,8 +123,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._due, self._selected_at, self._steps, self._spent = True, -1, 0, 0.0
         asked = ("budget_fraction", "always", "never", "two_pass", "frozen_state")
         terms = {name: self._terms[name] for name in asked}
+        wrapped: Any = self._trainer.model_wrapped
+        replicated = wrapped if isinstance(wrapped, DistributedDataParallel) else model
         self._adaptive = AdaptiveBackprop(
-            model, kwargs["optimizer"], loss_module=TrainerLoss(model, self._trainer), **terms
+            replicated, kwargs["optimizer"], loss_module=TrainerLoss(model, self._trainer), **terms
         )
         if self._terms["compiled"]:
             compile_blocks(model, compiler=self._terms["compiler"])
@@ -185,7 +190,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         assert self._trainer is not None
         self._model.train()  # as the step that follows; an evaluation may lie before it
         size = state.train_batch_size or args.train_batch_size
-        drawn = _draw_batches(loader, self._terms["batches"], size, f"{args.seed} {state.global_step}")
+        seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
+        drawn = _draw_batches(loader, self._terms["batches"], size, seed)
         trainer = self._trainer
         batches = ({**trainer._prepare_inputs({**batch})} for batch in drawn)
         selection = self.adaptive.reselect(batches)

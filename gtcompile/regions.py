@@ -94,7 +94,7 @@ class Region:
         return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
 
     def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
-        """The inputs, with a stand-in for a frozen parameter that has hooks: autograd calls those with None."""
+        """The inputs, stand-ins for frozen parameters with hooks among them: autograd calls those with None."""
         hooked = [i for i in self._parameters if inputs[i]._backward_hooks and i not in live]
         if not hooked:
             return inputs

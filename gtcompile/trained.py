@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gtcompile.capture import list_parameters, unwrap
+from gtcompile.capture import list_parameters, unwrap, without_replicas
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
@@ -99,6 +99,11 @@ def is_trained(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter not in _frozen
 
 
+def was_trainable(parameter: nn.Parameter) -> bool:
+    """Whether a parameter asks for a gradient, or did until `train_only` froze it."""
+    return parameter.requires_grad or parameter in _frozen
+
+
 def generation() -> int:
     """Counts the calls of `train_only`: what was worked out from `is_trained` holds until it changes."""
     return _current_generation
@@ -127,7 +132,7 @@ def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
 
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
-    return unwrap(model) is not model or any(
+    return unwrap(model) is not without_replicas(model) or any(
         module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
         for module in model.modules()
     )
@@ -136,7 +141,7 @@ def uses_compiled_code(model: nn.Module) -> bool:
 def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that ask for a gradient, or did until `train_only` froze them, under their first name."""
     named = unwrap(model).named_parameters()
-    return {fqn: parameter for fqn, parameter in named if parameter.requires_grad or parameter in _frozen}
+    return {fqn: parameter for fqn, parameter in named if was_trainable(parameter)}
 
 
 def _names(model: nn.Module) -> dict[str, str]:

@@ -49,10 +49,10 @@ def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str
             f"{name} does not work with FSDP: version 1 flattens parameters that are selected one by one. "
             f"Use fully_shard (FSDP2) in a loop of your own, with gtcompile.AdaptiveBackprop"
         )
-    if args.n_gpu > 1 or args.world_size > 1:
+    if args.n_gpu > 1:
         yield (
-            f"{name} runs in one process on one device; got world_size={args.world_size} and "
-            f"n_gpu={args.n_gpu}. Show the process one device with CUDA_VISIBLE_DEVICES"
+            f"{name} takes one device in a process, got {args.n_gpu}: DataParallel copies the model at every "
+            f"step. Start one process per device with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
         )
     checkpointing = args.activation_checkpointing or args.gradient_checkpointing
     kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}

@@ -45,6 +45,7 @@ ORDER = [
     ),
     *(
         "frozen_state",
+        "data_parallel",
         "adaptive",
         "trainer_settings",
         "trainer_loss",

@@ -33,7 +33,7 @@ AS_A_WHOLE = pytest.mark.parametrize("way", [WAYS["specialized"], WAYS["hoisted"
 
 
 def freeze_eagerly(model: nn.Module, trained: Iterable[str] | None) -> None:
-    """What `train_only` must be equal to: `requires_grad_`, and what was accumulated for the frozen dropped."""
+    """What `train_only` must be equal to: `requires_grad_`, and what the frozen had accumulated dropped."""
     names = None if trained is None else set(trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(names is None or name in names)
