@@ -75,14 +75,23 @@ def finetune(
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
     checkpoint_every: Annotated[int, _option("Steps between checkpoints, beside those at epochs.")] = 500,
+    log_to: Annotated[str | None, _option("tensorboard: a trace in OUTPUT/tensorboard.")] = None,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
     arguments = dict(locals())
-    for name in ("output", "resume", "compare_full", "compiler"):
+    for name in ("output", "resume", "compare_full", "compiler", "log_to"):
         del arguments[name]
     console = Console()
     with _errors_in_one_line():
-        _finetune(console, arguments, output, resume=resume, compare_full=compare_full, compiler=compiler)
+        _finetune(
+            console,
+            arguments,
+            output,
+            resume=resume,
+            compare_full=compare_full,
+            compiler=compiler,
+            log_to=log_to,
+        )
 
 
 def _finetune(
@@ -93,6 +102,7 @@ def _finetune(
     resume: bool,
     compare_full: bool,
     compiler: Compiler | None,
+    log_to: str | None,
 ) -> None:
     if resume and output is None:
         raise ValueError("--resume continues the run in --output; pass the folder")
@@ -107,9 +117,9 @@ def _finetune(
     runs: tuple[summary.Summary, ...]
     try:
         if compare_full and run.method != "full":
-            runs = finetuning.compare_with_full(run, folder, reporter, resume=resume)
+            runs = finetuning.compare_with_full(run, folder, reporter, resume=resume, log_to=log_to)
         else:
-            runs = (finetuning.finetune(run, folder, reporter, resume=resume),)
+            runs = (finetuning.finetune(run, folder, reporter, resume=resume, log_to=log_to),)
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
         reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
@@ -189,7 +199,7 @@ def inspect(
                 model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
             result = inspection.inspect_dataset(run, importances)
-        inspection_outputs.put_out(Console(), result, wanted)
+        inspection_outputs.put_out(inspection_outputs.output_console(), result, wanted)
 
 
 @app.command()

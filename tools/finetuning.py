@@ -15,6 +15,7 @@ from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.settings import Settings
 from gtcompile.tools.summary import StepComparison, Summary, summary_from
+from gtcompile.tools.tensorboard_trace import open_trace
 from gtcompile.tools.training import Training, forward_and_backward
 from gtcompile.trained import train_only
 
@@ -29,6 +30,7 @@ def finetune(
     *,
     resume: bool = False,
     evaluate_before: bool = False,
+    log_to: str | None = None,
 ) -> Summary:
     """Fine-tune, evaluate, and write everything to a folder.
 
@@ -40,13 +42,14 @@ def finetune(
         reporter: shows progress.
         resume: continue the run in `output` from its checkpoint, bit-equal to not having stopped.
         evaluate_before: score the model before training too; not repeated on resume.
+        log_to: `tensorboard` for a trace in `output/tensorboard`.
 
     Raises:
         ValueError, GTCompileError: before any training and before anything is written, when something is
             missing or does not fit.
         StoppedEarlyError: Ctrl-C; `resume` continues.
     """
-    folder = RunFolder(output)
+    folder, trace = RunFolder(output), open_trace(log_to, output)
     finished = _check_folder(folder, settings, resume=resume)
     if finished is not None:
         reporter.say(f"the run in {output} is finished")
@@ -55,14 +58,18 @@ def finetune(
     _introduce(prepared, reporter)
     torch.compiler.reset()
     transformers.set_seed(settings.seed)
-    training = Training(prepared, folder, reporter)
+    training = Training(prepared, folder, reporter, trace)
     before = None
     if resume:
         training.resume()
     elif evaluate_before:
         with restored(training.module):
             before = evaluate(prepared, reporter)
-    training.run()
+    try:
+        training.run()
+    finally:
+        if trace is not None:
+            trace.close()
     folder.save_model(prepared.language)
     steps = None if settings.method == "full" else compare_steps(training)
     summary = _summarise(training, evaluate(prepared, reporter), before, steps)
@@ -72,17 +79,18 @@ def finetune(
 
 
 def compare_with_full(
-    settings: Settings, output: Path, reporter: Reporter, *, resume: bool = False
+    settings: Settings, output: Path, reporter: Reporter, *, resume: bool = False, log_to: str | None = None
 ) -> tuple[Summary, Summary]:
     """Run as `finetune` does, then a full run from the same start into `output/full`.
 
     Returns:
         The two summaries, the full one last.
     """
-    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True)
+    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, log_to=log_to)
     full = Settings(**{**settings.as_dict(), "method": "full"})
     folder = output / "full"
-    return first, finetune(full, folder, reporter, resume=resume and (folder / "run.json").is_file())
+    again = resume and (folder / "run.json").is_file()
+    return first, finetune(full, folder, reporter, resume=again, log_to=log_to)
 
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:

@@ -14,6 +14,9 @@ from gtcompile.tools.inspection import Inspection
 from gtcompile.tools.inspection_text import show, show_difference, show_why, trained_set
 from gtcompile.tools.report import write_report
 
+WIDTH = 100
+"""Columns where there is no terminal that has a width."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
@@ -64,6 +67,12 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{option}: the folder {folder} may not be written to")
+
+
+def output_console() -> Console:
+    """Where an inspection is printed: as wide as the terminal, and `WIDTH` columns in a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def put_out(console: Console, inspection: Inspection, wanted: Outputs) -> None:

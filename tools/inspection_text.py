@@ -16,6 +16,8 @@ BAR = 20
 """Characters of a full bar."""
 ORDERS = {"cost": "dw_flops", "marginal": "marginal_flops", "importance": "importance", "size": "elements"}
 """What rows can be sorted by, largest first; `name` is the order of the model."""
+LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+"""Of every table: a name of 46 characters stays in one piece at 100 columns."""
 LISTED = 6
 """Names of a long list that are written out."""
 
@@ -39,7 +41,11 @@ def show(
     rows = chosen_rows(inspection, only, order)
     _say(console, headline(inspection))
     console.print(_costs(inspection))
-    _say(console, f"this plan: {inspection.selection}, bound {inspection.selection.importance_bound:.4g}\n")
+    _say(console, f"this plan: {inspection.selection}")
+    _say(
+        console,
+        f"no set within the budget has more importance than {inspection.selection.importance_bound:.4g}\n",
+    )
     if blocks:
         shown = {row["block"] for row in rows}
         console.print(_blocks([block for block in inspection.blocks() if block["block"] in shown]))
@@ -94,7 +100,7 @@ def _paths(names: Sequence[str]) -> list[str]:
 def _costs(inspection: Inspection) -> Table:
     totals = inspection.totals()
     full = totals["full_flops"] or 1
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(**LOOK)
     table.add_column("")
     for column in ("FLOPs a step", "of full"):
         table.add_column(column, justify="right")
@@ -114,7 +120,7 @@ def _costs(inspection: Inspection) -> Table:
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="plan by block", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="plan by block", title_justify="left", **LOOK)
     table.add_column("block", overflow="fold")
     for column in ("elements", "dW FLOPs", "trained"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -141,7 +147,7 @@ def bar(share: float) -> str:
 def _parameters(rows: Sequence[dict[str, Any]], of: int, order: str) -> Table:
     by = "in the model's order" if order == "name" else f"by {order}"
     title = f"{len(rows)} of {of} parameters, {by}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", **LOOK)
     table.add_column("parameter", overflow="fold")
     for column in ("shape", "dW FLOPs", "marginal", "importance", ""):
         table.add_column(column, justify="right")

@@ -22,6 +22,7 @@ from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.run_record import described_batch
 from gtcompile.tools.run_report import RunReport
+from gtcompile.tools.tensorboard_trace import TensorBoardTrace
 from gtcompile.trained import train_only
 
 MEASURED_BATCHES = 4
@@ -39,11 +40,18 @@ class Training:
         prepared: model and examples.
         folder: where metrics, selections and checkpoints go.
         reporter: shows progress.
+        trace: told of every selection and step.
     """
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        reporter: Reporter,
+        trace: TensorBoardTrace | None = None,
+    ) -> None:
         settings = prepared.settings
-        self.prepared, self.folder, self.reporter = prepared, folder, reporter
+        self.prepared, self.folder, self.reporter, self.trace = prepared, folder, reporter, trace
         self.module: nn.Module = prepared.language.model
         self.model, self.compiled_as = compile_for_training(self.module, settings.compiler)
         self.optimizer = torch.optim.AdamW(
@@ -105,6 +113,9 @@ class Training:
         self.folder.write_selections(self.selections)
         self.save()
         self.reporter.planned(self.epoch, plan)
+        if self.trace is not None:
+            fqns = [name for name, _ in self.module.named_parameters()]
+            self.trace.planned(self.steps, self.selections[-1], fqns)
         self.report.write(self.module, batches[0])
 
     def _step(self) -> None:
@@ -120,7 +131,10 @@ class Training:
         seconds = time.perf_counter() - started
         self._note(passes, seconds)
         record = {"step": self.steps, "epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds}
-        self.folder.add_metrics({**record, "flops": self.selections[-1]["step_flops"]})
+        record["flops"] = self.selections[-1]["step_flops"]
+        self.folder.add_metrics(record)
+        if self.trace is not None:
+            self.trace.stepped(record)
         self.reporter.stepped(self, loss, seconds)
 
     def _expect_finite(self, loss: float) -> None:

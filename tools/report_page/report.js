@@ -94,7 +94,7 @@ function treemap() {
     const share = item.trained / item.value, text = `${item.name}: ${field === 4 ? flops(item.value) + " FLOPs" : item.value.toLocaleString("en") + " elements"}, ${percent(item.trained, item.value)} trained`;
     const tile = el("button", { class: "tile", type: "button", title: text, "aria-label": text, style: `left:${x}px;top:${y}px;width:${w}px;height:${h}px`, onclick: () => { if (inside < 0) { inside = item.key; treemap(); $("treemap-up").focus(); } } },
       el("i", { style: `height:${100 * share}%;${share ? "" : "border:0"}` }));
-    if (w > 45 && h > 16) tile.append(el("b", {}, last(item.name)));
+    if (w > 45 && h > 16) tile.append(el("b", {}, last(item.name), ...(h > 40 ? [el("small", {}, percent(item.trained, item.value))] : [])));
     return tile;
   }));
   if (!tiles.length) $("treemap").replaceChildren(el("p", {}, "No FLOPs of their own here; choose elements."));
@@ -141,7 +141,7 @@ function measured() {
   const rows = D.plans.map((p) => [p.label, p.steps ?? "–", p.step_flops.toLocaleString("en"), p.counted == null ? "not run" : p.counted === p.step_flops ? "= predicted" : p.counted.toLocaleString("en"),
     percent(p.step_flops, full), p.seconds == null ? "–" : p.seconds.toFixed(4), bytes(p.saved), percent(p.saved, D.totals.full_saved_bytes), short(p.loss)]);
   const parts = [el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Predicted and measured" }, el("table", {}, el("thead", {}, el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((text) => el("td", {}, String(text))))))))];
-  if (steps) parts.push(el("p", {}, `Last plan against a full step, taken in turn: ${steps.plan_seconds.toFixed(4)} s against ${steps.full_seconds.toFixed(4)} s, ${percent(steps.plan_seconds, steps.full_seconds)}; FLOPs of a full step counted ${steps.full_flops.toLocaleString("en")}, predicted ${full.toLocaleString("en")}.`));
+  if (steps) parts.push(el("p", {}, `Last plan against a full step, taken in turn: ${steps.plan_seconds.toFixed(4)} s against ${steps.full_seconds.toFixed(4)} s, ${percent(steps.plan_seconds, steps.full_seconds)} of the time for ${percent(D.plans[D.plans.length - 1].step_flops, full)} of the FLOPs; FLOPs of a full step counted ${steps.full_flops.toLocaleString("en")}, predicted ${full.toLocaleString("en")}.`));
   if (summary) parts.push(el("p", {}, `The whole run: ${short(summary.predicted_flops)} FLOPs predicted, ${short(summary.counted_flops)} counted, ${percent(summary.predicted_flops, summary.full_flops)} of full fine-tuning. Quality: ${Object.entries(summary.quality).map(([k, v]) => `${k} ${v.toFixed(1)}`).join(", ")}.`));
   parts.push(el("p", {}, "Seconds include the optimizer. Saved for backward: forward values the backward reads, before a partitioner recomputes some; memory itself was not measured."));
   if (D.run && D.run.losses.length > 1) {
@@ -158,7 +158,7 @@ D.nodes.forEach((node, i) => members[node[BLOCK]].push(i));
 function nodeButton(i) {
   const node = D.nodes[i], dead = !runs(i), kind = node[GRADIENT] >= 0 ? "grad" : node[PHASE] === BACKWARD ? "" : "fwd";
   return el("button", { type: "button", class: `node ${kind} ${dead ? "dead" : ""}`, "data-node": i, "aria-pressed": String(i === chosen), title: `${node[NAME]} ${D.operators[node[OP]]} ${node[SHAPE]}`, "aria-label": `${node[NAME]}, ${D.operators[node[OP]]}, ${dead ? "eliminated" : "runs"}`, onclick: () => choose(i, false) },
-    `${node[NAME]}  ${D.operators[node[OP]].replace(/^aten\./, "")}  ${node[SHAPE]}${node[FLOPS] ? "  " + flops(node[FLOPS]) : ""}`);
+    `${dead ? "✕ " : ""}${node[NAME]}  ${D.operators[node[OP]].replace(/^aten\./, "")}  ${node[SHAPE]}${node[FLOPS] ? "  " + flops(node[FLOPS]) : ""}`);
 }
 function fill(details, b) {
   const sides = [["forward", (i) => D.nodes[i][PHASE] !== BACKWARD], ["backward", (i) => D.nodes[i][PHASE] === BACKWARD]];
@@ -189,7 +189,7 @@ function why() {
   const needed = all.filter((p) => trained.has(p)), frozen = all.filter((p) => !trained.has(p)), ends = needed.length ? needed : frozen, path = pathFrom(i, new Set(ends));
   const said = !backward ? (needed.length ? `Runs in the forward whatever is trained, and is saved for ${needed.length} gradients.` : "Runs in the forward whatever is trained; no gradient of this plan reads it.")
     : needed.length ? `Runs: ${needed.length} trained parameters need it.` : `Eliminated: none of the parameters it serves (${frozen.length}) is trained.`;
-  const link = (n) => el("button", { type: "button", class: `node ${runs(n) ? "" : "dead"}`, onclick: () => choose(n, true) }, D.nodes[n][NAME]);
+  const link = (n) => el("button", { type: "button", class: `node ${runs(n) ? "" : "dead"}`, onclick: () => choose(n, true) }, (runs(n) ? "" : "✕ ") + D.nodes[n][NAME]);
   const cost = stepFlops(mask), without = (ps) => cost - stepFlops(maskOf([...trained].filter((p) => !ps.includes(p))));
   const shown = path.length > 14 ? [...path.slice(0, 7), -1, ...path.slice(-7)] : path;
   $("why").replaceChildren(el("h3", {}, node[NAME]), el("p", {}, `${D.operators[node[OP]]}, ${node[SHAPE] || "several values"}, ${flops(node[FLOPS])} FLOPs, in ${D.modules[node[MODULE]] || "no module"}`), el("p", { class: "verdict" }, said));
