@@ -7,7 +7,7 @@ out of each bucket; what is frozen has no gradient, before and after.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,9 @@ class Ranks:
         said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        for rank, problem in enumerate(said):
-            if problem is not None:
-                raise GTCompileError(f"rank {rank} failed, so no rank goes on: {problem}")
+        for rank, failure in enumerate(said):
+            if failure is not None:
+                raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")
         return result
 
     def agree(self, what: Mapping[str, Any]) -> None:
@@ -97,8 +97,7 @@ class Ranks:
         first = dist.get_rank(self._group) == 0
         made = [self.together(lambda: make() if first else None)]
         dist.broadcast_object_list(made, group=self._group, group_src=0)
-        result: Any = made[0]
-        return result  # type: ignore[no-any-return]
+        return cast("T", made[0])
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean over ranks of each value; all ranks have the same names."""
@@ -149,7 +148,10 @@ def prepare(model: DistributedDataParallel) -> None:
 _PREPARED = "_sends_trained_gradients"
 
 
-def send_trained(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def send_trained(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined] # missing in the stubs
+) -> torch.futures.Future[torch.Tensor]:
     """Average the trained gradients of a bucket over the ranks; the hook of `register_comm_hook`.
 
     Args:
@@ -172,8 +174,7 @@ def send_trained(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.fut
             gradient.copy_(mean.view_as(gradient))
         return buffer
 
-    future: torch.futures.Future[torch.Tensor] = work.get_future().then(unpack)
-    return future
+    return cast("torch.futures.Future[torch.Tensor]", work.get_future().then(unpack))
 
 
 def _check_known(model: DistributedDataParallel) -> None:
@@ -182,8 +183,8 @@ def _check_known(model: DistributedDataParallel) -> None:
     known: int = model._get_ddp_logging_data()["num_parameter_tensors"]
     if known < trainable:
         raise ValueError(
-            f"{trainable - known} of {trainable} trainable parameters were frozen when DistributedDataParallel "
-            f"wrapped the model, which would let the ranks diverge once they are trained; wrap the model first, "
+            f"{trainable - known} of {trainable} trainable parameters were frozen when the model was wrapped in "
+            f"DistributedDataParallel, and ranks would diverge once they are trained; wrap the model first, "
             f"then call train_only"
         )
 

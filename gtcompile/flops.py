@@ -122,7 +122,7 @@ class _CountingCompiledCode(CountingMode):
         """Count one operator, unless it is only traced while something is compiled."""
         if any(issubclass(kind, (FakeTensor, FunctionalTensor)) for kind in types):
             return func(*args, **kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

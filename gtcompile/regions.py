@@ -78,10 +78,10 @@ class Region:
         live = self._live(inputs) if self._differentiable else NOTHING
         if not live:
             return self._run_frozen(inputs)
-        inputs = self._without_hooks(inputs, live)
-        outputs = self._variants(live, inputs)
+        visible = self._without_hooks(inputs, live)
+        outputs = self._variants(live, visible)
         if live not in self._cut_positions:
-            expect_gradients(outputs, inputs, live)
+            expect_gradients(outputs, visible, live)
             self._keep_cut_positions(live)
         return detach(outputs, self._cut_positions[live])
 
@@ -94,7 +94,7 @@ class Region:
         return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
 
     def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
-        """The inputs, stand-ins for frozen parameters with hooks among them: autograd calls those with None."""
+        """The inputs, with stand-ins for frozen parameters with hooks, which autograd calls with None."""
         hooked = [i for i in self._parameters if inputs[i]._backward_hooks and i not in live]
         if not hooked:
             return inputs

@@ -74,7 +74,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     """By the profiler's records of every allocation and release."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     assert profiler.profiler is not None
     records: list[Any] = [
