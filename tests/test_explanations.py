@@ -51,6 +51,20 @@ def test_every_path_is_real_ends_in_a_live_gradient_and_freezing_what_it_names_e
         assert why.node not in names(without)
 
 
+def test_what_the_property_says_is_met_by_nodes_of_every_kind():
+    joint = capture_of(POOL[0])
+    trained = frozenset(sorted(joint.live)[-2:])
+    reasons = [explain(joint, name, trained) for name in names(joint)]
+    kinds = {(why.phase, why.alive, bool(why.path), bool(why.needed_by)) for why in reasons}
+    assert kinds >= {
+        ("backward", True, True, True),
+        ("backward", False, True, False),
+        ("forward", True, True, True),
+    }
+    assert max(len(why.path) for why in reasons if why.needed_by) > 2
+    assert {why.reached for why in reasons if why.needed_by} == trained
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_what_freezing_frees_is_the_difference_of_the_costs(data):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from gtcompile.explanations import explain
+from gtcompile.explanations import alive_backward_nodes, explain
 from gtcompile.tools.finetuning import finetune
 from gtcompile.tools.inspection import inspect_run, inspect_shape
 from gtcompile.tools.report import report_page, write_report
@@ -211,4 +211,27 @@ def test_a_model_of_2_7_billion_parameters_is_small_and_quick(tmp_path: Path, br
     for _ in range(3):
         visit(browser, tmp_path / "report.html")
         ready.append(int(browser.execute_script("return document.documentElement.dataset.ready")))
+    from selenium.webdriver.support.ui import WebDriverWait
+
     assert min(ready) < 1000  # milliseconds from the start of the navigation
+    trained = result.selection.trained
+    shown = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.execute_script(shown, "#table td.trained") == len(trained)
+    assert browser.execute_script(shown, "#treemap .tile") > 30
+    put(browser, "#search", "layers.3")
+    assert first_column(browser) == [p.fqn for p in result.costs.parameters if ".layers.3." in p.fqn]
+    blocks = browser.execute_script(shown, "#blocks details")
+    for _ in range(2):  # open and close every block: every node is there
+        browser.execute_script("document.querySelectorAll('#blocks summary').forEach(e => e.click())")
+    browser.execute_script("document.querySelectorAll('#blocks details').forEach(e => (e.open = true))")
+    nodes = sum(node.op != "output" for node in result.joint.module.graph.nodes)
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script(shown, "#blocks [data-node]") == nodes)
+    assert blocks > 32
+    assert nodes > 5000
+    dead = browser.execute_script(shown, "#blocks [data-node].dead")
+    backward = [n for n in result.joint.module.graph.nodes if n.op == "call_function"]
+    alive, forward = alive_backward_nodes(result.joint, trained), result.joint.forward_nodes()
+    assert dead == sum(n not in alive and n not in forward for n in backward)
+    click(browser, "#blocks [data-node].dead")
+    assert text(browser, "#why .verdict").startswith("Eliminated: ")
+    assert_nothing_was_asked_for_and_nothing_failed(browser)
