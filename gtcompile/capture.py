@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -21,7 +21,6 @@ from gtcompile.torch_internals import (
     GradAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
-    TracingContext,
     aot_export_joint_with_descriptors,
     dynamo_config,
     dynamo_graph_capture_for_export,
@@ -29,6 +28,8 @@ from gtcompile.torch_internals import (
 )
 
 logger = logging.getLogger(__name__)
+Route = Callable[[nn.Module, dict[str, Any], contextlib.ExitStack], tuple[nn.Module, str]]
+"""Makes of a model and a batch what AOTAutograd can trace, and says how."""
 
 
 def loss_of(output: Any) -> torch.Tensor:
@@ -58,13 +59,13 @@ def loss_of(output: Any) -> torch.Tensor:
 class LossModule(nn.Module):
     """A model narrowed to its loss, so that the joint graph has one tangent."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
 
     def forward(self, **batch: Any) -> torch.Tensor:
         """The scalar loss of one batch."""
-        return loss_of(self.model(**batch))
+        return loss_of(self.model(**batch, **self.settings))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -122,9 +123,9 @@ def _describe(parameter: nn.Parameter, fqns: list[str]) -> Parameter:
 def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     """Capture the model's loss and all its gradients on one batch as a joint graph.
 
-    Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, the forward is run on
-    fake tensors and traced operator by operator instead, which follows eager execution exactly but cannot
-    follow branches on data.
+    Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, without the cache for
+    generation that the model may fill. Else the forward is run on fake tensors and traced operator by operator,
+    which follows eager execution exactly but cannot follow branches on data.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
@@ -142,7 +143,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
         )
     model = _off_meta(model, example_inputs)
     failures = []
-    for route in (_through_dynamo, _through_eager):
+    for route in _routes(model, example_inputs):
         try:
             with blocks_uncompiled(model), tensors_kept(model), contextlib.ExitStack() as stack:
                 module, source = route(model, dict(example_inputs), stack)
@@ -165,15 +166,34 @@ def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
     return "\n".join(lines)
 
 
+def _routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
+    """The ways to capture, in the order they are tried."""
+    yield _through_dynamo
+    if "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys():
+        yield _without_cache
+    yield _through_eager
+
+
 def _through_dynamo(
     model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Through Dynamo, as torch.compile captures."""
+    return _dynamo_graph(LossModule(model), batch, stack), "dynamo"
+
+
+def _without_cache(
+    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[nn.Module, str]:
+    """Through Dynamo, without the cache of keys and values that generation would need."""
+    return _dynamo_graph(LossModule(model, use_cache=False), batch, stack), "dynamo"
+
+
+def _dynamo_graph(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     stack.enter_context(_static_and_quiet())
-    module = dynamo_graph_capture_for_export(LossModule(model))(**batch)
-    context: TracingContext = module.meta["tracing_context"]
+    graph: fx.GraphModule = dynamo_graph_capture_for_export(module)(**batch)
+    context: TracingContext = graph.meta["tracing_context"]
     stack.enter_context(tracing(context))
-    return module, "dynamo"
+    return graph
 
 
 def _through_eager(

@@ -158,7 +158,7 @@ def send_trained(
         group: the processes.
         bucket: gradients as views of one flat buffer; frozen parameters' are left as they are.
     """
-    buffer = bucket.buffer()
+    buffer: torch.Tensor = bucket.buffer()
     pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
     chosen = [gradient for parameter, gradient in pairs if is_trained(parameter)]
     if not chosen:
@@ -183,7 +183,7 @@ def _check_known(model: DistributedDataParallel) -> None:
     known: int = model._get_ddp_logging_data()["num_parameter_tensors"]
     if known < trainable:
         raise ValueError(
-            f"{trainable - known} of {trainable} trainable parameters were frozen when the model was wrapped in "
+            f"{trainable - known} of {trainable} trainable parameters were frozen when the model was put in "
             f"DistributedDataParallel, and ranks would diverge once they are trained; wrap the model first, "
             f"then call train_only"
         )

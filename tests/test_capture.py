@@ -18,7 +18,7 @@ from gtcompile.capture import (
     tangents,
     unwrap,
 )
-from gtcompile.dependencies import backward_costs
+from gtcompile.dependencies import backward_costs, costs_of
 from gtcompile.errors import CaptureError
 from tests.graphs import text_of
 from tests.models import POOL, Recipe, Regression, make_batch, random_sets
@@ -287,3 +287,23 @@ def test_random_sets_for_the_tests_are_different_and_not_empty():
     sets = random_sets(["a", "b", "c"], 7)
     assert len(set(sets)) == 7
     assert frozenset() not in sets
+
+
+class Cached(nn.Module):
+    """Fills a cache that Dynamo cannot trace, unless told not to, and looks at the data while it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Regression(2)
+
+    def forward(self, x, y, use_cache=True):
+        if use_cache:
+            torch._dynamo.graph_break()
+            assert x.sum().item() == x.sum().item()
+        return self.inner(x, y)
+
+
+def test_a_cache_that_cannot_be_captured_is_left_out():
+    graph, plain = capture(Cached(), make_batch()), capture(Regression(2), make_batch())
+    assert graph.source == "dynamo"
+    assert costs_of(graph).full_flops == costs_of(plain).full_flops
