@@ -21,6 +21,7 @@ from gtcompile.torch_internals import (
     GradAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
+    TracingContext,
     aot_export_joint_with_descriptors,
     dynamo_config,
     dynamo_graph_capture_for_export,
@@ -124,8 +125,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     """Capture the model's loss and all its gradients on one batch as a joint graph.
 
     Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, without the cache for
-    generation that the model may fill. Else the forward is run on fake tensors and traced operator by operator,
-    which follows eager execution exactly but cannot follow branches on data.
+    generation that the model may fill. Else the forward is run on fake tensors and traced operator by
+    operator, which follows eager execution exactly but cannot follow branches on data.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
