@@ -5,6 +5,7 @@ import torch
 
 from gtcompile.tools.trust_matrix import SCENARIOS, WAYS, checkpointing, drift, gradient_set, silent_eager
 
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 TOGGLED, LISA, OURS = WAYS
 
 
@@ -17,7 +18,12 @@ def test_gtcompile_is_right(scenario):
 
 @pytest.mark.parametrize(
     ("scenario", "way"),
-    [(drift, LISA), (gradient_set, LISA), (checkpointing, LISA), (silent_eager, TOGGLED)],
+    [
+        (drift, LISA),
+        (gradient_set, LISA),
+        (checkpointing, LISA),
+        pytest.param(silent_eager, TOGGLED, marks=pytest.mark.long),
+    ],
 )
 def test_a_failure_is_seen_where_there_is_one(scenario, way):
     torch.compiler.reset()

@@ -86,15 +86,23 @@ class Finding:
 def build() -> OPTForCausalLM:
     """A small OPT without dropout, its blocks probed."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
     config = OPTConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=LAYERS, max_position_embeddings=16, dropout=0.0, **sizes
+        vocab_size=VOCABULARY,
+        num_hidden_layers=LAYERS,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        dropout=0.0,
+        use_cache=False,
     )
     config._attn_implementation = "eager"  # fused attention is recomputed by operators that nothing counts
     model = OPTForCausalLM(config)
     for layer in model.model.decoder.layers:
         layer.activation_fn = nn.Sequential(Probe(), layer.activation_fn)
-    return model.train()
+    model.train()
+    return model
 
 
 def batch() -> dict[str, torch.Tensor]:
