@@ -204,7 +204,7 @@ def inspect(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Hub id, local directory with weights, or demo.")],
+    model: Annotated[str, typer.Argument(help="Hub id, directory with weights, demo, or module:function.")],
     onnx: Annotated[Path, _option("File to write: the training step of the trained set.")],
     train: Annotated[list[str] | None, _option("Pattern of parameters to train; may be repeated.")] = None,
     budget: Annotated[float | None, _option("Train what this share of a full step's FLOPs buys.")] = None,

@@ -1,5 +1,8 @@
 """Exported training steps against eager PyTorch, in ONNX Runtime on batches the export never saw."""
 
+import errno
+import itertools
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +16,8 @@ from transformers import (
 )
 
 from gtcompile.errors import CaptureError
-from gtcompile.tools import onnx_step
+from gtcompile.tools import onnx_command, onnx_graph, onnx_step
+from gtcompile.tools.onnx_convolution import convolution_gradients
 from gtcompile.tools.onnx_export import export_onnx
 from gtcompile.tools.onnx_step import Update
 
@@ -172,3 +176,86 @@ def test_an_export_that_differs_from_eager_is_not_written(tmp_path, monkeypatch)
     with pytest.raises(CaptureError, match="differs from eager"):
         export_onnx(build("llama"), draw(), path, trained=["model.layers.0.mlp.gate_proj.weight"])
     assert path.read_text() == "kept"
+
+
+def convolutional() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of `module:function`, with a stride that leaves a position unread."""
+    torch.manual_seed(0)  # the file holds the buffers, and the test makes the model again
+    model = Convolutional()
+    return model, {"images": torch.randn(3, 2, 9, 8), "labels": torch.tensor([0, 1, 2])}
+
+
+class Convolutional(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 6, 3, stride=2, padding=1),
+            torch.nn.BatchNorm2d(6),
+            torch.nn.GELU(),
+            torch.nn.Conv2d(6, 6, 2, groups=3),
+        )
+        self.head = torch.nn.Linear(6, 3)
+        self.register_buffer("basis", torch.randn(300, 3) / 30)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = self.head(self.layers(images).mean((2, 3))) @ self.basis.T @ self.basis
+        return torch.nn.functional.cross_entropy(scores, labels)
+
+
+@pytest.mark.long
+def test_a_convolutional_model_of_ones_own_is_exported_with_its_constants_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 100)
+    path = tmp_path / "step.onnx"
+    name = "tests.test_onnx_export:convolutional"
+    export = onnx_command.export(name, path, optimizer="sgd", dynamic=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"step.onnx", "step.onnx.data"}
+    assert not export.agreement.refused
+    model, batch = convolutional()
+    batch["images"] = torch.randn(5, 2, 9, 8)
+    batch["labels"] = torch.tensor([2, 1, 0, 0, 1])
+    model.eval()
+    outputs = Session(str(path))(inputs_of(model, batch) | {"optimizer.lr": torch.tensor(0.1)})
+    model(**batch).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-2).step()
+    for fqn, parameter in model.named_parameters():
+        ours = outputs[f"new_parameter.{fqn}"]
+        torch.testing.assert_close(ours, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_gradients_of_a_convolution_are_those_of_torch(spatial):
+    for stride, padding, dilation, groups in itertools.product((1, 2, 3), (0, 2), (1, 2), (1, 2, 4)):
+        value = torch.randn(3, 4, *[13, 11][:spatial], dtype=torch.double)
+        weight = torch.randn(8, 4 // groups, *[3, 2][:spatial], dtype=torch.double)
+        sizes = [[size] * spatial for size in (stride, padding, dilation)]
+        output = torch.ops.aten.convolution(value, weight, None, *sizes, False, [0] * spatial, groups)
+        arguments = (torch.randn_like(output), value, weight, [8], *sizes, False, [0] * spatial, groups)
+        expected = torch.ops.aten.convolution_backward(*arguments, [True] * 3)
+        for ours, theirs in zip(convolution_gradients(*arguments, [True] * 3), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert convolution_gradients(*arguments, [False] * 3) == (None, None, None)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_stops_half_way_leaves_what_was_there(error, tmp_path, monkeypatch):
+    def half(proto, path, **options):
+        with open(path, "w") as file:
+            file.write("half")
+        raise error
+
+    monkeypatch.setattr(onnx, "save_model", half)
+    path = tmp_path / "step.onnx"
+    path.write_text("kept")
+    with pytest.raises(ValueError if isinstance(error, OSError) else KeyboardInterrupt):
+        onnx_graph.write(onnx.ModelProto(), path)
+    assert path.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path):
+    with pytest.raises(ValueError, match="--length: expected at least 1, got 0"):
+        onnx_command.export("demo", tmp_path / "step.onnx", length=0)
+    with pytest.raises(ValueError, match="--onnx"):
+        onnx_command.export("demo", tmp_path / "none" / "step.onnx")
+    with pytest.raises(ValueError, match="no function 'convolution'; near names: convolutional"):
+        onnx_command.export("tests.test_onnx_export:convolution", tmp_path / "step.onnx")

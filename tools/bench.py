@@ -265,7 +265,8 @@ def _time_first_steps(rival: Rival, sets: Sequence[Trained], device: torch.devic
 
 def show(console: Console, result: Bench) -> None:
     """Print the table and the verdicts."""
-    table = Table(title="Median (least-greatest) over the rounds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="Median (least-greatest) over the rounds", box=SIMPLE_HEAD)
+    table.show_edge, table.pad_edge, table.padding = False, False, (0, 0)
     table.add_column("", no_wrap=True)
     headers = ("budget", "FLOPs\n(counted)", "time over\neager full", "over eager,\nsame set", "saved\nbytes")
     for header in (*headers, *(("ms",) if result.timed else ())):
@@ -276,7 +277,11 @@ def show(console: Console, result: Bench) -> None:
         flops = "{:.3f} ({:.3f})".format(
             *(f / result.full_flops for f in (m.predicted_flops, m.counted_flops))
         )
-        times = (_short(result.over(m, 1.0)), _short(result.over(m, budget)))
+        itself = m.trial.rival == EAGER
+        times = (
+            "1" if itself and budget == 1.0 else _short(result.over(m, 1.0)),
+            "1" if itself else _short(result.over(m, budget)),
+        )
         saved = f"{m.saved_bytes / full.saved_bytes:.2f}" if full.saved_bytes else str(m.saved_bytes)
         milliseconds = (f"{spread(m.seconds).median * 1e3:.1f}",) if result.timed else ()
         table.add_row(NAMES[m.trial.rival], f"{budget:.2f}", flops, *times, saved, *milliseconds)

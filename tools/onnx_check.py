@@ -1,8 +1,10 @@
 """An exported training step run in ONNX Runtime on a batch it never saw, beside eager PyTorch."""
 
 import importlib.util
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -12,6 +14,7 @@ from torch import nn
 from gtcompile.capture import loss_of
 from gtcompile.errors import CaptureError
 from gtcompile.testing import reference_gradients
+from gtcompile.tools.onnx_graph import is_large, write
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 """How far a gradient may be off: of its own largest element, and of the largest of all gradients.
@@ -51,8 +54,18 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        source = model if isinstance(model, str) else model.SerializeToString()
-        self._session: Any = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+        def load(source: bytes | str) -> Any:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+        if isinstance(model, str):
+            self._session: Any = load(model)
+        elif is_large(model):  # no string holds it
+            with tempfile.TemporaryDirectory() as folder:
+                write(model, Path(folder) / "step.onnx")
+                self._session = load(str(Path(folder) / "step.onnx"))
+        else:
+            self._session = load(model.SerializeToString())
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All outputs by name; inputs the model does not have are left out."""
@@ -76,7 +89,7 @@ def fresh_batch(
     Args:
         batch: tensors whose first two dimensions are rows and positions, or fewer.
         seed: of the order.
-        resize: also one row more and a position less.
+        resize: also one row more, and a position less of what has two dimensions.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: _reordered(value, generator, resize) for name, value in batch.items()}
@@ -87,7 +100,7 @@ def _reordered(value: torch.Tensor, generator: torch.Generator, resize: bool) ->
         return value
     if resize:
         value = torch.cat([value, value[:1]])
-        value = value[:, :-1] if value.dim() > 1 and value.shape[1] > 2 else value
+        value = value[:, :-1] if value.dim() == 2 and value.shape[1] > 2 else value
     order = torch.randperm(value.numel(), generator=generator)
     return value.reshape(-1)[order].reshape(value.shape).contiguous()
 
@@ -95,8 +108,21 @@ def _reordered(value: torch.Tensor, generator: torch.Generator, resize: bool) ->
 def compare(
     session: Session, model: nn.Module, batch: Mapping[str, torch.Tensor], trained: Sequence[str]
 ) -> Agreement:
-    """Run a step that returns gradients, and eager PyTorch, on the same batch."""
-    outputs = session(inputs_of(model, batch))
+    """Run a step that returns gradients, and eager PyTorch, on the same batch.
+
+    Raises:
+        CaptureError: ONNX Runtime cannot run the step.
+    """
+    try:
+        outputs = session(inputs_of(model, batch))
+    except Exception as error:  # ONNX Runtime's have no common base of their own
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        reason = str(error).strip().replace("\n", " ")
+        raise CaptureError(
+            f"ONNX Runtime cannot run the exported step on a fresh batch, so it is not written: {reason}. "
+            f"A shape fixed while it was captured is the usual cause; leave dynamic shapes out"
+        ) from error
     expected = reference_gradients(model, batch, trained)
     with torch.no_grad():
         loss = loss_of(model(**batch)).item()

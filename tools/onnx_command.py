@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from gtcompile.dependencies import backward_costs
 from gtcompile.selection import select_parameters
+from gtcompile.tools.factories import call_factory, is_factory
+from gtcompile.tools.inspection_outputs import check_writable
 from gtcompile.tools.models import load_model
-from gtcompile.tools.onnx_export import Export, export_onnx
+from gtcompile.tools.onnx_export import Batch, Export, export_onnx
 from gtcompile.tools.onnx_step import OptimizerName, Update
+from gtcompile.tools.trainees import random_batch
 
 
 def export(
@@ -28,7 +32,7 @@ def export(
     """Export the training step of a model, without dropout.
 
     Args:
-        name: hub id, local directory with weights, or `demo`.
+        name: hub id, local directory with weights, `demo`, or `module:function`.
         path: of the file.
         train: patterns of parameters to train; None and no budget trains everything.
         budget: share of a full step's FLOPs; every parameter counts as much as it has elements.
@@ -46,12 +50,11 @@ def export(
         raise ValueError("expected --train or --budget, got both; leave one out")
     if optimizer is not None and optimizer not in get_args(OptimizerName):
         raise ValueError(f"expected --optimizer sgd or adamw, got {optimizer!r}")
-    model = load_model(name).eval()
-    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch_size, length))
-    labels = ids.clone()
-    if model.config.is_encoder_decoder:
-        labels = labels[:, :1].repeat(1, target_length)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    for option, count in (("batch-size", batch_size), ("length", length), ("target-length", target_length)):
+        if count < 1:
+            raise ValueError(f"--{option}: expected at least 1, got {count}")
+    check_writable("--onnx", path)
+    model, batch = _model_and_batch(name, batch_size, length, target_length)
     trained: Sequence[str] | frozenset[str] | None = train
     if budget is not None:
         costs = backward_costs(model, batch)
@@ -59,3 +62,14 @@ def export(
         trained = select_parameters(costs, importance, budget).trained
     update = None if optimizer is None else Update(name="sgd" if optimizer == "sgd" else "adamw")
     return export_onnx(model, batch, path, trained=trained, update=update, dynamic=dynamic)
+
+
+def _model_and_batch(name: str, rows: int, length: int, target_length: int) -> tuple[nn.Module, Batch]:
+    made, batch = call_factory(name) if is_factory(name) else (load_model(name), None)
+    if batch is not None:
+        return made.eval(), batch
+    if not isinstance(made, PreTrainedModel):
+        raise ValueError(
+            f"{name} returned a {type(made).__name__} and no batch; return both: model, keyword dictionary"
+        )
+    return made.eval(), random_batch(made, batch_size=rows, length=length, target_length=target_length)

@@ -16,7 +16,7 @@ from gtcompile.errors import CaptureError
 from gtcompile.joint import JointGraph
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.tools.onnx_check import Agreement, Session, compare, fresh_batch, require, runtime_installed
-from gtcompile.tools.onnx_graph import lower, write
+from gtcompile.tools.onnx_graph import lower, size_of, write
 from gtcompile.tools.onnx_step import TrainingStep, Update
 from gtcompile.torch_internals import mark_dynamic
 from gtcompile.trained import match_patterns
@@ -69,7 +69,7 @@ def export_onnx(
         path: of the file; written at the end and at once.
         trained: FQNs or patterns; None trains everything.
         update: also take the optimizer's step.
-        dynamic: other batch sizes and lengths work as well (the first two dimensions of each batch tensor).
+        dynamic: other batch sizes work as well, and other lengths of batch tensors of two dimensions.
 
     Raises:
         CaptureError: the step cannot be captured or lowered, or differs from eager PyTorch.
@@ -94,7 +94,7 @@ def export_onnx(
         path=path,
         trained=step.trained,
         nodes=len(proto.graph.node),
-        bytes=proto.ByteSize(),
+        bytes=size_of(proto),
         agreement=agreement,
     )
 
@@ -131,7 +131,7 @@ def _trained_joint(
 ) -> JointGraph:
     batch = {name: value.clone() for name, value in batch.items()}
     for value in batch.values() if dynamic else ():
-        for dimension in range(min(value.dim(), 2)):
+        for dimension in range(_changing(value)):
             mark_dynamic(value, dimension)
     joint = capture(model, batch)
     names = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
@@ -139,6 +139,11 @@ def _trained_joint(
     if not wanted & joint.live:
         raise CaptureError("none of the trained parameters has a gradient in this model: nothing to export")
     return restrict_gradients(joint, wanted)
+
+
+def _changing(value: torch.Tensor) -> int:
+    """Leading dimensions that may change: rows and positions, but not the channels of an image."""
+    return 2 if value.dim() == 2 else min(value.dim(), 1)
 
 
 def _lowered(step: TrainingStep, model: nn.Module, batch: Batch, *, dynamic: bool) -> onnx.ModelProto:
@@ -149,7 +154,7 @@ def _lowered(step: TrainingStep, model: nn.Module, batch: Batch, *, dynamic: boo
         kind, _, rest = name.partition(".")
         if kind == "batch":
             examples.append(batch[rest].clone())  # one tensor under two names would become one input
-            auto = dict.fromkeys(range(min(batch[rest].dim(), 2)), torch.export.Dim.AUTO)
+            auto = dict.fromkeys(range(_changing(batch[rest])), torch.export.Dim.AUTO)
             shapes[name] = auto
         elif kind == "optimizer":
             examples.append(torch.tensor(1.0))

@@ -1,9 +1,11 @@
 """A training step as an ONNX model of standard operators, and that model as a file."""
 
+import contextlib
+import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,25 @@ DECOMPOSED = (
     aten._safe_softmax,
     aten._softmax_backward_data,
     aten._log_softmax_backward_data,
+    aten._fused_rms_norm_backward,
+    aten.elu_backward,
     aten.embedding_dense_backward,
     aten.gelu_backward,
+    aten.hardsigmoid_backward,
+    aten.hardswish_backward,
+    aten.huber_loss_backward,
+    aten.leaky_relu_backward,
+    aten.mse_loss_backward,
+    aten.native_batch_norm_backward,
+    aten.native_group_norm,
+    aten.native_group_norm_backward,
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
     aten.select_backward,
     aten.sigmoid_backward,
     aten.slice_backward,
+    aten.smooth_l1_loss_backward,
+    aten.softplus_backward,
     aten.tanh_backward,
     aten.threshold_backward,
 )
@@ -59,8 +73,7 @@ def lower(
         CaptureError: an operator has no ONNX lowering, or the model is not valid.
     """
     shapes = tuple((dynamic or {}).get(name) for name in step.input_names) if dynamic else None
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch's exporter warns about its own insides
+    with _exporter_quiet(), torch.no_grad():
         try:
             program = torch.export.export(
                 step, tuple(tensors), dynamic_shapes=(shapes,) if shapes else None, strict=False
@@ -82,6 +95,22 @@ def lower(
         raise CaptureError("torch.onnx.export returned no model; try the newest onnxscript")
     proto: onnx.ModelProto = exported.model_proto
     return _checked(proto, step)
+
+
+@contextlib.contextmanager
+def _exporter_quiet() -> Iterator[None]:
+    """The exporter warns about its own insides, and about what it could not simplify."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _explain(error: BaseException) -> str:
@@ -114,11 +143,22 @@ def _checked(proto: onnx.ModelProto, step: TrainingStep) -> onnx.ModelProto:
         raise CaptureError(f"the exporter lost the inputs {', '.join(missing)}")
     if tuple(value.name for value in proto.graph.output) != step.output_names:
         raise CaptureError("the exporter renamed outputs: a trained parameter is probably its own gradient")
-    if proto.ByteSize() < LARGEST_FILE:
+    if not is_large(proto):
         del proto.graph.value_info[:]  # the exporter's, stale where its optimizer has rewritten
         proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
         onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def size_of(proto: onnx.ModelProto) -> int:
+    """Bytes of a model, its constants counted one by one: protobuf itself cannot tell beyond 2 GB."""
+    constants = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    return constants if constants >= LARGEST_FILE else int(proto.ByteSize())
+
+
+def is_large(proto: onnx.ModelProto) -> bool:
+    """Whether a model's constants belong in a file beside it."""
+    return size_of(proto) >= LARGEST_FILE
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
@@ -131,7 +171,7 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise ValueError(f"no folder {str(path.parent)!r} to write {path.name} to; make it first")
-    external = proto.ByteSize() >= LARGEST_FILE
+    external = is_large(proto)
     data = path.name + ".data"
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
@@ -139,7 +179,8 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
             onnx.save_model(proto, str(draft), save_as_external_data=external, location=data)
             if external:
                 onnx.checker.check_model(str(draft), full_check=True)
-                (Path(folder) / data).replace(path.parent / data)
+                if (Path(folder) / data).exists():  # not where every constant is small
+                    (Path(folder) / data).replace(path.parent / data)
             draft.replace(path)
     except OSError as error:
         raise ValueError(f"could not write {str(path)!r}: {error.strerror or error}") from error

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from gtcompile.errors import CaptureError
 from gtcompile.joint import JointGraph
+from gtcompile.tools.onnx_convolution import convolution_gradients
 from gtcompile.torch_internals import (
     BufferAOTInput,
     OpOverload,
@@ -33,7 +34,8 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     return source.to(target.dtype).expand(target.shape).clone()
 
 
-WRITTEN_OUT: dict[object, Callable[..., torch.Tensor]] = {
+WRITTEN_OUT: dict[object, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_gradients,
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.silu_backward.default: _silu_backward,
@@ -42,8 +44,9 @@ WRITTEN_OUT: dict[object, Callable[..., torch.Tensor]] = {
 }
 """What some operators are replaced by.
 
-A `view` is valid only for the strides a tensor had while it was captured; `silu_backward` has no lowering and
-is not decomposed in an export; a copy or a fill that broadcasts is lowered to a cast, which does not.
+`convolution_backward` has neither a lowering nor a decomposition. A `view` is valid only for the strides a
+tensor had while it was captured; `silu_backward` has no lowering and is not decomposed in an export; a copy
+or a fill that broadcasts is lowered to a cast, which does not.
 """
 
 

@@ -1,0 +1,111 @@
+"""Gradients of a convolution as convolutions, which every runtime has."""
+
+from collections.abc import Sequence
+
+import torch
+
+from gtcompile.errors import CaptureError
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def convolution_gradients(
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    """What `aten.convolution_backward` returns, for one to three spatial dimensions; arguments as there.
+
+    Args:
+        gradient: of the output, rows x output channels x output positions.
+        value: the input, rows x input channels x positions.
+        weight: output channels x input channels of a group x taps.
+        bias_sizes: of the bias; not needed.
+        stride: one per spatial dimension, or one for all; so are `padding` and `dilation`.
+        padding: positions on either side.
+        dilation: distance of taps.
+        transposed: refused.
+        output_padding: of transposed ones.
+        groups: of channels.
+        output_mask: which of the three gradients are wanted.
+
+    Returns:
+        Gradients of input, weight and bias; None where `output_mask` does not ask.
+
+    Raises:
+        CaptureError: the convolution is a transposed one.
+    """
+    if transposed:
+        raise CaptureError(
+            "the gradient of a transposed convolution has no ONNX lowering; freeze what only its backward "
+            "serves"
+        )
+    spatial = weight.dim() - 2
+    stride, padding, dilation = (_each(list(sizes), spatial) for sizes in (stride, padding, dilation))
+    of_input = of_weight = of_bias = None
+    if output_mask[0]:
+        of_input = _of_input(gradient, value, weight, stride, padding, dilation, groups)
+    if output_mask[1]:
+        of_weight = _of_weight(gradient, value, weight, stride, padding, dilation, groups)
+    if output_mask[2]:
+        of_bias = gradient.sum([0, *range(2, gradient.dim())])
+    return of_input, of_weight, of_bias
+
+
+def _each(sizes: list[int], spatial: int) -> list[int]:
+    return sizes * spatial if len(sizes) == 1 else sizes
+
+
+def _of_input(
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """The transposed convolution, with the positions at the end that a stride left unread."""
+    left = [
+        0 if step == 1 else value.shape[2 + d] - ((gradient.shape[2 + d] - 1) * step - 2 * pad + reach + 1)
+        for d, (step, pad, reach) in enumerate(zip(stride, padding, _reaches(weight, dilation), strict=True))
+    ]
+    found: torch.Tensor = torch.ops.aten.convolution(
+        gradient, weight, None, stride, padding, dilation, True, left, groups
+    )
+    return found
+
+
+def _reaches(weight: torch.Tensor, dilation: Sequence[int]) -> list[int]:
+    return [step * (weight.shape[2 + d] - 1) for d, step in enumerate(dilation)]
+
+
+def _of_weight(
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """The input convolved with the output's gradient: rows act as channels, stride and dilation swap."""
+    rows, channels = value.shape[:2]
+    places = list(range(3, value.dim() + 1))
+    by_group = value.reshape(rows, groups, channels // groups, *value.shape[2:])
+    images = by_group.permute(2, 1, 0, *places).reshape(channels // groups, groups * rows, *value.shape[2:])
+    zeros = [0] * len(places)
+    found: torch.Tensor = torch.ops.aten.convolution(
+        images, gradient.transpose(0, 1), None, dilation, padding, stride, False, zeros, groups
+    )
+    for d in range(2, weight.dim()):
+        found = found.narrow(d, 0, weight.shape[d])  # a stride may have left positions at the end unread
+    return found.transpose(0, 1)
