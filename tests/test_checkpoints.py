@@ -22,6 +22,7 @@ from gtcompile.tools.checkpoints import (
     write_folder,
     write_json,
     write_lines,
+    write_text,
 )
 
 
@@ -138,3 +139,9 @@ for number in range(first, first + 10**9):
         assert state["number"] in (written, written + 1)  # killed before or after it said so
         assert bool((state["values"] == state["number"]).all())
         last = state["number"]
+
+
+def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
