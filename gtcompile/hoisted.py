@@ -6,9 +6,8 @@ chain of activation gradients, which is compiled, and the weight gradients, whic
 go, and what the backward runs:
 
 * the compiled chain, then the leaves of the trained parameters, where the whole chain is needed;
-* where it is not, in the block in which the backward ends: the backward graph without what nobody needs, run
-  operator by
-  operator, for a compilation would cost seconds for one block of many.
+* where it is not, in the block in which the backward ends: what is needed of the backward graph, operator by
+  operator (`programs.py`), for a compilation would cost seconds for one block of many.
 
 Either way the FLOPs are exactly those of the live gradients.
 """
@@ -37,6 +36,7 @@ from gtcompile.passes.hoisting import (
     hoist_weight_gradients,
 )
 from gtcompile.passes.output_masks import narrow_masks
+from gtcompile.programs import Program
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
@@ -57,8 +57,7 @@ PLAN = "gtcompile.plan"
 """Key of the plan in the metadata of a region's autograd node."""
 
 PLANS_KEPT = 256
-"""Plans a region keeps, the least recently used is dropped; making one again takes microseconds, or some
-milliseconds where the chain is cut."""
+"""Plans a region keeps, the least recently used is dropped; making one again takes microseconds."""
 
 Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
@@ -182,6 +181,8 @@ class HoistedVariants:
         self._current = threading.local()
         self._partition, self._code = self._compile(graph, example_inputs)
         self._work = self._partition.work()
+        self._program = Program(self._partition.backward)
+        self._generates_random = draws_random_numbers(self._partition.backward)
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
@@ -254,15 +255,27 @@ class HoistedVariants:
         names = {input_name(i) for i in live}
         slots = enumerate(self._partition.slots)
         live_slots = frozenset(i for i, name in slots if name in names or (name and name not in self._inputs))
-        if self._compiler == "inductor" and (whole_chain := self._whole_chain(live_slots)):
-            return whole_chain
-        needed = extract(self._partition.backward, self._partition.gradients(live_slots))
+        plan = None
+        if self._compiler == "inductor":
+            plan = self._whole_chain(live_slots) or self._compiled_rest(live_slots)
+        return plan or self._rest(live_slots)
+
+    def _rest(self, live: Slots) -> Plan:
+        """The plan that runs what is needed operator by operator."""
+        excerpt = self._program.excerpt(live)
+        backward = functools.partial(run_part, excerpt.inputs, excerpt.run)
+        return Plan(self._partition.released(set(excerpt.inputs)), backward)
+
+    def _compiled_rest(self, live: Slots) -> Plan | None:
+        """The plan that compiles what is needed, where that is asked for or only compiled code can run it."""
+        if self._cut_chains == "run" and not self._generates_random:
+            return None
+        needed = extract(self._partition.backward, self._partition.gradients(live))
+        if self._cut_chains == "run" and not draws_random_numbers(needed.module):
+            return None
         narrow_masks(needed.module.graph)
-        compiled = self._compiler == "inductor" and (
-            self._cut_chains == "compile" or draws_random_numbers(needed)
-        )
-        run = lazily(self._compile_when_run if compiled else run_part_eagerly, needed)
-        return Plan(self._partition.released(set(needed.inputs)), functools.partial(run_part, needed, run))
+        backward = functools.partial(run_part, needed.inputs, lazily(self._compile_when_run, needed))
+        return Plan(self._partition.released(set(needed.inputs)), backward)
 
     def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
@@ -288,9 +301,9 @@ class HoistedVariants:
         return Chain(hoisted, lazily(self._compile_when_run, hoisted.chain), hoisted.chain.flops)
 
 
-def run_part(part: Part, run: Boxed, inputs: list[Any]) -> Sequence[Any]:
-    """Run a part on the backward graph's inputs, which are let go."""
-    own = [inputs[i] for i in part.inputs]
+def run_part(positions: Sequence[int], run: Boxed, inputs: list[Any]) -> Sequence[Any]:
+    """Run a part on those of the backward graph's inputs that it reads; all are let go."""
+    own = [inputs[i] for i in positions]
     inputs.clear()
     return run(own)
 
@@ -310,7 +323,7 @@ def run_chain(
 ) -> Sequence[Any]:
     """Run the chain, then the leaves one by one; what no later leaf reads is let go."""
     saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
-    computed = list(run_part(chain.hoisted.chain, chain.run, inputs))
+    computed = list(run_part(chain.hoisted.chain.inputs, chain.run, inputs))
     gradients: list[Any] = [None] * slots
     for position, slot in enumerate(chain.hoisted.chain_slots):
         if slot in live:
@@ -349,9 +362,9 @@ def mark_outputs_visible(module: fx.GraphModule) -> None:
     output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(outputs) if node is not None]
 
 
-def draws_random_numbers(part: Part) -> bool:
-    """Whether a part recomputes random numbers that only compiled code can draw again."""
-    return any("inductor_rand" in str(node.target) for node in part.module.graph.nodes)
+def draws_random_numbers(module: fx.GraphModule) -> bool:
+    """Whether a backward recomputes random numbers that only compiled code can draw again."""
+    return any("inductor_rand" in str(node.target) for node in module.graph.nodes)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
     """
     global _current_generation
     selectable = _selectable(model)
-    trained = frozenset(selectable) if patterns is None else match_patterns(_names(model), patterns)
+    trained = frozenset(selectable) if patterns is None else _match(model, selectable, patterns)
     if not trained:
         raise ValueError("expected at least one parameter to train, got no pattern; None trains everything")
     compiled = uses_compiled_code(model)
@@ -85,6 +85,15 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
             raise ValueError(f"{pattern!r} matches no selectable parameter; {near_names(pattern, canonical)}")
         matched.update(canonical[name] for name in found)
     return frozenset(matched)
+
+
+def _match(model: nn.Module, selectable: dict[str, nn.Parameter], patterns: Iterable[str]) -> frozenset[str]:
+    """The selectable parameters that match; where all are FQNs, aliases are not looked up."""
+    if not isinstance(patterns, str):
+        patterns = frozenset(patterns)
+        if patterns <= selectable.keys():
+            return patterns
+    return match_patterns(_names(model), patterns)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

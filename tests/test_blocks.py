@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -12,6 +12,7 @@ from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
+from gtcompile.tools.rivals import Compilations, compilations
 from gtcompile.torch_internals import TorchDynamoException
 from gtcompile.trained import train_only, trained_parameters
 from tests.models import (
@@ -109,6 +110,44 @@ def test_a_soak_of_random_sets_captures_nothing_after_the_first_steps():
             model.train()
         check_step(model, batch)
     assert captures() == first == 2  # one for each kind of block
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_new_set_makes_no_graph_and_generates_no_code(compiler, monkeypatch):
+    made = []
+
+    def counted(whole):
+        def count(*args, **kwargs):
+            made.append(whole)
+            return whole(*args, **kwargs)
+
+        return count
+
+    for kind, name in ((fx.Graph, "__init__"), (fx.GraphModule, "recompile")):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    model, batch = Recipe(("norm",) * 3).model(), make_batch()
+    compile_blocks(model, compiler=compiler)
+    step(model, batch)
+    assert made  # the first step is seen to make some
+    made.clear()
+    for trained in [["layers.0.*"], ["layers.2.*"], *random_sets(selectable(model), 20, seed=3)]:
+        train_only(model, trained)
+        step(model, batch)
+    assert not made
+
+
+@pytest.mark.parametrize("first", [["layers.2.*"], ["head.*"]], ids=str)
+def test_nothing_is_compiled_for_a_set_that_reaches_deeper_than_the_first(first):
+    model, batch = Recipe(("norm",) * 3).model(), make_batch()
+    compile_blocks(model)
+    train_only(model, first)
+    step(model, batch)
+    before = compilations()
+    train_only(model, None)
+    expected = reference_gradients(model, batch)
+    step(model, batch)
+    assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+    assert compilations() - before == Compilations(captures=0, compiled=0)
 
 
 def test_the_first_set_may_leave_any_prefix_frozen():

@@ -36,6 +36,7 @@ ORDER = [
         "region_graph",
         "autograd_nodes",
         "operators",
+        "programs",
         "frozen",
         "specialized",
         "hoisted",
