@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.capture import list_parameters, unwrap, without_replicas
-from gtcompile.data_parallel import Ranks
+from gtcompile.data_parallel import ranks_of
 from gtcompile.dependencies import BackwardCosts, backward_costs
 from gtcompile.errors import GTCompileError
 from gtcompile.frozen_state import FrozenState, Setting
 from gtcompile.importance import check_batches, measure_importance
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.selection import Selection, parameters_to_measure, select_parameters
-from gtcompile.trained import match_patterns, train_only, trained_parameters
+from gtcompile.trained import enter_shards, match_patterns, train_only, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class AdaptiveBackprop:
     always. The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have
     compiled blocks. Inside `DistributedDataParallel(model, find_unused_parameters=True)` every rank calls
     `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides for all, and
-    only trained gradients are sent. What fails on one rank is raised on all.
+    only trained gradients are sent. What fails on one rank is raised on all. So it is with a model sharded
+    with `fully_shard`, whose importance is that of all ranks' batches together.
 
     Args:
         model: returns its scalar loss or an output with `.loss`.
@@ -54,7 +55,7 @@ class AdaptiveBackprop:
 
     Raises:
         ValueError: a budget outside (0, 1], a pattern that matches nothing, or a `DistributedDataParallel`
-            that would train or send something else.
+            or `FullyShardedDataParallel` that would train or send something else.
         TypeError: a single string where patterns are expected.
     """
 
@@ -70,7 +71,8 @@ class AdaptiveBackprop:
         frozen_state: Setting = "keep",
         loss_module: nn.Module | None = None,
     ) -> None:
-        self._ranks, model = Ranks.of(model), without_replicas(model)
+        self._ranks, model = ranks_of(model), without_replicas(model)
+        enter_shards(model)
         self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
         self._loss_module = model if loss_module is None else loss_module
         self._frozen_state = FrozenState(optimizer, frozen_state)
@@ -121,6 +123,7 @@ class AdaptiveBackprop:
             ValueError, TypeError: batches, patterns or optimizer do not fit the model, or differ by rank.
         """
         ranks = self._ranks
+        enter_shards(self._model)
         ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
             checked, costs = ranks.together(lambda: self._prepare(batches))

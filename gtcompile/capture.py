@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gtcompile import fully_sharded
 from gtcompile.errors import CaptureError
 from gtcompile.joint import JointGraph, Parameter, ParameterStatus, verify
 from gtcompile.torch_internals import (
@@ -146,7 +147,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     failures = []
     for route in _routes(model, example_inputs):
         try:
-            with blocks_uncompiled(model), tensors_kept(model), contextlib.ExitStack() as stack:
+            with _as_written(model, example_inputs), contextlib.ExitStack() as stack:
                 module, source = route(model, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             return _whole_model(joint.graph_module, parameters, source)
@@ -205,6 +206,20 @@ def _through_eager(
 
 
 @contextlib.contextmanager
+def _as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """The model as its author wrote it, neither compiled nor sharded, and itself again afterwards."""
+    memo: dict[int, torch.Tensor] = {}
+    fake, device = FakeTensorMode(allow_non_fake_inputs=True), _device_of(batch)
+
+    def twin(tensor: torch.Tensor) -> torch.Tensor:
+        with fake:
+            return _fake_twin(tensor, device, memo)
+
+    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), tensors_kept(model):
+        yield
+
+
+@contextlib.contextmanager
 def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
     """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
     compiled = {m: vars(m)["forward"] for m in model.modules() if hasattr(vars(m).get("forward"), "compiled")}
@@ -255,8 +270,7 @@ def _off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     if not any(tensor.is_meta for tensor in tensors):
         return model
-    devices = {value.device for value in batch.values() if isinstance(value, torch.Tensor)}
-    device = next(iter(devices), torch.device("cpu"))
+    device = _device_of(batch)
     twin = copy.deepcopy(model)
     memo: dict[int, torch.Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -268,9 +282,14 @@ def _off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
     return twin
 
 
+def _device_of(batch: Mapping[str, Any]) -> torch.device:
+    devices = (value.device for value in batch.values() if isinstance(value, torch.Tensor))
+    return next(devices, torch.device("cpu"))
+
+
 def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch.Tensor]) -> torch.Tensor:
     if id(tensor) not in memo:
-        fake = torch.empty_like(tensor, device=device)
+        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake

@@ -1,118 +1,39 @@
 """Data parallel training: one selection for all ranks, and only the trained gradients are sent.
 
-Works on torch's own `DistributedDataParallel`. A communication hook packs the gradients of trained parameters
-out of each bucket; what is frozen has no gradient, before and after.
+Works on torch's own wrappers. In `DistributedDataParallel` a communication hook packs the gradients of
+trained parameters out of each bucket; what is frozen has no gradient, before and after. `fully_shard` of
+itself sends only what has a gradient (`fully_sharded.py`).
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from gtcompile import fully_sharded
 from gtcompile.capture import unwrap
-from gtcompile.errors import GTCompileError
+from gtcompile.ranks import Ranks
 from gtcompile.trained import is_trained, was_trainable
 
-T = TypeVar("T")
 
+def ranks_of(model: nn.Module) -> Ranks:
+    """The ranks a model is trained on; has `DistributedDataParallel` send trained gradients alone.
 
-class Ranks:
-    """The processes that train one model, or this one alone; they agree on what is trained.
-
-    Every method is a collective call: all ranks make it, in the same order.
-
-    Args:
-        group: the processes; None for this one alone.
+    Raises:
+        ValueError: for a wrapper that would send or train something else.
     """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._count = 1 if group is None else dist.get_world_size(group)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Ranks":
-        """The ranks a model is trained on; has `DistributedDataParallel` send trained gradients alone.
-
-        Raises:
-            ValueError: for a wrapper that would send or train something else.
-        """
-        if not isinstance(model, DistributedDataParallel):
-            return cls(None)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, and they are "
+            "selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
+        )
+    if isinstance(model, DistributedDataParallel):
         prepare(model)
-        return cls(model.process_group)
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do something that may fail on every rank; when it fails on one, it fails on all.
-
-        Raises:
-            Exception: this rank's own.
-            GTCompileError: another rank's, named.
-        """
-        if self._group is None:
-            return work()
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as problem:
-            error = problem
-        said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, failure in enumerate(said):
-            if failure is not None:
-                raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")
-        return result
-
-    def agree(self, what: Mapping[str, Any]) -> None:
-        """Check that all ranks have the same, by a hash of each entry.
-
-        Args:
-            what: JSON types by what they are called in the error.
-
-        Raises:
-            ValueError: on all ranks, naming the entry and the ranks that differ from rank 0.
-        """
-        if self._group is None:
-            return
-        digests = {name: _digest(value) for name, value in what.items()}
-        gathered = self._gather(digests)
-        for name in what:
-            differing = [rank for rank, theirs in enumerate(gathered) if theirs[name] != gathered[0][name]]
-            if differing:
-                ranks = ", ".join(map(str, differing))
-                raise ValueError(
-                    f"{name} differs between ranks: rank {ranks} has another than rank 0; "
-                    f"start all ranks with the same"
-                )
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all ranks; when it fails there, it fails on all."""
-        if self._group is None:
-            return make()
-        first = dist.get_rank(self._group) == 0
-        made = [self.together(lambda: make() if first else None)]
-        dist.broadcast_object_list(made, group=self._group, group_src=0)
-        return cast("T", made[0])
-
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean over ranks of each value; all ranks have the same names."""
-        if self._group is None or not values:
-            return dict(values)
-        names = sorted(values)
-        total = torch.tensor([values[name] for name in names], dtype=torch.float64)
-        total = total.to(_device(self._group))
-        dist.all_reduce(total, group=self._group)
-        return dict(zip(names, (total / self._count).tolist(), strict=True))
-
-    def _gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self._count
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        return Ranks(model.process_group)
+    return Ranks(fully_sharded.group_of(unwrap(model)))
 
 
 def prepare(model: DistributedDataParallel) -> None:
@@ -187,12 +108,3 @@ def _check_known(model: DistributedDataParallel) -> None:
             f"DistributedDataParallel, and ranks would diverge once they are trained; wrap the model first, "
             f"then call train_only"
         )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's backend takes tensors from."""
-    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")

@@ -9,6 +9,8 @@ from torch import nn
 
 from gtcompile.capture import loss_of
 from gtcompile.errors import GTCompileError
+from gtcompile.fully_sharded import local
+from gtcompile.ranks import Ranks
 
 Consumer = Callable[[str, nn.Parameter, torch.Tensor], None]
 """Takes a parameter's FQN, the parameter and its gradient, which it may keep or write to."""
@@ -26,6 +28,8 @@ class GradientStream:
     """Returns its loss or an output with `.loss`."""
     names: Mapping[nn.Parameter, str]
     """The parameters whose gradients are handed over, with their FQNs; other gradients are dropped."""
+    ranks: Ranks = field(default_factory=lambda: Ranks(None))
+    """Those that the model is sharded over: a batch fails on all of them or on none."""
     arrived: set[str] = field(default_factory=set)
     """FQNs that had a gradient in any completed batch."""
 
@@ -33,46 +37,64 @@ class GradientStream:
         """Forward and backward of one batch.
 
         Raises:
-            NotFiniteError: at the first loss or gradient that is not finite; the backward ends there.
+            NotFiniteError: for the first loss or gradient that is not finite, with nothing consumed after it.
             CaptureError: the model returned no loss.
             GTCompileError: a gradient came in several parts.
         """
         seen: set[str] = set()
+        problems: list[NotFiniteError] = []
 
         def hand_over(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if parameter in self.names and gradient is not None:
+            if parameter in self.names and gradient is not None and not problems:
                 fqn = self.names[parameter]
-                _check_gradient(fqn, gradient, seen)
+                _check_whole(fqn, seen)
                 seen.add(fqn)
-                consume(fqn, parameter, gradient)
+                try:
+                    _check_finite(fqn, gradient)
+                    consume(fqn, parameter, gradient)
+                except NotFiniteError as problem:
+                    problems.append(problem)
 
         asking = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in asking]
         try:
-            self._forward_backward(batch)
+            self._forward_backward(batch, problems)
         finally:
             for handle in handles:
                 handle.remove()
+        self._agree_on(problems)
+        if problems:
+            raise problems[0]
         self.arrived |= seen
 
-    def _forward_backward(self, batch: Mapping[str, Any]) -> None:
+    def _forward_backward(self, batch: Mapping[str, Any], problems: list[NotFiniteError]) -> None:
         device = next(iter(self.names)).device
         with torch.enable_grad():
             loss = loss_of(self.module(**_on_device(batch, device)))
         if not torch.isfinite(loss):
-            raise NotFiniteError(f"the loss is {loss.item()}")
+            problems.append(NotFiniteError(f"the loss is {loss.item()}"))
+        self._agree_on(problems)
         with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
-            loss.backward()
+            loss.backward()  # in any case: after a forward, sharded modules expect one
+
+    def _agree_on(self, problems: list[NotFiniteError]) -> None:
+        """Add the first problem of any rank on all that have none."""
+        said = filter(None, self.ranks.gather(str(problems[0]) if problems else None))
+        if (first := next(said, None)) is not None and not problems:
+            problems.append(NotFiniteError(first))
 
 
-def _check_gradient(fqn: str, gradient: torch.Tensor, seen: Collection[str]) -> None:
+def _check_whole(fqn: str, seen: Collection[str]) -> None:
     if fqn in seen:
         raise GTCompileError(
             f"the gradient of {fqn} came in several parts, as reentrant activation checkpointing does; "
             f"checkpoint with use_reentrant=False"
         )
-    if not torch.isfinite(gradient).all():
+
+
+def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
+    if not torch.isfinite(local(gradient)).all():
         raise NotFiniteError(f"the gradient of {fqn} is not finite")
 
 

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gtcompile import fully_sharded
 from gtcompile.capture import check_batch, list_parameters, unwrap
 from gtcompile.errors import GTCompileError
+from gtcompile.fully_sharded import copies, local
 from gtcompile.gradient_stream import GradientStream, NotFiniteError
 from gtcompile.optimizer_updates import ShadowOptimizer
+from gtcompile.ranks import Ranks
 from gtcompile.restoration import restored, temporarily_training
-from gtcompile.trained import match_patterns, trained_parameters
+from gtcompile.trained import enter_shards, match_patterns, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +69,17 @@ def measure_importance(
             parameter). Single bad batches are left out, with a log message.
     """
     module = unwrap(model)
+    enter_shards(module)
+    ranks = Ranks(fully_sharded.group_of(module))
     shadow = ShadowOptimizer(optimizer)
     with restored(module):
         parameters = _measured(model, only)
         _check_owned(shadow, parameters)
         checked = check_batches(model, batches, minimum=1 if two_pass else 2)
-        stream = GradientStream(module, {parameter: fqn for fqn, parameter in parameters.items()})
+        stream = GradientStream(module, {parameter: fqn for fqn, parameter in parameters.items()}, ranks)
         with temporarily_training(model, _asked_of(model, parameters)):
             estimator = _AtUpdatedWeights(stream, shadow) if two_pass else _AcrossBatches(stream, shadow)
-            means = _average(estimator, checked)
+            means = ranks.total(_average(estimator, checked))
     return {fqn: means.get(fqn, 0.0) for fqn in parameters if fqn in stream.arrived}
 
 
@@ -119,15 +124,28 @@ class _AcrossBatches:
     def contributions(self, batch: Mapping[str, Any]) -> dict[str, float] | None:
         found: dict[str, float] = {}
 
+        replaced: set[str] = set()
+
         def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+            replaced.add(fqn)
             if fqn in self.earlier:
                 update = self.shadow.update(parameter, self.earlier.pop(fqn))
                 found[fqn] = _predicted_reduction(fqn, update, gradient)
             self.earlier[fqn] = gradient.to("cpu")
 
         first = not self.earlier
-        self.stream.run(batch, consume)
+        try:
+            self.stream.run(batch, consume)
+        except NotFiniteError:
+            self._forget_shards(replaced)
+            raise
         return None if first else found
+
+    def _forget_shards(self, replaced: set[str]) -> None:
+        """Drop gradients of which ranks may hold shards from different batches."""
+        if self.stream.ranks.count > 1:
+            for fqn in set().union(*self.stream.ranks.gather(replaced)):
+                self.earlier.pop(fqn, None)
 
 
 @dataclass(slots=True)
@@ -194,7 +212,9 @@ def _average(estimator: _Estimator, batches: Collection[Mapping[str, Any]]) -> d
 
 
 def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
-    reduction = -torch.dot(update.flatten().float(), gradient.flatten().float()).item()
+    """-<update, gradient>; of sharded tensors this rank's part of the sum."""
+    own = (local(update).flatten().float(), local(gradient).flatten().float())
+    reduction = -torch.dot(*own).item() / copies(gradient)
     if not math.isfinite(reduction):
         _check_update(fqn, update)
         raise NotFiniteError(f"the predicted loss reduction of {fqn} is {reduction}")
@@ -202,7 +222,7 @@ def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor)
 
 
 def _check_update(fqn: str, update: torch.Tensor) -> None:
-    if not torch.isfinite(update).all():
+    if not torch.isfinite(local(update)).all():
         raise NotFiniteError(f"the optimizer's update of {fqn} is not finite")
 
 

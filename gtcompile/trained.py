@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gtcompile import fully_sharded
 from gtcompile.capture import list_parameters, unwrap, without_replicas
+from gtcompile.fully_sharded import sharded, whole
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
@@ -42,6 +44,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
         ValueError: when a pattern matches nothing (lists near names), or nothing would be trained.
     """
     global _current_generation
+    enter_shards(model)
     selectable = _selectable(model)
     trained = frozenset(selectable) if patterns is None else _match(model, selectable, patterns)
     if not trained:
@@ -52,6 +55,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
             _thaw(parameter)
         else:
             _freeze(parameter, outside=_is_outside(parameter, compiled))
+    fully_sharded.renew_reduction(unwrap(model))
     _current_generation = next(_generation)
     return trained
 
@@ -105,12 +109,12 @@ def near_names(name: str, names: Iterable[str]) -> str:
 
 def is_trained(parameter: nn.Parameter) -> bool:
     """Whether a gradient is wanted for this parameter."""
-    return parameter.requires_grad and parameter not in _frozen
+    return parameter.requires_grad and sharded(parameter) not in _frozen
 
 
 def was_trainable(parameter: nn.Parameter) -> bool:
     """Whether a parameter asks for a gradient, or did until `train_only` froze it."""
-    return parameter.requires_grad or parameter in _frozen
+    return parameter.requires_grad or sharded(parameter) in _frozen
 
 
 def generation() -> int:
@@ -120,7 +124,7 @@ def generation() -> int:
 
 def enter_region(parameters: Iterable[nn.Parameter]) -> None:
     """Note that a compiled region computes these parameters' gradients: to Dynamo all look trained."""
-    for parameter in parameters:
+    for parameter in map(sharded, parameters):
         _in_region[parameter] = True
         if parameter in _frozen:
             parameter.requires_grad_(True)
@@ -128,29 +132,43 @@ def enter_region(parameters: Iterable[nn.Parameter]) -> None:
 
 def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:
     """Note that eager code alone uses these parameters of a model otherwise compiled."""
-    for parameter in parameters:
+    for parameter in map(sharded, parameters):
         _outside[parameter] = True
+
+
+def enter_shards(model: nn.Module) -> None:
+    """Take notice of a model that was sharded with `fully_shard`; all ranks call it.
+
+    Sharding makes other parameters of a model's, also where its blocks were compiled before.
+    """
+    model = unwrap(model)
+    if fully_sharded.link(model) and uses_compiled_code(model):
+        blocks = [module for module in model.modules() if _is_compiled(module)]
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        enter_region(inside)
+        leave_to_eager(parameter for parameter in model.parameters() if parameter not in inside)
 
 
 def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
     """Forget that parameters belong to regions or to the eager rest: their model is not compiled any more."""
-    for parameter in parameters:
+    for parameter in map(sharded, parameters):
         _in_region.pop(parameter, None)
         _outside.pop(parameter, None)
 
 
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
-    return unwrap(model) is not without_replicas(model) or any(
-        module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
-        for module in model.modules()
-    )
+    return unwrap(model) is not without_replicas(model) or any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
 
 
 def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that ask for a gradient, or did until `train_only` froze them, under their first name."""
     named = unwrap(model).named_parameters()
-    return {fqn: parameter for fqn, parameter in named if was_trainable(parameter)}
+    return {fqn: sharded(parameter) for fqn, parameter in named if was_trainable(parameter)}
 
 
 def _names(model: nn.Module) -> dict[str, str]:
@@ -170,7 +188,8 @@ def _is_outside(parameter: nn.Parameter, compiled: bool) -> bool:
 def _freeze(parameter: nn.Parameter, *, outside: bool) -> None:
     parameter.grad = None
     if parameter not in _frozen:
-        _frozen[parameter] = parameter.register_post_accumulate_grad_hook(_drop_stray_gradient)
+        given = whole(parameter).requires_grad_()  # as the parameter: a whole one follows when next gathered
+        _frozen[parameter] = given.register_post_accumulate_grad_hook(_drop_stray_gradient)
     if outside:
         parameter.requires_grad_(False)
 
@@ -186,5 +205,5 @@ def _drop_stray_gradient(parameter: torch.Tensor) -> None:
     """Drop a gradient that eager code computed, and have autograd skip it from now on."""
     assert isinstance(parameter, nn.Parameter)
     parameter.grad = None
-    if parameter not in _in_region:
-        parameter.requires_grad_(False)
+    if sharded(parameter) not in _in_region:
+        sharded(parameter).requires_grad_(False)
