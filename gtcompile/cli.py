@@ -29,6 +29,7 @@ MODEL_HELP = "Hub id, local directory (a config alone is enough to inspect), or 
 SUBJECT_HELP = (
     "Hub id, directory (a config is enough), demo, module:function, or the output folder of finetune."
 )
+EXPORT_HELP = "Hub id, directory with weights, demo, module:function, or the output folder of finetune."
 DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or the path of a .jsonl file."
 
 Dataset = Annotated[str, _option(DATASET_HELP)]
@@ -204,7 +205,7 @@ def inspect(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Hub id, directory with weights, demo, or module:function.")],
+    model: Annotated[str, typer.Argument(help=EXPORT_HELP)],
     onnx: Annotated[Path, _option("File to write: the training step of the trained set.")],
     train: Annotated[list[str] | None, _option("Pattern of parameters to train; may be repeated.")] = None,
     budget: Annotated[float | None, _option("Train what this share of a full step's FLOPs buys.")] = None,

@@ -1,6 +1,6 @@
 """Why a node of the joint graph runs for a trained set or not, and what another trained set changes."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,15 +49,17 @@ class Explanation:
     def __str__(self) -> str:
         if self.phase == "forward":
             saved = (
-                f"saved for {len(self.needed_by)} gradients" if self.needed_by else "not saved for backward"
+                f"saved for {_count(self.needed_by, 'gradient')}"
+                if self.needed_by
+                else "not saved for backward"
             )
             return f"{self.node} runs in the forward, whatever is trained; {saved}"
         if not self.alive:
-            served = len(self.would_need)
-            return f"{self.node} is eliminated: none of the parameters it serves ({served}) is trained"
+            served = _count(self.would_need, "parameter")
+            return f"{self.node} is eliminated: it serves {served}, none of them trained"
         if not self.needed_by:
             return f"{self.node} runs for its side effect"
-        return f"{self.node} runs for {len(self.needed_by)} trained parameters"
+        return f"{self.node} runs for {_count(self.needed_by, 'trained parameter')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +85,14 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.entered)} parameters in, {len(self.left)} out; "
+            f"{_count(self.entered, 'parameter')} in, {len(self.left)} out; "
             f"+{self.gained_flops:.4g} and -{self.lost_flops:.4g} FLOPs; "
-            f"{len(self.appeared)} nodes appeared, {len(self.gone)} went"
+            f"{_count(self.appeared, 'node')} appeared, {len(self.gone)} went"
         )
+
+
+def _count(things: Collection[str], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:

@@ -171,3 +171,33 @@ def test_a_bar_is_full_only_for_all_and_empty_only_for_nothing() -> None:
     assert bar(1e-9).count("█") == 1
     assert bar(0.999).count("·") == 1
     assert bar(1.0).count("·") == 0
+
+
+def test_eighty_columns_are_enough_for_blocks(model: Path) -> None:
+    result = run("inspect", model, *SHAPE, columns=80)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(" ")]
+    assert max(map(len, lines)) <= 80
+    assert "model.decoder.final_layer_norm " in result.stdout
+    assert bar(1.0, 10) in result.stdout
+
+
+def test_the_batch_of_a_factory_is_told_by_its_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lossy.py").write_text(
+        "import torch\n"
+        "class Lossy(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).sum()\n"
+        "def make():\n"
+        "    return Lossy(4, 4), {'x': torch.ones(2, 4)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "batches of x 2x4," in printed("lossy:make", "--budget", 1)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '[{"epoch": 0}]', "[3]"])
+def test_a_run_with_broken_selections_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text('{"format": 1}')
+    (tmp_path / "selections.json").write_text(content)
+    assert "expected a list of selections with" in refused(tmp_path)

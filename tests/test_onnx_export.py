@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gtcompile.tools import onnx_command, onnx_graph, onnx_step
 from gtcompile.tools.onnx_convolution import convolution_gradients
 from gtcompile.tools.onnx_export import export_onnx
 from gtcompile.tools.onnx_step import Update
+from gtcompile.tools.run_record import described_batch
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install gtcompile[onnx]")
 onnx = pytest.importorskip("onnx")
@@ -252,6 +254,23 @@ def test_a_write_that_stops_half_way_leaves_what_was_there(error, tmp_path, monk
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_is_exported_with_what_it_trained_last_at_its_own_shape(tmp_path, monkeypatch):
+    build("opt").save_pretrained(tmp_path / "model")
+    (tmp_path / "run.json").write_text(
+        json.dumps({"model": "gone", **described_batch(draw(3, 7), "3 x 7 tokens")})
+    )
+    costs = {"selectable": 34, "step_flops": 1, "budget_flops": 1, "full_flops": 1}
+    rest = {"importance": {}, "importance_bound": None, **costs}
+    selections = [{"epoch": n, "trained": [f"model.decoder.layers.{n}.fc1.weight"], **rest} for n in (0, 1)]
+    (tmp_path / "selections.json").write_text(json.dumps(selections))
+    asked = []
+    monkeypatch.setattr(onnx_command, "export_onnx", lambda *a, **options: asked.append((*a, options)))
+    onnx_command.export(str(tmp_path), tmp_path / "step.onnx")
+    onnx_command.export(str(tmp_path), tmp_path / "step.onnx", train=["*fc2*"])
+    assert [options["trained"] for *_, options in asked] == [["model.decoder.layers.1.fc1.weight"], ["*fc2*"]]
+    assert {tuple(value.shape) for value in asked[0][1].values()} == {(3, 7)}
+
+
 def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path):
     with pytest.raises(ValueError, match="--length: expected at least 1, got 0"):
         onnx_command.export("demo", tmp_path / "step.onnx", length=0)
@@ -259,3 +278,20 @@ def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path
         onnx_command.export("demo", tmp_path / "none" / "step.onnx")
     with pytest.raises(ValueError, match="no function 'convolution'; near names: convolutional"):
         onnx_command.export("tests.test_onnx_export:convolution", tmp_path / "step.onnx")
+
+
+def test_parameters_of_another_type_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(
+        CaptureError, match=r"got torch.bfloat16 \(model.decoder.embed_tokens.weight\).*model.float"
+    ):
+        export_onnx(build("opt").bfloat16(), draw(), tmp_path / "step.onnx")
+
+
+def test_a_model_that_onnx_does_not_accept_is_refused_in_one_line():
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.STRING, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "step", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", onnx_graph.OPSET)])
+    with pytest.raises(CaptureError, match=r"not valid ONNX.*Relu") as caught:
+        onnx_graph._inferred(model)
+    assert "\n" not in str(caught.value)

@@ -102,7 +102,8 @@ def test_finetune_leaves_a_report_that_works_offline(run_folder: Path, browser: 
     visit(browser, run_folder / "report.html")
     for section in ("overview", "modules", "parameters", "epochs", "measured", "graph"):
         assert len(text(browser, f"#{section}")) > 60, section
-    assert text(browser, "#measures tbody").count("= predicted") == 2
+    assert text(browser, "#measures tbody").count("= predicted") == 3  # two epochs and a full step
+    assert_memory_is_measured(run_folder, browser)
     inspection = inspect_run(run_folder)
 
     put(browser, "#search", "layers.1")
@@ -131,6 +132,24 @@ def test_finetune_leaves_a_report_that_works_offline(run_folder: Path, browser: 
     click(browser, "#theme")
     assert browser.execute_script("return document.documentElement.dataset.theme") in ("dark", "light")
     assert_nothing_was_asked_for_and_nothing_failed(browser)
+
+
+def assert_memory_is_measured(run_folder: Path, browser: Any) -> None:
+    """Two epochs and a full step, each with predicted bytes, measured bytes and a peak above them."""
+    selections = json.loads((run_folder / "selections.json").read_text())
+    full = json.loads((run_folder / "summary.json").read_text())["comparison"]
+    measured = [(s["saved_bytes"], s["peak_bytes"]) for s in selections]
+    measured.append((full["full_saved_bytes"], full["full_peak_bytes"]))
+    assert all(0 < saved < peak for saved, peak in measured)
+    assert all(saved < full["full_saved_bytes"] for saved, _ in measured[:-1])
+    heads = "return [...document.querySelectorAll('#measures th')].map(e => e.textContent)"
+    column = browser.execute_script(heads).index("measured")
+    cells = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
+    shown = [
+        float(cell.split()[0])
+        for cell in browser.execute_script(cells, f"#measures td:nth-child({column + 1})")
+    ]
+    assert shown == pytest.approx([saved / 1000 for saved, _ in measured], rel=1e-3)  # in kB
 
 
 def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, browser: Any) -> None:
@@ -169,6 +188,13 @@ def test_the_page_works_on_a_phone(run_folder: Path, browser: Any) -> None:
         visit(browser, run_folder / "report.html")
         widths = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert widths[0] <= widths[1] == 390
+        click(browser, "#blocks details:nth-child(4) summary")
+        left, right = browser.execute_script(
+            "return [...document.querySelectorAll('#blocks details[open] .sides > div')]"
+            ".map(e => [e.getBoundingClientRect().top, e.getBoundingClientRect().right])"
+        )
+        assert left[0] == right[0]  # forward and backward side by side
+        assert left[1] < right[1] <= 390
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

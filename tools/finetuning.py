@@ -14,6 +14,7 @@ from gtcompile.tools.preparation import Batch, Prepared, prepare
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.settings import Settings
+from gtcompile.tools.step_memory import passes_memory
 from gtcompile.tools.summary import StepComparison, Summary, summary_from
 from gtcompile.tools.tensorboard_trace import open_trace
 from gtcompile.tools.training import Training, forward_and_backward
@@ -109,19 +110,26 @@ def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
 
 
 def compare_steps(training: Training) -> StepComparison:
-    """Count a full step, and time full steps and steps of the last plan in turn; nothing is updated."""
+    """A full step counted and its memory measured, and both kinds timed in turn; nothing is updated."""
     batch = training.prepared.batch(training.prepared.epoch(0)[0])
     plan = training.selections[-1]
     patterns = {"full": None, "plan": plan["trained"]}
     seconds: dict[str, list[float]] = {name: [] for name in patterns}
     with restored(training.module), temporarily_training(training.model, None):
         full_flops = check_step_flops(training.model, batch, plan["full_flops"])
+        memory = passes_memory(training.model, batch, training.prepared.device)
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             for name, trained in patterns.items():
                 train_only(training.model, trained)
                 seconds[name].append(_seconds_of_step(training, batch))
     full, planned = (median(seconds[name][1:]) for name in patterns)
-    return StepComparison(full_flops=full_flops, full_seconds=full, plan_seconds=planned)
+    return StepComparison(
+        full_flops=full_flops,
+        full_seconds=full,
+        plan_seconds=planned,
+        full_saved_bytes=memory.saved,
+        full_peak_bytes=memory.peak,
+    )
 
 
 def _seconds_of_step(training: Training, batch: Batch) -> float:

@@ -139,6 +139,7 @@ class Inspection:
             f"FLOPs of one training step on batches of {self.batch}, 2 per multiply-add",
             f"smallest budget that trains anything: {self.costs.minimum_budget_fraction:.4f}",
             f"importance: {self.importance_origin}",
+            "dW FLOPs: what that gradient alone needs; marginal: what a step gains with it, or loses without",
         ]
 
 
@@ -174,7 +175,7 @@ def inspect_model(
     if is_factory(model):
         made, batch = call_factory(model)
         if batch is not None:
-            return _inspect(model, made, batch, "its own batch", wanted, importances)
+            return _inspect(model, made, batch, described_shapes(batch), wanted, importances)
         if not isinstance(made, PreTrainedModel):
             raise ValueError(
                 f"{model} returned a {type(made).__name__} and no batch; "
@@ -264,6 +265,12 @@ def inspection_of_run(run: RunRecord, joint: JointGraph, architecture: str) -> I
         selection=selection,
         run=run,
     )
+
+
+def described_shapes(batch: Batch) -> str:
+    """The tensors of a batch by name, in words."""
+    shapes = {name: value.shape for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in shapes.items())
 
 
 def _batch_for(model: PreTrainedModel, *, batch_size: int, length: int, target_length: int) -> Batch:

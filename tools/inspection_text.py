@@ -12,8 +12,10 @@ from gtcompile.explanations import Difference, Explanation, compare_trained_sets
 from gtcompile.tools.inspection import Inspection
 from gtcompile.trained import match_patterns, near_names
 
-BAR = 20
-"""Characters of a full bar."""
+BAR, SHORT_BAR = 20, 10
+"""Characters of a full bar, and of one on a narrow terminal."""
+NARROW = 100
+"""Below so many columns bars are short and shapes are left out, so that names have room."""
 ORDERS = {"cost": "dw_flops", "marginal": "marginal_flops", "importance": "importance", "size": "elements"}
 """What rows can be sorted by, largest first; `name` is the order of the model."""
 LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
@@ -48,8 +50,9 @@ def show(
     )
     if blocks:
         shown = {row["block"] for row in rows}
-        console.print(_blocks([block for block in inspection.blocks() if block["block"] in shown]))
-    console.print(_parameters(rows[: top or None], len(rows), order))
+        chosen = [block for block in inspection.blocks() if block["block"] in shown]
+        console.print(_blocks(chosen, SHORT_BAR if console.width < NARROW else BAR))
+    console.print(_parameters(rows[: top or None], len(rows), order, shapes=console.width >= NARROW))
     for line in inspection.lines():
         _say(console, line)
 
@@ -119,12 +122,12 @@ def _costs(inspection: Inspection) -> Table:
     return table
 
 
-def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:
+def _blocks(blocks: Sequence[dict[str, Any]], length: int) -> Table:
     table = Table(title="plan by block", title_justify="left", **LOOK)
     table.add_column("block", overflow="fold")
     for column in ("elements", "dW FLOPs", "trained"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("share of elements trained", no_wrap=True)
+    table.add_column("of elements", no_wrap=True)
     for block in blocks:
         share = block["trained_elements"] / block["elements"] if block["elements"] else 0.0
         table.add_row(
@@ -132,29 +135,29 @@ def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:
             f"{block['elements']:,}",
             f"{block['dw_flops']:.3g}",
             f"{block['trained']}/{block['parameters']}",
-            f"{bar(share)} {share:4.0%}",
+            f"{bar(share, length)} {share:4.0%}",
         )
     return table
 
 
-def bar(share: float) -> str:
-    """A bar of `BAR` characters; anything above 0 shows, and only 1 fills it."""
-    full = min(round(share * BAR), BAR if share >= 1 else BAR - 1)
+def bar(share: float, length: int = BAR) -> str:
+    """A bar of so many characters; anything above 0 shows, and only 1 fills it."""
+    full = min(round(share * length), length if share >= 1 else length - 1)
     full = max(full, 1) if share > 0 else 0
-    return "█" * full + "·" * (BAR - full)
+    return "█" * full + "·" * (length - full)
 
 
-def _parameters(rows: Sequence[dict[str, Any]], of: int, order: str) -> Table:
+def _parameters(rows: Sequence[dict[str, Any]], of: int, order: str, *, shapes: bool) -> Table:
     by = "in the model's order" if order == "name" else f"by {order}"
     title = f"{len(rows)} of {of} parameters, {by}"
     table = Table(title=title, title_justify="left", **LOOK)
     table.add_column("parameter", overflow="fold")
-    for column in ("shape", "dW FLOPs", "marginal", "importance", ""):
-        table.add_column(column, justify="right")
+    for column in (*(("shape",) if shapes else ()), "dW FLOPs", "marginal", "importance", ""):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["parameter"],
-            "x".join(map(str, row["shape"])),
+            *(("x".join(map(str, row["shape"])),) if shapes else ()),
             f"{row['dw_flops']:.3g}",
             f"{row['marginal_flops']:.3g}",
             "-" if row["importance"] is None else f"{row['importance']:.3g}",
@@ -201,13 +204,14 @@ def show_why(console: Console, inspection: Inspection, subject: str) -> None:
     Raises:
         ValueError: nothing is called that.
     """
-    for line in why_lines(explain(inspection.joint, subject, inspection.selection.trained)):
+    why = explain(inspection.joint, subject, inspection.selection.trained)
+    for line in (f"why {subject}?", *why_lines(why), ""):
         _say(console, line)
 
 
 def why_lines(why: Explanation) -> list[str]:
     """An explanation, one fact a line."""
-    lines = [str(why), f"  its own work: {why.flops:.4g} FLOPs a step"]
+    lines = [f"  {why}", f"  its own work: {why.flops:.4g} FLOPs a step"]
     if why.path:
         verb = "read by" if why.needed_by else "would be read by"
         lines.append(f"  {verb}: {_way(why.path)} = gradient of {why.reached}")
@@ -218,9 +222,8 @@ def why_lines(why: Explanation) -> list[str]:
         frees = sorted(why.freed_flops.items(), key=lambda item: -item[1])[:LISTED]
         lines += [f"    freezing {fqn} alone frees {flops:.4g} FLOPs" for fqn, flops in frees]
         goes = "eliminates it" if why.phase == "backward" else "lets it go after the forward"
-        lines.append(
-            f"    freezing all {len(why.needed_by)} {goes} and frees {why.freed_together_flops:.4g} FLOPs"
-        )
+        what = "that one" if len(why.needed_by) == 1 else f"all {len(why.needed_by)}"
+        lines.append(f"    freezing {what} {goes} and frees {why.freed_together_flops:.4g} FLOPs")
     if why.would_need:
         also = "also read for the frozen" if why.needed_by else "training one of these brings it back"
         lines.append(f"  {also}: {_some(sorted(why.would_need))}")

@@ -14,6 +14,7 @@ from gtcompile.tools.inspection_outputs import check_writable
 from gtcompile.tools.models import load_model
 from gtcompile.tools.onnx_export import Batch, Export, export_onnx
 from gtcompile.tools.onnx_step import OptimizerName, Update
+from gtcompile.tools.run_record import is_run, read_run
 from gtcompile.tools.trainees import random_batch
 
 
@@ -32,13 +33,14 @@ def export(
     """Export the training step of a model, without dropout.
 
     Args:
-        name: hub id, local directory with weights, `demo`, or `module:function`.
+        name: hub id, local directory with weights, `demo`, `module:function`, or the output folder of a run.
         path: of the file.
-        train: patterns of parameters to train; None and no budget trains everything.
+        train: patterns of parameters to train; None and no budget trains everything, or what a run trained
+            last.
         budget: share of a full step's FLOPs; every parameter counts as much as it has elements.
         optimizer: `sgd` or `adamw` to include the update.
         dynamic: whether other batch sizes and lengths than these work.
-        batch_size: rows.
+        batch_size: rows; a run has a shape of its own.
         length: input tokens per row.
         target_length: answer tokens per row of an encoder-decoder.
 
@@ -56,6 +58,8 @@ def export(
     check_writable("--onnx", path)
     model, batch = _model_and_batch(name, batch_size, length, target_length)
     trained: Sequence[str] | frozenset[str] | None = train
+    if is_run(Path(name)) and train is None:
+        trained = read_run(Path(name)).selections[-1]["trained"]
     if budget is not None:
         costs = backward_costs(model, batch)
         importance = {p.fqn: float(p.numel) for p in costs.parameters if p.fqn in costs.fqns}
@@ -65,6 +69,10 @@ def export(
 
 
 def _model_and_batch(name: str, rows: int, length: int, target_length: int) -> tuple[nn.Module, Batch]:
+    if is_run(Path(name)):
+        run = read_run(Path(name))
+        name, shapes = run.model, run.batch()
+        (rows, length), target_length = shapes["input_ids"].shape, shapes["labels"].shape[1]
     made, batch = call_factory(name) if is_factory(name) else (load_model(name), None)
     if batch is not None:
         return made.eval(), batch

@@ -72,12 +72,13 @@ def export_onnx(
         dynamic: other batch sizes work as well, and other lengths of batch tensors of two dimensions.
 
     Raises:
-        CaptureError: the step cannot be captured or lowered, or differs from eager PyTorch.
+        CaptureError: a parameter is not in float32, or the step cannot be captured or lowered, or differs
+            from eager PyTorch.
         ValueError: a pattern matches nothing, or the path cannot be written.
         TypeError: the batch holds something that is no tensor.
     """
     model = unwrap(model)
-    _check_arguments(batch, path)
+    _check_arguments(model, batch, path)
     with exportable(model):
         joint = _trained_joint(model, batch, trained, dynamic=dynamic)
         step = TrainingStep(joint, model, list(batch), None)
@@ -99,7 +100,13 @@ def export_onnx(
     )
 
 
-def _check_arguments(batch: Batch, path: Path) -> None:
+def _check_arguments(model: nn.Module, batch: Batch, path: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise CaptureError(
+                f"expected parameters in float32, got {parameter.dtype} ({name}): "
+                f"ONNX Runtime has few kernels for others. Call model.float() before the export"
+            )
     for name, value in batch.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(

@@ -143,10 +143,17 @@ def _checked(proto: onnx.ModelProto, step: TrainingStep) -> onnx.ModelProto:
         raise CaptureError(f"the exporter lost the inputs {', '.join(missing)}")
     if tuple(value.name for value in proto.graph.output) != step.output_names:
         raise CaptureError("the exporter renamed outputs: a trained parameter is probably its own gradient")
-    if not is_large(proto):
-        del proto.graph.value_info[:]  # the exporter's, stale where its optimizer has rewritten
+    return proto if is_large(proto) else _inferred(proto)
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    del proto.graph.value_info[:]  # the exporter's, stale where its optimizer has rewritten
+    try:
         proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
         onnx.checker.check_model(proto, full_check=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise CaptureError(f"the exported step is not valid ONNX, so it is not written: {reason}") from error
     return proto
 
 

@@ -119,6 +119,8 @@ def _plan(inspection: Inspection, plan: Mapping[str, Any], number: Mapping[str, 
         "budget_flops": plan["budget_flops"],
         "counted": plan.get("counted_step_flops"),
         "saved": saved_bytes(inspection.joint, frozenset(plan["trained"])),
+        "saved_measured": plan.get("saved_bytes"),
+        "peak": plan.get("peak_bytes"),
         "importance": {number[fqn]: float(f"{value:.4g}") for fqn, value in importance.items()},
         "bound": plan["importance_bound"],
     }

@@ -10,6 +10,17 @@ import torch
 
 FORMAT = 1
 """Of `run.json`; another number is another layout of the folder."""
+NEEDED = {
+    "importance",
+    "importance_bound",
+    "epoch",
+    "trained",
+    "selectable",
+    "step_flops",
+    "budget_flops",
+    "full_flops",
+}
+"""What every selection of a run has, beside counts and measurements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +99,13 @@ def read_run(path: Path) -> RunRecord:
             f"with --importances {path / 'selections.json'}"
         )
     selections = _read(path / "selections.json")
+    if not isinstance(selections, list) or not all(
+        isinstance(s, dict) and s.keys() >= NEEDED for s in selections
+    ):
+        raise ValueError(
+            f"{path / 'selections.json'} cannot be read as part of a run: expected a list of selections with "
+            f"{', '.join(sorted(NEEDED))}"
+        )
     if not selections:
         raise ValueError(f"the run in {path} has selected nothing yet")
     metrics = path / "metrics.jsonl"

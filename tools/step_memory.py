@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from gtcompile.capture import loss_of, unwrap
+from gtcompile.restoration import restored
 from gtcompile.tools.rivals import Rival
 
 
@@ -20,8 +22,31 @@ class StepMemory:
     saved: int
     """Bytes that are kept from the forward for the backward, parameters apart."""
     peak: int
-    """Most bytes allocated at once during the step: activations, gradients, and AdamW's moments of what is
-    trained."""
+    """Most bytes allocated at once during the step: activations, gradients, and what an optimizer that steps
+    makes for itself."""
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain values, as the files of a run have them."""
+        return {"saved_bytes": self.saved, "peak_bytes": self.peak}
+
+
+def passes_memory(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> StepMemory:
+    """Measure forward and backward with what is trained now; nothing changes.
+
+    Args:
+        model: compiled or not.
+        batch: keyword dictionary with labels, on the device.
+        device: where it runs.
+    """
+
+    def forward() -> torch.Tensor:
+        return loss_of(model(**batch))
+
+    with restored(unwrap(model)):
+        forward().backward()  # what is compiled on the way is no part of a step
+        unwrap(model).zero_grad()
+        saved = saved_bytes(forward, unwrap(model))
+        return StepMemory(saved, peak_bytes(lambda: forward().backward(), device))
 
 
 def step_memory(rival: Rival, device: torch.device) -> StepMemory:

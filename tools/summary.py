@@ -19,6 +19,10 @@ class StepComparison:
     """Forward and backward of a full step, the median of a few."""
     plan_seconds: float
     """The same with the last plan."""
+    full_saved_bytes: int | None = None
+    """What a full step keeps from the forward for the backward, measured; None in older summaries."""
+    full_peak_bytes: int | None = None
+    """Most bytes a full step's forward and backward allocate at once; None as above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

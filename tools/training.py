@@ -22,6 +22,7 @@ from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.run_record import described_batch
 from gtcompile.tools.run_report import RunReport
+from gtcompile.tools.step_memory import passes_memory
 from gtcompile.tools.tensorboard_trace import TensorBoardTrace
 from gtcompile.trained import train_only
 
@@ -104,12 +105,15 @@ class Training:
         started = time.perf_counter()
         batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
         plan = self.policy.plan(batches)
-        counted = check_step_flops(self.model, batches[0], plan.step_flops)
+        measured = {
+            "counted_step_flops": check_step_flops(self.model, batches[0], plan.step_flops),
+            **passes_memory(self.model, batches[0], self.prepared.device).as_dict(),
+        }
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             described = described_batch(batches[0], self.prepared.collate.shape)
             self.folder.write_settings(self.prepared.settings, described)
-        self.selections.append({"epoch": self.epoch, **plan.as_dict(), "counted_step_flops": counted})
+        self.selections.append({"epoch": self.epoch, **plan.as_dict(), **measured})
         self.folder.write_selections(self.selections)
         self.save()
         self.reporter.planned(self.epoch, plan)

@@ -45,7 +45,7 @@ function overview() {
   const cards = [
     ["full step", flops(full), "FLOPs, 2 per multiply-add"], ["this plan", percent(plan.step_flops, full), `${flops(plan.step_flops)} FLOPs; budget ${percent(plan.budget_flops, full)}`],
     ["trained", `${trained.size} of ${settled}`, "selectable parameters"], ["smallest budget", percent(t.minimum_budget_fraction, 1), "that trains anything"],
-    ["saved for backward", bytes(plan.saved), `${bytes(t.full_saved_bytes)} when all is trained`],
+    ["saved for backward", bytes(plan.saved), `${plan.saved_measured == null ? "" : `${bytes(plan.saved_measured)} measured; `}${bytes(t.full_saved_bytes)} when all is trained`],
     ["importance bound", short(plan.bound), "no set within the budget has more"], ["graph", `${N} nodes`, `${D.nodes.filter((_, i) => !runs(i)).length} eliminated`],
     ["importance", D.run ? "measured" : "stand-in", D.origin],
   ];
@@ -94,7 +94,7 @@ function treemap() {
     const share = item.trained / item.value, text = `${item.name}: ${field === 4 ? flops(item.value) + " FLOPs" : item.value.toLocaleString("en") + " elements"}, ${percent(item.trained, item.value)} trained`;
     const tile = el("button", { class: "tile", type: "button", title: text, "aria-label": text, style: `left:${x}px;top:${y}px;width:${w}px;height:${h}px`, onclick: () => { if (inside < 0) { inside = item.key; treemap(); $("treemap-up").focus(); } } },
       el("i", { style: `height:${100 * share}%;${share ? "" : "border:0"}` }));
-    if (w > 45 && h > 16) tile.append(el("b", {}, last(item.name), ...(h > 40 ? [el("small", {}, percent(item.trained, item.value))] : [])));
+    if (w > 45 && h > 16) tile.append(el("b", {}, last(item.name).replace(/[._]/g, "$&\u200b"), ...(h > 40 ? [el("small", {}, percent(item.trained, item.value))] : [])));
     return tile;
   }));
   if (!tiles.length) $("treemap").replaceChildren(el("p", {}, "No FLOPs of their own here; choose elements."));
@@ -136,21 +136,27 @@ function heat() {
 }
 
 function measured() {
-  const full = D.totals.full_flops, summary = D.run && D.run.summary, steps = summary && summary.comparison;
-  const head = ["plan", "steps", "FLOPs a step, predicted", "counted", "of full", "seconds a step", "saved for backward, predicted", "of full", "mean loss"];
-  const rows = D.plans.map((p) => [p.label, p.steps ?? "–", p.step_flops.toLocaleString("en"), p.counted == null ? "not run" : p.counted === p.step_flops ? "= predicted" : p.counted.toLocaleString("en"),
-    percent(p.step_flops, full), p.seconds == null ? "–" : p.seconds.toFixed(4), bytes(p.saved), percent(p.saved, D.totals.full_saved_bytes), short(p.loss)]);
-  const parts = [el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Predicted and measured" }, el("table", {}, el("thead", {}, el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((text) => el("td", {}, String(text))))))))];
-  if (steps) parts.push(el("p", {}, `Last plan against a full step, taken in turn: ${steps.plan_seconds.toFixed(4)} s against ${steps.full_seconds.toFixed(4)} s, ${percent(steps.plan_seconds, steps.full_seconds)} of the time for ${percent(D.plans[D.plans.length - 1].step_flops, full)} of the FLOPs; FLOPs of a full step counted ${steps.full_flops.toLocaleString("en")}, predicted ${full.toLocaleString("en")}.`));
+  const full = D.totals.full_flops, summary = D.run && D.run.summary, steps = summary && summary.comparison, number = (n) => n.toLocaleString("en");
+  const counted = (n, predicted) => n == null ? null : n === predicted ? "= predicted" : number(n), some = (n, text) => n == null ? null : text(n);
+  const row = (p) => [p.label, p.steps, number(p.step_flops), counted(p.counted, p.step_flops), percent(p.step_flops, full), some(p.seconds, (x) => x.toFixed(4)), bytes(p.saved), some(p.saved_measured, bytes), some(p.peak, bytes), some(p.loss, short)];
+  const whole = { label: "full step", step_flops: full, counted: steps && steps.full_flops, saved: D.totals.full_saved_bytes, saved_measured: steps && steps.full_saved_bytes, peak: steps && steps.full_peak_bytes };
+  const head = ["plan", "steps", "FLOPs a step, predicted", "counted", "of full", "seconds a step", "saved for backward, predicted", "measured", "peak, measured", "mean loss"];
+  const rows = [...D.plans, whole].map(row), used = head.map((_, c) => rows.some((cells) => cells[c] != null)), keep = (cells) => cells.filter((_, c) => used[c]);
+  const parts = [el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Predicted and measured" }, el("table", {}, el("thead", {}, el("tr", {}, ...keep(head).map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...keep(cells).map((text) => el("td", {}, String(text ?? "–"))))))))];
+  if (steps) parts.push(el("p", {}, `Last plan against a full step, forward and backward taken in turn: ${steps.plan_seconds.toFixed(4)} s against ${steps.full_seconds.toFixed(4)} s, ${percent(steps.plan_seconds, steps.full_seconds)} of the time for ${percent(D.plans[D.plans.length - 1].step_flops, full)} of the FLOPs.`));
   if (summary) parts.push(el("p", {}, `The whole run: ${short(summary.predicted_flops)} FLOPs predicted, ${short(summary.counted_flops)} counted, ${percent(summary.predicted_flops, summary.full_flops)} of full fine-tuning. Quality: ${Object.entries(summary.quality).map(([k, v]) => `${k} ${v.toFixed(1)}`).join(", ")}.`));
-  parts.push(el("p", {}, "Seconds include the optimizer. Saved for backward: forward values the backward reads, before a partitioner recomputes some; memory itself was not measured."));
-  if (D.run && D.run.losses.length > 1) {
-    const losses = D.run.losses, top = Math.max(...losses), low = Math.min(...losses), svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), line = document.createElementNS(svg.namespaceURI, "polyline");
-    svg.setAttribute("viewBox", "0 0 1000 100"); svg.setAttribute("preserveAspectRatio", "none"); svg.setAttribute("role", "img"); svg.setAttribute("aria-label", `Loss from ${losses[0]} to ${losses[losses.length - 1]}`);
-    line.setAttribute("points", losses.map((loss, i) => `${(1000 * i) / (losses.length - 1)},${96 - (92 * (loss - low)) / (top - low || 1)}`).join(" "));
-    svg.append(line); parts.push(svg, el("p", {}, `Loss by step, each point the mean of ${D.run.stride}: ${losses[0]} at first, ${losses[losses.length - 1]} at last.`));
-  }
+  const note = "Saved for backward: forward values that the backward reads; the prediction is made before a compiler chooses to recompute some.";
+  parts.push(el("p", { class: "note" }, D.run ? `${note} Peak: most bytes that forward and backward hold at once, weights and optimizer apart. Seconds include the optimizer.` : `${note} Nothing was run for this report; gtcompile finetune counts, times and measures.`));
+  if (D.run && D.run.losses.length > 1) parts.push(...lossChart(D.run.losses, D.run.stride));
   $("measures").replaceChildren(...parts);
+}
+function lossChart(losses, stride) {
+  const top = Math.max(...losses), low = Math.min(...losses), svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), line = document.createElementNS(svg.namespaceURI, "polyline");
+  svg.setAttribute("viewBox", "0 0 1000 100"); svg.setAttribute("preserveAspectRatio", "none"); svg.setAttribute("role", "img"); svg.setAttribute("aria-label", `Loss from ${losses[0]} to ${losses[losses.length - 1]}`);
+  line.setAttribute("points", losses.map((loss, i) => `${(1000 * i) / (losses.length - 1)},${96 - (92 * (loss - low)) / (top - low || 1)}`).join(" "));
+  svg.append(line);
+  const ends = (kind, ...texts) => el("div", { class: kind, "aria-hidden": "true" }, ...texts.map((text) => el("span", {}, text)));
+  return [el("h3", {}, stride > 1 ? `Loss, each point the mean of ${stride} steps` : "Loss by step"), el("div", { class: "chart" }, ends("y", short(top), short(low)), svg), ends("x", "step 1", `step ${losses.length * stride > 1 ? D.plans.reduce((n, p) => n + (p.steps || 0), 0) : 1}`)];
 }
 
 const members = D.blocks.map(() => []);
@@ -158,7 +164,7 @@ D.nodes.forEach((node, i) => members[node[BLOCK]].push(i));
 function nodeButton(i) {
   const node = D.nodes[i], dead = !runs(i), kind = node[GRADIENT] >= 0 ? "grad" : node[PHASE] === BACKWARD ? "" : "fwd";
   return el("button", { type: "button", class: `node ${kind} ${dead ? "dead" : ""}`, "data-node": i, "aria-pressed": String(i === chosen), title: `${node[NAME]} ${D.operators[node[OP]]} ${node[SHAPE]}`, "aria-label": `${node[NAME]}, ${D.operators[node[OP]]}, ${dead ? "eliminated" : "runs"}`, onclick: () => choose(i, false) },
-    `${dead ? "✕ " : ""}${node[NAME]}  ${D.operators[node[OP]].replace(/^aten\./, "")}  ${node[SHAPE]}${node[FLOPS] ? "  " + flops(node[FLOPS]) : ""}`);
+    el("b", {}, (dead ? "✕ " : "") + node[NAME]), el("span", {}, D.operators[node[OP]].replace(/^aten\./, "")), el("span", { class: "shape" }, node[SHAPE]), el("span", { class: "work" }, node[FLOPS] ? flops(node[FLOPS]) : ""));
 }
 function fill(details, b) {
   const sides = [["forward", (i) => D.nodes[i][PHASE] !== BACKWARD], ["backward", (i) => D.nodes[i][PHASE] === BACKWARD]];
@@ -168,7 +174,7 @@ function graph() {
   const opened = new Set([...$("blocks").querySelectorAll("details[open]")].map((d) => +d.dataset.block));
   $("blocks").replaceChildren(...D.blocks.map((name, b) => b).filter((b) => members[b].length).map((b) => {
     const dead = members[b].filter((i) => !runs(i)).length, back = members[b].filter((i) => D.nodes[i][PHASE] === BACKWARD).length;
-    const details = el("details", { "data-block": b, open: opened.has(b) }, el("summary", {}, D.blocks[b] + " ", el("small", {}, `${members[b].length - back} forward, ${back} backward, ${dead} eliminated`)), el("div", { class: "sides" }));
+    const details = el("details", { "data-block": b, open: opened.has(b) }, el("summary", {}, D.blocks[b] + " ", el("span", { class: "mini", "aria-hidden": "true" }, el("i", { style: `width:${back ? (100 * (back - dead)) / back : 0}%` })), el("small", {}, `${members[b].length - back} forward, ${back} backward, ${dead} eliminated`)), el("div", { class: "sides" }));
     details.addEventListener("toggle", () => { if (details.open) fill(details, b); });
     if (opened.has(b)) fill(details, b);
     return details;
