@@ -14,8 +14,9 @@ from torch import fx, nn
 from gtcompile import trained
 from gtcompile.backend import make_backend, parse_options
 from gtcompile.capture import unwrap
-from gtcompile.cuts import cut
+from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
+from gtcompile.first_forward import FirstForward
 from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
 from gtcompile.torch_internals import dynamo_config
 
@@ -64,12 +65,13 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
             f'or compile the model as a whole: torch.compile(model, backend="gtcompile")'
         )
     modules = [_submodule(model, name) for name in names]
+    first = FirstForward(model, modules)
     backends: dict[type[nn.Module], Backend] = {}
     seen: dict[type[nn.Module], set[int | str]] = {}
     for block in modules:
         backend = backends.setdefault(type(block), _limited(make_backend(parsed), type(block)))
         compiled = torch.compile(block.forward, backend=backend, **_LIMIT)
-        block.forward = BlockForward(block.forward, compiled, seen.setdefault(type(block), set()))
+        block.forward = BlockForward(block, compiled, seen.setdefault(type(block), set()), first)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained.enter_region(inside)
     trained.leave_to_eager(p for p in model.parameters() if p not in inside)
@@ -96,7 +98,8 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     """Undo `compile_blocks`: the model runs eagerly again, with the same parameters trained."""
     model = unwrap(model)
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), BlockForward):
+        if isinstance(forward := vars(module).get("forward"), BlockForward):
+            forward.first.forget()
             del module.forward
     unwatch_embeddings(model)
     chosen = trained.trained_parameters(model)
@@ -168,15 +171,21 @@ class BlockForward:
     """A block's forward: compiled while gradients are enabled, and with inputs that always look the same.
 
     An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
-    it still looks as it did, and no guard fails. So is one that requires a gradient only because activation
-    checkpointing made frozen embeddings ask for it.
+    it still looks as it did, and no guard fails. So is one that requires a gradient only because a forced
+    leaf asks for it.
     """
 
     def __init__(
-        self, eager: Callable[..., Any], compiled: Callable[..., Any], differentiable: set[int | str]
+        self,
+        block: nn.Module,
+        compiled: Callable[..., Any],
+        differentiable: set[int | str],
+        first: FirstForward,
     ) -> None:
-        self.eager = eager
+        self.eager = block.forward
         self.compiled = compiled
+        self.first = first
+        self._block = block
         self._differentiable = differentiable
         self._decided: dict[int | str, bool] = {}
         self._generation = -1
@@ -187,6 +196,7 @@ class BlockForward:
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
+        self.first.called(self._block)
         with _RAISED:
             return self.compiled(*args, **kwargs)
 
@@ -195,7 +205,7 @@ class BlockForward:
             return value
         if value.requires_grad:
             self._differentiable.add(key)
-            return value if needs_gradient(value) else cut(value)
+            return value if is_cut(value) or needs_gradient(value) else cut(value)
         return cut(value) if self._cuts(key) else value
 
     def _cuts(self, key: int | str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _cuts = WeakTensorKeyDictionary()
+_keep_asking = False
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,8 +18,34 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
     return leaf
 
 
+def keep_asking(now: bool) -> None:
+    """Whether from now on `end` leaves tensors that ask for a gradient."""
+    global _keep_asking
+    _keep_asking = now
+
+
+def keeps_asking() -> bool:
+    """Whether `end` leaves tensors that ask for a gradient."""
+    return _keep_asking
+
+
+def end(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, from which no backward runs into what computed them."""
+    return ask(tensor) if _keep_asking else tensor.detach()
+
+
+def ask(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that asks for a gradient, which goes nowhere; eager code may write to it."""
+    return cut(tensor).clone()
+
+
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether this is a leaf that `cut` made."""
+    return tensor.grad_fn is None and tensor in _cuts
+
+
 def wants_gradient(value: object) -> bool:
     """Whether a region's backward must hand a gradient to this input."""
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return False
-    return value.grad_fn is not None or value not in _cuts
+    return not is_cut(value)

@@ -1,8 +1,9 @@
-"""Forced leaves: outputs of frozen embeddings that a hook has asked for a gradient nobody wants.
+"""Forced leaves: tensors that were made to ask for a gradient nobody wants.
 
-Transformers and PEFT do so when activation checkpointing is enabled, and the backward then runs down to them
-through every frozen block. Which tensor it was is noticed where embeddings return; blocks ask here whether
-anything trained is upstream of their inputs.
+Outputs of frozen embeddings do where activation checkpointing is enabled as transformers and PEFT do it, and
+the backward then runs down to them through every frozen block; which tensor it was is noticed where
+embeddings return. So do cuts, of which eager code has copies in a first forward (`first_forward.py`). Blocks
+ask here whether anything trained is upstream of their inputs.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile import trained
+from gtcompile.cuts import is_cut, keeps_asking
 
+REENTRANT = "CheckpointFunctionBackward"
+"""What autograd calls the node of a reentrant checkpoint."""
 _embedded = WeakTensorKeyDictionary()  # the keys: what embeddings returned without a history
-_WANTED = "gtcompile.wanted"  # in an autograd node's metadata: something trained is upstream
+_WANTED = "gtcompile.wanted"  # in an autograd node's metadata: whether something trained is upstream
 
 
 def watch_embeddings(model: nn.Module) -> None:
@@ -40,11 +44,12 @@ def needs_gradient(tensor: torch.Tensor) -> bool:
     Args:
         tensor: any; its history is walked up to the first thing that wants a gradient.
     """
-    if not any(leaf.requires_grad for leaf in _embedded):
-        return True
     if tensor.grad_fn is None:
         return _leaf_wants(tensor)
-    return _reaches_wanted(tensor.grad_fn)
+    known = _metadata(tensor.grad_fn).get(_WANTED)  # a checkpointed block asks again
+    if known is None and (keeps_asking() or any(leaf.requires_grad for leaf in _embedded)):
+        known = _metadata(tensor.grad_fn)[_WANTED] = _reaches_wanted(tensor.grad_fn)
+    return known is not False
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
@@ -71,7 +76,7 @@ def _notice(_module: nn.Module, _inputs: object, output: object) -> None:
 def _leaf_wants(leaf: torch.Tensor) -> bool:
     if isinstance(leaf, nn.Parameter):
         return trained.is_trained(leaf)
-    return leaf not in _embedded
+    return leaf not in _embedded and not is_cut(leaf)
 
 
 def _reaches_wanted(start: torch.autograd.graph.Node) -> bool:
@@ -79,8 +84,8 @@ def _reaches_wanted(start: torch.autograd.graph.Node) -> bool:
     while todo:
         node = todo.pop()
         leaf = getattr(node, "variable", None)
-        if _metadata(node).get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
-            _metadata(start)[_WANTED] = True
+        hidden = node.name() == REENTRANT  # parameters of what is recomputed are no part of the history
+        if hidden or _metadata(node).get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
             return True
         parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
         seen |= parents

@@ -1,6 +1,5 @@
 """The forward of a region in which nothing is trained: no autograd, nothing saved for backward."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,10 +27,10 @@ def compile_frozen(
     Returns:
         A function of the graph's inputs whose outputs need no gradient.
     """
-    run: Any = graph
+    run: Any = fx.GraphModule(graph, graph.graph)  # whose Python code is made now, not at the first call
     if compiler == "inductor":
         with torch.no_grad():
-            run = compile_fx(copy.copy(graph), example_inputs, config_patches=patches)
+            run = compile_fx(run, example_inputs, config_patches=patches)
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():

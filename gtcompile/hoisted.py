@@ -15,7 +15,7 @@ Either way the FLOPs are exactly those of the live gradients.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ from gtcompile.torch_internals import (
     inductor_config,
     inductor_state,
     min_cut_rematerialization_partition,
+    no_autocast,
     tracing,
 )
 
@@ -183,6 +184,9 @@ class HoistedVariants:
         self._work = self._partition.work()
         self._program = Program(self._partition.backward)
         self._generates_random = draws_random_numbers(self._partition.backward)
+        every = self._activations_among(range(len(self._partition.slots)))
+        if compiler == "inductor" and cut_chains == "run" and every:
+            self._chain(every)  # or the first set to need it would wait for it
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
@@ -197,7 +201,7 @@ class HoistedVariants:
     def _compile(
         self, graph: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> tuple[Partition, Callable[..., Any]]:
-        """Compile the forward; the parts of the backward are compiled when first run."""
+        """Compile the forward, and learn how parts of the backward are compiled."""
         partitioner = HoistingPartitioner()
         code: Any
         with without_donation():
@@ -229,10 +233,6 @@ class HoistedVariants:
 
         self._compile_part = compile_part
         return boxed(self._run_plan)
-
-    def _compile_when_run(self, part: Part) -> Boxed:
-        """Compile a part; plans are made before AOTAutograd's first backward says how."""
-        return self._compile_part(part)
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
         """The compiled forward, which lets go of what the plan's backward will not read."""
@@ -274,31 +274,39 @@ class HoistedVariants:
         if self._cut_chains == "run" and not draws_random_numbers(needed.module):
             return None
         narrow_masks(needed.module.graph)
-        backward = functools.partial(run_part, needed.inputs, lazily(self._compile_when_run, needed))
+        backward = functools.partial(run_part, needed.inputs, self._compile_part(needed))
         return Plan(self._partition.released(set(needed.inputs)), backward)
 
     def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
-        slots = self._partition.slots
-        activations = frozenset(slot for slot in live if slots[slot] not in self._parameters)
+        activations = self._activations_among(live)
         if not activations and self._cut_chains == "run":
             return None  # the backward ends in this block
-        if activations not in self._chains:
-            self._chains[activations] = self._chain(activations)
-        chain = self._chains[activations]
+        chain = self._chain(activations)
         leaves = tuple(leaf for leaf in chain.hoisted.leaves if leaf.slot in live)
         names = set(map(str, live))
         needed_flops = sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
         if chain.flops + sum(leaf.flops for leaf in leaves) != needed_flops:
             return None
         read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
-        backward = functools.partial(run_chain, chain, with_last_reads(leaves), live, len(slots))
+        backward = functools.partial(
+            run_chain, chain, with_last_reads(leaves), live, len(self._partition.slots)
+        )
         return Plan(self._partition.released(read), backward)
 
+    def _activations_among(self, slots: Iterable[int]) -> Slots:
+        """Those of the slots that are gradients of something else than a parameter."""
+        names = self._partition.slots
+        return frozenset(i for i in slots if names[i] is not None and names[i] not in self._parameters)
+
     def _chain(self, activations: Slots) -> Chain:
-        hoistable = {slot for slot, name in enumerate(self._partition.slots) if name in self._parameters}
-        hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
-        return Chain(hoisted, lazily(self._compile_when_run, hoisted.chain), hoisted.chain.flops)
+        """The compiled backward that computes the gradients of these activations."""
+        if activations not in self._chains:
+            hoistable = {slot for slot, name in enumerate(self._partition.slots) if name in self._parameters}
+            hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
+            run = self._compile_part(hoisted.chain)
+            self._chains[activations] = Chain(hoisted, run, hoisted.chain.flops)
+        return self._chains[activations]
 
 
 def run_part(positions: Sequence[int], run: Boxed, inputs: list[Any]) -> Sequence[Any]:
@@ -343,18 +351,6 @@ def run_part_eagerly(part: Part) -> Boxed:
     return run_operators(part.module)
 
 
-def lazily(make: Callable[[Part], Boxed], part: Part) -> Boxed:
-    """What `make(part)` returns, made at the first call."""
-    made: list[Boxed] = []
-
-    def run(inputs: list[Any]) -> Sequence[Any]:
-        if not made:
-            made.append(make(part))
-        return made[0](inputs)
-
-    return run
-
-
 def mark_outputs_visible(module: fx.GraphModule) -> None:
     """Have Inductor keep the strides of all outputs: leaves and autograd read them."""
     output = module.graph.output_node()
@@ -372,10 +368,13 @@ def without_donation() -> Iterator[None]:
     """Compile code that never overwrites saved values: leaves read them afterwards (`TORCH.md`, 16).
 
     AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's
-    `uuid`.
+    `uuid`. The backward is compiled with the forward, so that no later set has to.
     """
-    with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
+    settings = dict.fromkeys(("donated_buffer", "enable_autograd_cache"), False)
+    with functorch_config.patch({**settings, "force_non_lazy_backward_lowering": True}):
         yield
+    metadata: Any = TracingContext.get().fw_metadata
+    metadata.bw_donated_idxs = []  # None would have AOTAutograd refuse to retain the graph
 
 
 def resumable_compilation(
@@ -389,6 +388,8 @@ def resumable_compilation(
     def resume() -> Iterator[None]:
         with (
             tracing(context),
+            torch.no_grad(),
+            no_autocast(),
             inductor_state.set_fake_mode(fake_mode),
             without_donation(),
             inductor_config.patch(settings),

@@ -22,8 +22,8 @@ Values = list[Any]
 """One place per node of the graph, in the graph's order."""
 Places = int
 """A set of places, one bit each: graphs of whole models have thousands of nodes."""
-Call = Callable[[Values], Any]
-"""Computes one node from the values so far."""
+Call = Callable[..., Any]
+"""Computes one node from the values so far; of a masked operator, only the outputs in `read`."""
 Filler = Callable[[Values], Any]
 """Makes an operator's arguments from the values so far."""
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.autograd_nodes import region_node
-from gtcompile.cuts import wants_gradient
+from gtcompile.cuts import ask, end, keeps_asking, wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants
@@ -91,7 +91,15 @@ class Region:
             with self._compilation():
                 self._frozen = self._compile_frozen()
         outputs = self._frozen(*inputs)
+        if keeps_asking():  # as they would if anything were trained
+            sources = zip(outputs, self._output_sources, strict=True)
+            outputs = [ask(out) if self._could_ask(out, positions) else out for out, positions in sources]
         return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
+
+    def _could_ask(self, output: object, sources: Live) -> bool:
+        """Whether an output asks for a gradient where everything is trained."""
+        differentiable = isinstance(output, torch.Tensor) and output.is_floating_point()
+        return differentiable and not sources.isdisjoint({*self._parameters, *self._activations})
 
     def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
         """The inputs, with stand-ins for frozen parameters with hooks, which autograd calls with None."""
@@ -166,7 +174,7 @@ def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
     detached = list(outputs)
     for i in positions:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
-            detached[i] = outputs[i].detach()
+            detached[i] = end(outputs[i])
     return detached
 
 

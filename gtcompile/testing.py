@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gtcompile.capture import loss_of, unwrap
+from gtcompile.forced_leaves import REENTRANT
 from gtcompile.trained import trained_parameters
 
 Gradients = Sequence[torch.Tensor | None]
@@ -63,7 +64,7 @@ def _is_checkpointed_reentrantly(loss: torch.Tensor) -> bool:
         node = todo.pop()
         if node is None:
             continue
-        if node.name() == "CheckpointFunctionBackward":
+        if node.name() == REENTRANT:
             return True
         parents = {parent for parent, _ in node.next_functions} - seen
         seen |= parents

@@ -32,6 +32,9 @@ check_version(torch.__version__, anyway=os.environ.get("GTCOMPILE_ANY_TORCH") ==
 
 # Ours to patch for the length of a capture or a compilation.
 import torch._dynamo.config as dynamo_config  # noqa: E402
+
+# What `torch.compiler.set_stance` was told: under "force_eager" compiled code stands aside.
+import torch._dynamo.eval_frame as eval_frame  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 
@@ -93,6 +96,15 @@ from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E
 # The autograd node whose backward is running.
 current_autograd_node = torch._C._current_autograd_node
 
+# What AOTAutograd compiles under: autocast has been traced already.
+no_autocast = torch._C._DisableAutocast
+
+
+def compiled_code_stands_aside() -> bool:
+    """Whether calls of compiled code run eagerly for now."""
+    return eval_frame._stance.stance == "force_eager"
+
+
 __all__ = [
     "BoxedCodeGen",
     "BufferAOTInput",
@@ -113,6 +125,7 @@ __all__ = [
     "check_version",
     "compile_fx",
     "compile_fx_inner",
+    "compiled_code_stands_aside",
     "current_autograd_node",
     "dynamo_config",
     "dynamo_counters",
@@ -124,6 +137,7 @@ __all__ = [
     "inductor_state",
     "mark_dynamic",
     "min_cut_rematerialization_partition",
+    "no_autocast",
     "tracing",
     "tree_map",
 ]

@@ -232,10 +232,14 @@ def test_generated_code_overwrites_nothing_that_a_leaf_reads(cut_chains):
         assert counter.get_total_flops() == costs.step_flops(trained)
 
 
-def test_a_retained_graph_of_generated_code_gives_the_same_gradients_again():
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_retained_graph_gives_the_same_gradients_again(compiler, steps_before):
     model, batch = Recipe(("norm",) * 2).model(), make_batch()
-    compile_blocks(model)
+    compile_blocks(model, compiler=compiler)
     train_only(model, ["layers.*.weight"])
+    for _ in range(steps_before):
+        step(model, batch)
     expected = reference_gradients(model, batch)
     loss = model(**batch)
     for _ in range(2):

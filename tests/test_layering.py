@@ -33,6 +33,7 @@ ORDER = [
     *(
         "cuts",
         "forced_leaves",
+        "first_forward",
         "region_graph",
         "autograd_nodes",
         "operators",

@@ -123,7 +123,7 @@ def test_depth_changes_no_count() -> None:
 
 def test_missed_targets_are_said_to_be_missed() -> None:
     slow = Switching(rival=OURS, first_steps=(1.0, 1.5, 3.0), ordinary_s=1.0, done=Compilations(1, 2))
-    assert ["MISSED" in line for line in switching_verdicts([slow])] == [True, True, True]
+    assert ["MISSED" in line for line in switching_verdicts([slow])] == [True] * 4
     steep = [Compiled(depth=d, seconds=float(d), done=Compilations(1, d)) for d in (2, 4)]
     assert depth_table(steep, CPU).row_count == 2
     assert ["MISSED" in line for line in depth_verdicts(steep)] == [True, True]
