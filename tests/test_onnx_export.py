@@ -224,6 +224,24 @@ def test_a_convolutional_model_of_ones_own_is_exported_with_its_constants_beside
         torch.testing.assert_close(ours, parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_constants_beside_the_file_are_there_where_gradients_are_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 100)
+    model, path = Tabled(), tmp_path / "step.onnx"
+    export = export_onnx(model, {"x": torch.randn(3, 4)}, path)
+    assert (tmp_path / "step.onnx.data").stat().st_size >= model.table.numel() * 4
+    assert export.bytes >= model.table.numel() * 4
+    assert not compare(Session(str(path)), model, {"x": torch.randn(3, 4)}, export.trained).refused
+
+
+class Tabled(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 30)
+        self.register_buffer("table", torch.randn(30, 500))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x) @ self.table).square().mean()
+
+
 @pytest.mark.parametrize("spatial", [1, 2])
 def test_gradients_of_a_convolution_are_those_of_torch(spatial):
     for stride, padding, dilation, groups in itertools.product((1, 2, 3), (0, 2), (1, 2), (1, 2, 4)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnx.external_data_helper import load_external_data_for_model
 from torch import nn
 
 from gtcompile.capture import loss_of
@@ -64,6 +65,7 @@ class Session:
             with tempfile.TemporaryDirectory() as folder:
                 write(model, Path(folder) / "step.onnx")
                 self._session = load(str(Path(folder) / "step.onnx"))
+                load_external_data_for_model(model, folder)  # writing took the constants out of it
         else:
             self._session = load(model.SerializeToString())
 

@@ -90,12 +90,13 @@ def export_onnx(
         if update is not None:
             step = TrainingStep(joint, model, list(batch), update)
             proto = _lowered(step, model, batch, dynamic=dynamic)
+    size = size_of(proto)  # before its constants go to a file of their own
     write(proto, path)
     return Export(
         path=path,
         trained=step.trained,
         nodes=len(proto.graph.node),
-        bytes=size_of(proto),
+        bytes=size,
         agreement=agreement,
     )
 
