@@ -88,7 +88,9 @@ def test_less_is_saved_the_less_is_trained(measured: Bench) -> None:
 
 
 def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path) -> None:
-    result = run(llama, "--budgets", 0.5, "--rounds", 1, "--batch-size", 2, "--length", 8)
+    result = run(
+        llama, "--budgets", 0.5, "--rounds", 1, "--batch-size", 2, "--length", 8, "--dtype", "bfloat16"
+    )
     assert result.exit_code == 0, result.output
     table = [line for line in result.stdout.splitlines() if re.match(r" *(gtcompile|eager)", line)]
     assert len(table) == 4
@@ -97,6 +99,8 @@ def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path
     assert "…" not in result.stdout
     assert "budget 0.5: " in result.stdout
     assert " ms" not in result.stdout
+    assert " M parameters in bfloat16, " in result.stdout
+    assert "these steps are short" in result.stdout
 
 
 def test_json_holds_the_same_for_a_model_of_ones_own_without_blocks() -> None:
@@ -150,6 +154,7 @@ def test_flops_that_were_not_predicted_are_said() -> None:
         compiled=0,
         timed=True,
     )
+    assert not any("short" in line for line in result.verdicts())
     assert any("11 FLOPs counted, 10 predicted" in line for line in result.verdicts())
     assert result.as_dict()["trials"][0]["seconds"]["median"] == 1.0
 
@@ -170,5 +175,7 @@ def test_models_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
     assert "no model in './nowhere'" in refused("./nowhere")
     assert "--length: expected at least 1" in refused("demo", "--length", 0)
     assert "returned a Perceptron and no batch" in refused("tests.test_bench:lonely")
+    assert "expected float32 or bfloat16, got 'int8'" in refused("demo", "--dtype", "int8")
+    assert "without --dtype" in refused("tests.test_bench:perceptron", "--dtype", "bfloat16")
     ViTConfig().save_pretrained(tmp_path)
     assert "cannot build a causal language model from the ViTConfig" in refused(tmp_path)

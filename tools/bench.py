@@ -33,8 +33,18 @@ NEW_SETS = 3
 """Sets, drawn anew, whose first step is timed."""
 ORDINARY_STEPS = 3
 """Steps after each of those; their median is the ordinary step."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What weights can be cast to."""
+SHORT_STEP = 0.02
+"""Seconds; most of a shorter step is the calling of operators, which costs the same whatever is trained."""
 DISSENT = 9
 """One round in so many may say the opposite before a difference is called a tie (p < 0.05 at nine)."""
+
+
+TOO_SHORT = (
+    "these steps are short: most of one is the calling of operators, not their work, so this says little of "
+    "larger ones; raise --batch-size or --length"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +105,8 @@ class Bench:
                 counts = f"{ours.counted_flops} FLOPs counted, {ours.predicted_flops} predicted"
                 lines.append(f"{what}: {counts}: the costs do not describe this model")
         new = f"first step with a new set: {self.new_sets} ordinary steps, {self.compiled} graphs compiled"
-        return [*lines, new]
+        short = spread(self.find(EAGER, 1.0).seconds).median < SHORT_STEP
+        return [*lines, new, *([TOO_SHORT] if short else [])]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -154,6 +165,7 @@ def bench(
     rounds: int = DISSENT,
     importances: Path | None = None,
     progress: Console | None = None,
+    dtype: str | None = None,
     **shape: int,
 ) -> Bench:
     """Measure full training and the budgets, the rivals taking turns in this process.
@@ -165,6 +177,7 @@ def bench(
         rounds: times every trial is timed.
         importances: `selections.json` of a run of this model; None draws importances at random.
         progress: where to say how long it will take.
+        dtype: of the weights, one of `DTYPES`; None takes float32, or what a factory returns.
         **shape: `batch_size` rows of `length` tokens, `target_length` answer tokens of an encoder-decoder.
 
     Raises:
@@ -172,8 +185,10 @@ def bench(
         GTCompileError: the model cannot be captured, or a budget is too small.
     """
     _check(budgets, shape | {"rounds": rounds})
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = find_subject(name, device, **shape)
+    subject = find_subject(name, device, dtype=DTYPES[dtype] if dtype else None, **shape)
     costs = backward_costs(subject.original, subject.example)
     importance = draw_importance(costs, 0) if importances is None else read_importance(importances, costs)
     selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,11 +40,19 @@ class Subject:
 
     def __str__(self) -> str:
         kind, elements = type(self.original).__name__, sum(p.numel() for p in self.original.parameters())
-        return f"{self.name}: {kind}, {elements / 1e6:.3g} M parameters, batches of {self.shape}"
+        types = {str(p.dtype).removeprefix("torch.") for p in self.original.parameters()}
+        size = f"{elements / 1e6:.3g} M parameters in {' and '.join(sorted(types))}"
+        return f"{self.name}: {kind}, {size}, batches of {self.shape}"
 
 
 def find_subject(
-    name: str, device: torch.device, *, batch_size: int, length: int, target_length: int
+    name: str,
+    device: torch.device,
+    *,
+    batch_size: int,
+    length: int,
+    target_length: int,
+    dtype: torch.dtype | None = None,
 ) -> Subject:
     """The model of that name and a batch for it.
 
@@ -54,17 +62,20 @@ def find_subject(
         batch_size: rows.
         length: input tokens per row.
         target_length: answer tokens per row of an encoder-decoder.
+        dtype: of the weights; None takes float32, or what a factory returns.
 
     Raises:
-        ValueError: there is no such model, or no batch for it.
+        ValueError: there is no such model, or no batch for it, or a factory is asked for another type.
     """
     torch.manual_seed(0)
     batch: Mapping[str, Any] | None = None
     if is_factory(name):
+        if dtype is not None:
+            raise ValueError(f"{name} makes its own weights; return them in {dtype} there, without --dtype")
         model, batch = call_factory(name)
         model = model.to(device).train()
     else:
-        model = model_with_random_weights(name, device)
+        model = cast(nn.Module, model_with_random_weights(name, device)).to(dtype or torch.float32)
     shape = "its own shape"
     if batch is None:
         if not isinstance(model, PreTrainedModel):
