@@ -10,6 +10,7 @@ from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCo
 from gtcompile.importance import measure_importance
 from gtcompile.selection import Selection, select_parameters
 from gtcompile.trained import train_only, trained_parameters
+from gtcompile.training_state import load_training, save_training
 
 if TYPE_CHECKING:
     from gtcompile.huggingface import AdaptiveBackpropCallback
@@ -26,7 +27,9 @@ __all__ = [
     "backward_costs",
     "compile_blocks",
     "gtcompile",
+    "load_training",
     "measure_importance",
+    "save_training",
     "select_parameters",
     "train_only",
     "trained_parameters",

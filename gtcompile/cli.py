@@ -107,25 +107,28 @@ def _finetune(
 ) -> None:
     if resume and output is None:
         raise ValueError("--resume continues the run in --output; pass the folder")
-    from gtcompile.tools import finetuning, preparation, progress, run_folder, summary
+    from gtcompile.tools import finetuning, preparation, processes, progress, run_folder, summary
 
     _quiet()
-    run = Settings(**arguments, compiler=compiler or preparation.default_compiler())
-    folder = output or run_folder.next_free_folder(
-        f"{Path(run.model).name}-{Path(run.dataset).stem}-{run.method}"
-    )
-    reporter = progress.Reporter(console)
-    runs: tuple[summary.Summary, ...]
-    try:
-        if compare_full and run.method != "full":
-            runs = finetuning.compare_with_full(run, folder, reporter, resume=resume, log_to=log_to)
-        else:
-            runs = (finetuning.finetune(run, folder, reporter, resume=resume, log_to=log_to),)
-    except KeyboardInterrupt as interrupt:
-        reason = str(interrupt) or "interrupted"
-        reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
-        raise typer.Exit(130) from None
-    summary.show(console, runs, folder)
+    arguments |= {"compiler": compiler or preparation.default_compiler()}
+    with processes.joined_processes() as ranks:
+        run = Settings(**arguments, processes=ranks.count)
+        name = f"{Path(run.model).name}-{Path(run.dataset).stem}-{run.method}"
+        folder = output or ranks.from_first(lambda: run_folder.next_free_folder(name))
+        console.quiet = ranks.rank > 0
+        reporter = progress.Reporter(console)
+        how: dict[str, Any] = {"resume": resume, "log_to": log_to, "ranks": ranks}
+        runs: tuple[summary.Summary, ...]
+        try:
+            if compare_full and run.method != "full":
+                runs = finetuning.compare_with_full(run, folder, reporter, **how)
+            else:
+                runs = (finetuning.finetune(run, folder, reporter, **how),)
+        except KeyboardInterrupt as interrupt:
+            reason = str(interrupt) or "interrupted"
+            reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
+            raise typer.Exit(130) from None
+        summary.show(console, runs, folder)
 
 
 @app.command()

@@ -23,8 +23,9 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+        self.group = group
         self.count = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something that may fail on every rank; when it fails on one, it fails on all.
@@ -33,7 +34,7 @@ class Ranks:
             Exception: this rank's own.
             GTCompileError: another rank's, named.
         """
-        if self._group is None:
+        if self.group is None:
             return work()
         error: Exception | None = None
         try:
@@ -57,7 +58,7 @@ class Ranks:
         Raises:
             ValueError: on all ranks, naming the entry and the ranks that differ from rank 0.
         """
-        if self._group is None:
+        if self.group is None:
             return
         digests = {name: _digest(value) for name, value in what.items()}
         gathered = self.gather(digests)
@@ -72,21 +73,20 @@ class Ranks:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on all ranks; when it fails there, it fails on all."""
-        if self._group is None:
+        if self.group is None:
             return make()
-        first = dist.get_rank(self._group) == 0
-        made = [self.together(lambda: make() if first else None)]
-        dist.broadcast_object_list(made, group=self._group, group_src=0)
+        made = [self.together(lambda: make() if self.rank == 0 else None)]
+        dist.broadcast_object_list(made, group=self.group, group_src=0)
         return cast("T", made[0])
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sum over ranks of each value; all ranks have the same names."""
-        if self._group is None or not values:
+        if self.group is None or not values:
             return dict(values)
         names = sorted(values)
         totals = torch.tensor([values[name] for name in names], dtype=torch.float64)
-        totals = totals.to(_device(self._group))
-        dist.all_reduce(totals, group=self._group)
+        totals = totals.to(_device(self.group))
+        dist.all_reduce(totals, group=self.group)
         return dict(zip(names, totals.tolist(), strict=True))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -95,10 +95,10 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in their order."""
-        if self._group is None:
+        if self.group is None:
             return [value]
         gathered: list[Any] = [None] * self.count
-        dist.all_gather_object(gathered, value, group=self._group)
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from gtcompile.random_states import random_state, restore_random_state
 from gtcompile.tools.checkpoints import (
     check_same_model,
     load_checkpoint,
-    random_state,
-    restore_random_state,
     save_checkpoint,
     write_atomically,
     write_folder,

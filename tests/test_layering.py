@@ -49,6 +49,8 @@ ORDER = [
         "frozen_state",
         "data_parallel",
         "adaptive",
+        "random_states",
+        "training_state",
         "trainer_settings",
         "trainer_loss",
         "huggingface",

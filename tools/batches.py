@@ -142,12 +142,19 @@ def _round_up(length: int, limit: int) -> int:
     return max(length, min(-(-length // 8) * 8, limit))
 
 
-def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+def epoch_order(
+    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
     """Indices of each batch of one epoch: every example once, in an order that seed and epoch decide.
+
+    Several ranks share them; so that all have as many, up to `ranks` - 1 come twice.
 
     >>> sorted(sum(epoch_order(5, 2, seed=0, epoch=0), []))
     [0, 1, 2, 3, 4]
+    >>> [sum(map(len, epoch_order(5, 2, seed=0, epoch=0, rank=rank, ranks=2))) for rank in (0, 1)]
+    [3, 3]
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator).tolist()
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    own = [*order, *order[: -count % ranks]][rank::ranks]
+    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]

@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -65,27 +63,6 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random number generator a training step may draw from."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-    }
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put every random number generator back."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

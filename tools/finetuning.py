@@ -7,6 +7,7 @@ from time import perf_counter
 import torch
 import transformers
 
+from gtcompile.ranks import Ranks
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.tools.evaluation import generate_answers, score
 from gtcompile.tools.flop_meter import check_step_flops
@@ -17,7 +18,7 @@ from gtcompile.tools.settings import Settings
 from gtcompile.tools.step_memory import passes_memory
 from gtcompile.tools.summary import StepComparison, Summary, summary_from
 from gtcompile.tools.tensorboard_trace import open_trace
-from gtcompile.tools.training import Training, forward_and_backward
+from gtcompile.tools.training import ALONE, Training, forward_and_backward
 from gtcompile.trained import train_only
 
 PAIRS_TIMED = 5
@@ -32,6 +33,7 @@ def finetune(
     resume: bool = False,
     evaluate_before: bool = False,
     log_to: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Fine-tune, evaluate, and write everything to a folder.
 
@@ -44,54 +46,70 @@ def finetune(
         resume: continue the run in `output` from its checkpoint, bit-equal to not having stopped.
         evaluate_before: score the model before training too; not repeated on resume.
         log_to: `tensorboard` for a trace in `output/tensorboard`.
+        ranks: the processes that train together; the first one writes and evaluates.
 
     Raises:
         ValueError, GTCompileError: before any training and before anything is written, when something is
             missing or does not fit.
         StoppedEarlyError: Ctrl-C; `resume` continues.
     """
-    folder, trace = RunFolder(output), open_trace(log_to, output)
-    finished = _check_folder(folder, settings, resume=resume)
+    folder = RunFolder(output, writes=ranks.rank == 0)
+    trace = open_trace(log_to if folder.writes else None, output)
+    finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
     if finished is not None:
         reporter.say(f"the run in {output} is finished")
         return finished
-    prepared = prepare(settings)
+    prepared = prepare(settings, rank=ranks.rank)
     _introduce(prepared, reporter)
     torch.compiler.reset()
-    transformers.set_seed(settings.seed)
-    training = Training(prepared, folder, reporter, trace)
+    transformers.set_seed(settings.seed + ranks.rank)
+    training = Training(prepared, folder, reporter, trace, ranks)
     before = None
     if resume:
         training.resume()
     elif evaluate_before:
         with restored(training.module):
-            before = evaluate(prepared, reporter)
+            before = ranks.from_first(lambda: evaluate(prepared, reporter))
     try:
         training.run()
     finally:
         if trace is not None:
             trace.close()
+    return ranks.from_first(lambda: _conclude(training, before))
+
+
+def _conclude(training: Training, before: dict[str, float] | None) -> Summary:
+    """Keep the trained model, evaluate it, and finish the folder."""
+    prepared, folder = training.prepared, training.folder
     folder.save_model(prepared.language)
-    steps = None if settings.method == "full" else compare_steps(training)
-    summary = _summarise(training, evaluate(prepared, reporter), before, steps)
+    steps = None if prepared.settings.method == "full" else compare_steps(training)
+    summary = _summarise(training, evaluate(prepared, training.reporter), before, steps)
     folder.write_summary(summary.as_dict())
     training.report.write(training.module, prepared.batch(prepared.epoch(0)[0]))
     return summary
 
 
 def compare_with_full(
-    settings: Settings, output: Path, reporter: Reporter, *, resume: bool = False, log_to: str | None = None
+    settings: Settings,
+    output: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    log_to: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Summary, Summary]:
     """Run as `finetune` does, then a full run from the same start into `output/full`.
 
     Returns:
         The two summaries, the full one last.
     """
-    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, log_to=log_to)
+    first = finetune(
+        settings, output, reporter, resume=resume, evaluate_before=True, log_to=log_to, ranks=ranks
+    )
     full = Settings(**{**settings.as_dict(), "method": "full"})
     folder = output / "full"
-    again = resume and (folder / "run.json").is_file()
-    return first, finetune(full, folder, reporter, resume=again, log_to=log_to)
+    again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
+    return first, finetune(full, folder, reporter, resume=again, log_to=log_to, ranks=ranks)
 
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
@@ -177,7 +195,7 @@ def _summarise(
         steps=training.steps,
         predicted_flops=training.predicted_flops,
         counted_flops=training.counted_flops,
-        full_flops=training.selections[-1]["full_flops"] * training.steps,
+        full_flops=training.selections[-1]["full_flops"] * training.steps * training.ranks.count,
         step_seconds=training.usual_step_seconds,
         training_seconds=training.seconds["training"],
         selecting_seconds=training.seconds["selecting"],
@@ -185,4 +203,5 @@ def _summarise(
         quality_before=before,
         comparison=steps,
         note=prepared.task.format.note,
+        processes=training.ranks.count,
     )

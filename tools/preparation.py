@@ -31,6 +31,8 @@ class Prepared:
     """Makes batches of one shape."""
     max_new_tokens: int
     """Tokens an answer may have."""
+    rank: int = 0
+    """Which of the processes that share the examples this is."""
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +42,7 @@ class Prepared:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, the last one filled up."""
-        return -(-len(self.examples) // self.settings.batch_size)
+        return -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The batch of these examples, on the model's device."""
@@ -48,9 +50,16 @@ class Prepared:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Indices of each batch of an epoch; the same for the same seed."""
+        """Indices of each of this process's batches of an epoch; the same for the same seed."""
         settings = self.settings
-        return epoch_order(len(self.examples), settings.batch_size, seed=settings.seed, epoch=epoch)
+        return epoch_order(
+            len(self.examples),
+            settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            rank=self.rank,
+            ranks=settings.processes,
+        )
 
     @property
     def real_tokens(self) -> float:
@@ -71,12 +80,13 @@ def default_compiler() -> Compiler:
     return "inductor" if torch.cuda.is_available() else "eager"
 
 
-def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
+def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepared:
     """Load and encode everything a run needs.
 
     Args:
         settings: the run.
         weights: false leaves the model on the meta device, for its costs alone.
+        rank: of this process among those that share the examples.
 
     Raises:
         ValueError: the data, the model or the tokenizer is not there, or they do not fit each other.
@@ -96,9 +106,9 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         max_new_tokens=max_new_tokens,
     )
     examples = tuple(map(encode, task.train))
-    if settings.method == "adaptive" and len(examples) <= settings.batch_size:
+    if settings.method == "adaptive" and len(examples) <= settings.batch_size * settings.processes:
         raise ValueError(
-            f"{len(examples)} training examples make one batch of {settings.batch_size}; "
+            f"{len(examples)} training examples make one batch of {settings.batch_size} for each process; "
             f"choosing what to train takes two. Pass a smaller --batch-size."
         )
     collate = collator_for(
@@ -116,6 +126,7 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         prompts=tuple(map(encode, task.evaluation)),
         collate=collate,
         max_new_tokens=max_new_tokens,
+        rank=rank,
     )
 
 

@@ -56,7 +56,8 @@ class Reporter:
         """One step was taken."""
         per_epoch = training.prepared.steps_per_epoch
         done, plan = training.steps, training.selections[-1]
-        spent = training.predicted_flops / (done * plan["full_flops"])
+        full_flops = done * plan["full_flops"] * training.ranks.count
+        spent = training.predicted_flops / full_flops
         text = (
             f"epoch {(done - 1) // per_epoch + 1}/{training.prepared.settings.epochs}  loss {loss:.3f}  "
             f"{seconds:.2f} s/step  FLOPs {spent:.1%} of full  {len(plan['trained'])} parameters"

@@ -22,10 +22,14 @@ class RunFolder:
     `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what was trained in each
     epoch, `checkpoint.pt` the state to resume from, `model/` the model with its tokenizer, `summary.json` the
     result.
+
+    Args:
+        path: of the folder.
+        writes: false in a process that only reads: of several that train together, all but the first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def check_new(self) -> None:
         """Refuse a path where something is.
@@ -63,16 +67,20 @@ class RunFolder:
             settings: the run's.
             batch: what `described_batch` says of its batches.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", {**settings.as_dict(), **batch})
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "run.json", {**settings.as_dict(), **batch})
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def cut_metrics(self, steps: int) -> None:
         """Drop the lines after `steps` steps: the steps between checkpoint and stop are taken again."""
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
@@ -80,11 +88,13 @@ class RunFolder:
 
     def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
         """Replace the selections."""
-        write_json(self.path / "selections.json", list(selections))
+        if self.writes:
+            write_json(self.path / "selections.json", list(selections))
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        save_checkpoint(self.checkpoint, state)
+        if self.writes:
+            save_checkpoint(self.checkpoint, state)
 
     def load_state(self) -> dict[str, Any]:
         """Read the checkpoint.

@@ -16,6 +16,7 @@ _AT_LEAST_ONE = (
     "max_eval_samples",
     "max_new_tokens",
     "checkpoint_every",
+    "processes",
 )
 
 
@@ -69,6 +70,8 @@ class Settings:
     """Who compiles the rewritten graphs."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    processes: int = 1
+    """Processes that share the training examples, each with batches of `batch_size`; torchrun's."""
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, before any work.
@@ -116,7 +119,7 @@ def _expect(condition: bool, name: str, expected: str, value: object) -> None:
 
 
 def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return "the number of processes" if name == "processes" else f"--{name.replace('_', '-')}"
 
 
 def _listed(literal: Any) -> str:

@@ -67,6 +67,8 @@ class Summary:
     """Measured after training; None for a full run."""
     note: str = ""
     """What a reader must know of the data."""
+    processes: int = 1
+    """Processes that trained together; FLOPs are those of all of them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -129,9 +131,13 @@ def _known_of_full(run: Summary) -> dict[str, str]:
         "share of full": "100.0%",
     }
     if run.comparison is not None:
-        known["FLOPs counted"] = f"{run.comparison.full_flops * run.steps:.4e}"
+        known["FLOPs counted"] = f"{run.comparison.full_flops * run.steps * run.processes:.4e}"
         known["seconds of a step, in turn"] = f"{run.comparison.full_seconds:.4f}"
     return known
+
+
+def _devices(run: Summary) -> str:
+    return run.device if run.processes == 1 else f"{run.device} of each of {run.processes} processes"
 
 
 def notes(runs: Sequence[Summary]) -> list[str]:
@@ -139,7 +145,7 @@ def notes(runs: Sequence[Summary]) -> list[str]:
     run = runs[0]
     lines = [
         f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
-        f"{run.steps} steps; {run.compiler} compiler on {run.device}.",
+        f"{run.steps} steps; {run.compiler} compiler on {_devices(run)}.",
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
         "and counted by running one step of each selection operator by operator: both agree.",
         "Seconds of a step are the median of forward and backward; in turn: steps of both kinds taken "

@@ -8,12 +8,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from gtcompile.blocks import compile_blocks, find_blocks
 from gtcompile.capture import loss_of
+from gtcompile.data_parallel import ranks_of
 from gtcompile.errors import GTCompileError
-from gtcompile.tools.checkpoints import check_same_model, random_state, restore_random_state
+from gtcompile.random_states import random_state, restore_random_state
+from gtcompile.ranks import Ranks
+from gtcompile.tools.checkpoints import check_same_model
 from gtcompile.tools.flop_meter import check_step_flops
 from gtcompile.tools.interruption import stop_between_steps
 from gtcompile.tools.policies import policy_for
@@ -26,6 +30,7 @@ from gtcompile.tools.step_memory import passes_memory
 from gtcompile.tools.tensorboard_trace import TensorBoardTrace
 from gtcompile.trained import train_only
 
+ALONE = Ranks(None)
 MEASURED_BATCHES = 4
 """Batches whose importances are averaged, or all of a shorter epoch."""
 
@@ -42,6 +47,7 @@ class Training:
         folder: where metrics, selections and checkpoints go.
         reporter: shows progress.
         trace: told of every selection and step.
+        ranks: the processes that train together; each has batches of its own.
     """
 
     def __init__(
@@ -50,8 +56,10 @@ class Training:
         folder: RunFolder,
         reporter: Reporter,
         trace: TensorBoardTrace | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         settings = prepared.settings
+        self.ranks = ranks
         self.prepared, self.folder, self.reporter, self.trace = prepared, folder, reporter, trace
         self.module: nn.Module = prepared.language.model
         self.model, self.compiled_as = compile_for_training(self.module, settings.compiler)
@@ -60,7 +68,8 @@ class Training:
         )
         self.total_steps = prepared.steps_per_epoch * settings.epochs
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
-        self.policy = policy_for(settings, self.model, self.optimizer)
+        self.replicated = replicate(self.model) if ranks.count > 1 else self.model
+        self.policy = policy_for(settings, self.replicated, self.optimizer)
         self.report = RunReport(folder.path, reporter)
         self.selections: list[dict[str, Any]] = []
         self.steps = 0
@@ -83,9 +92,10 @@ class Training:
                     self._make_plan()
                 self._step()
                 epoch_ends = self.steps % self.prepared.steps_per_epoch == 0
-                if epoch_ends or stop.requested or self.steps % self.prepared.settings.checkpoint_every == 0:
+                stopping = self.ranks.total({"stop": float(stop.requested)})["stop"] > 0
+                if epoch_ends or stopping or self.steps % self.prepared.settings.checkpoint_every == 0:
                     self.save()
-                if stop.requested and self.steps < self.total_steps:
+                if stopping and self.steps < self.total_steps:
                     raise StoppedEarlyError(f"stopped after step {self.steps} of {self.total_steps}")
 
     @property
@@ -105,10 +115,7 @@ class Training:
         started = time.perf_counter()
         batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
         plan = self.policy.plan(batches)
-        measured = {
-            "counted_step_flops": check_step_flops(self.model, batches[0], plan.step_flops),
-            **passes_memory(self.model, batches[0], self.prepared.device).as_dict(),
-        }
+        measured = self.ranks.from_first(lambda: self._measure_step(batches[0], plan.step_flops))
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             described = described_batch(batches[0], self.prepared.collate.shape)
@@ -120,13 +127,20 @@ class Training:
         if self.trace is not None:
             fqns = [name for name, _ in self.module.named_parameters()]
             self.trace.planned(self.steps, self.selections[-1], fqns)
-        self.report.write(self.module, batches[0])
+        if self.folder.writes:
+            self.report.write(self.module, batches[0])
+
+    def _measure_step(self, batch: Batch, predicted_flops: int) -> dict[str, Any]:
+        """Count and measure a step of this process with what is trained now."""
+        counted = check_step_flops(self.model, batch, predicted_flops)
+        memory = passes_memory(self.model, batch, self.prepared.device)
+        return {"counted_step_flops": counted, **memory.as_dict()}
 
     def _step(self) -> None:
         index = self.steps % self.prepared.steps_per_epoch
         batch = self.prepared.batch(self.prepared.epoch(self.epoch)[index])
         epoch, lr, started = self.epoch, self.scheduler.get_last_lr()[0], time.perf_counter()
-        loss = forward_and_backward(self.model, batch)
+        loss = self.ranks.mean({"loss": forward_and_backward(self.replicated, batch)})["loss"]
         passes = time.perf_counter() - started
         self._expect_finite(loss)
         self.optimizer.step()
@@ -135,7 +149,7 @@ class Training:
         seconds = time.perf_counter() - started
         self._note(passes, seconds)
         record = {"step": self.steps, "epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds}
-        record["flops"] = self.selections[-1]["step_flops"]
+        record["flops"] = self.selections[-1]["step_flops"] * self.ranks.count
         self.folder.add_metrics(record)
         if self.trace is not None:
             self.trace.stepped(record)
@@ -153,8 +167,8 @@ class Training:
         self.steps += 1
         self.step_seconds.append(passes)
         self.seconds["training"] += seconds
-        self.predicted_flops += self.selections[-1]["step_flops"]
-        self.counted_flops += self.selections[-1]["counted_step_flops"]
+        self.predicted_flops += self.selections[-1]["step_flops"] * self.ranks.count
+        self.counted_flops += self.selections[-1]["counted_step_flops"] * self.ranks.count
 
     @property
     def usual_step_seconds(self) -> float:
@@ -166,13 +180,13 @@ class Training:
         self.folder.save_state(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, and what it has done so far."""
+        """Everything that decides how the run goes on, and what it has done so far; all ranks ask for it."""
         return {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "policy": self.policy.state_dict(),
-            "random": random_state(),
+            "random": self.ranks.gather(random_state()),
             "selections": self.selections,
             "steps": self.steps,
             "predicted_flops": self.predicted_flops,
@@ -202,7 +216,7 @@ class Training:
         for name in ("selections", "steps", "predicted_flops", "counted_flops", "seconds", "step_seconds"):
             setattr(self, name, state[name])
         train_only(self.model, self.selections[-1]["trained"])
-        restore_random_state(state["random"])
+        restore_random_state(state["random"][self.ranks.rank])
 
 
 def compile_for_training(model: nn.Module, compiler: Literal["inductor", "eager"]) -> tuple[nn.Module, str]:
@@ -218,6 +232,13 @@ def compile_for_training(model: nn.Module, compiler: Literal["inductor", "eager"
     options: dict[str, Any] = {"compiler": compiler}
     whole = torch.compile(model, backend="gtcompile", options=options, dynamic=False)
     return cast(nn.Module, whole), "the whole model, which has no repeated blocks: each selection is compiled"
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """The model with one replica in every process, of which trained gradients alone are sent."""
+    replicated = DistributedDataParallel(model, find_unused_parameters=True)
+    ranks_of(replicated)
+    return replicated
 
 
 def forward_and_backward(model: nn.Module, batch: Batch) -> float:
