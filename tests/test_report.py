@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, T5Config
 
 from gtcompile.explanations import alive_backward_nodes, explain
 from gtcompile.tools.finetuning import finetune
@@ -164,9 +164,9 @@ def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, bro
         click(browser, "#hits button")
         assert text(browser, "#why h3") == node.name
         why, said = explain(inspection.joint, node.name, trained), text(browser, "#why .verdict")
-        verdicts.add(said.split()[0])
+        verdicts.add(" ".join(said.split()[:2]))
         if why.phase == "backward":
-            assert said.startswith("Runs: " if why.alive else "Eliminated"), node.name
+            assert said.startswith("Runs for " if why.alive else "Eliminated"), node.name
             count = len(why.needed_by or why.would_need)
             assert str(count) in said
         dead = browser.execute_script(
@@ -175,7 +175,33 @@ def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, bro
         assert dead == (not why.alive)
         path = browser.execute_script("return document.querySelectorAll('#why ol li').length")
         assert (path > 0) == bool(why.path)
-    assert verdicts == {"Runs", "Runs:", "Eliminated:"}
+    assert verdicts == {"Runs in", "Runs for", "Eliminated: it"}
+    assert_nothing_was_asked_for_and_nothing_failed(browser)
+
+
+def test_a_node_is_found_and_explained_by_keyboard_alone(run_folder: Path, browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    visit(browser, run_folder / "report.html")
+    browser.find_element("css selector", "#find").send_keys("mm_3", Keys.TAB, Keys.NULL)
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert text(browser, "#why h3").startswith("mm_3")
+    assert browser.switch_to.active_element.get_attribute("aria-pressed") == "true"
+    summary = browser.find_element("css selector", "#blocks details:first-child summary")
+    summary.send_keys(Keys.ENTER)
+    assert browser.execute_script("return document.querySelector('#blocks details').open")
+
+
+def test_tiles_of_encoder_and_decoder_are_told_apart(tmp_path: Path, browser: Any) -> None:
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config.save_pretrained(tmp_path)
+    result = inspect_shape(str(tmp_path), 0.6, batch_size=2, length=16, target_length=8, importances=None)
+    write_report(result, tmp_path / "report.html")
+    visit(browser, tmp_path / "report.html")
+    tiles = browser.execute_script(
+        "return [...document.querySelectorAll('#treemap .tile b')].map(e => e.firstChild.textContent)"
+    )
+    assert {"encoder.block.1", "decoder.block.1"} <= {tile.replace("\u200b", "") for tile in tiles}
     assert_nothing_was_asked_for_and_nothing_failed(browser)
 
 

@@ -35,6 +35,7 @@ const meets = (i, mask) => { for (let w = 0; w < W; w++) if (masks[i * W + w] & 
 const stepFlops = (mask) => working.reduce((sum, i) => sum + (meets(i, mask) ? D.nodes[i][FLOPS] : 0), D.totals.forward_flops);
 const parametersOf = (i) => D.parameters.flatMap((_, p) => (masks[i * W + (p >> 5)] & (1 << (p & 31)) ? [p] : []));
 const fqn = (p) => D.parameters[p][0];
+const count = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
 let plan = D.plans[D.plans.length - 1], trained = new Set(plan.trained), mask = maskOf(plan.trained), chosen = -1;
 const runs = (i) => D.nodes[i][PHASE] !== BACKWARD || meets(i, mask);
@@ -89,7 +90,10 @@ function treemap() {
   });
   const items = [...groups.values()].filter((g) => g.value > 0).sort((a, b) => b.value - a.value), tiles = [];
   squarify(items, 0, 0, $("treemap").clientWidth || 800, $("treemap").clientHeight || 380, tiles);
-  const last = (name) => (inside >= 0 ? name.slice(D.blocks[inside].length + 1) || name : name.split(".").slice(-2).join("."));
+  const end = (name, segments) => name.split(".").slice(-segments).join(".");
+  let segments = 2; // as many as tell the blocks apart: encoder.block.0 is not decoder.block.0
+  while (segments < 9 && new Set(items.map((item) => end(item.name, segments))).size < items.length) segments++;
+  const last = (name) => (inside >= 0 ? name.slice(D.blocks[inside].length + 1) || name : end(name, segments));
   $("treemap").replaceChildren(...tiles.map(({ item, x, y, w, h }) => {
     const share = item.trained / item.value, text = `${item.name}: ${field === 4 ? flops(item.value) + " FLOPs" : item.value.toLocaleString("en") + " elements"}, ${percent(item.trained, item.value)} trained`;
     const tile = el("button", { class: "tile", type: "button", title: text, "aria-label": text, style: `left:${x}px;top:${y}px;width:${w}px;height:${h}px`, onclick: () => { if (inside < 0) { inside = item.key; treemap(); $("treemap-up").focus(); } } },
@@ -174,8 +178,8 @@ function graph() {
   const opened = new Set([...$("blocks").querySelectorAll("details[open]")].map((d) => +d.dataset.block));
   $("blocks").replaceChildren(...D.blocks.map((name, b) => b).filter((b) => members[b].length).map((b) => {
     const dead = members[b].filter((i) => !runs(i)).length, back = members[b].filter((i) => D.nodes[i][PHASE] === BACKWARD).length;
-    const details = el("details", { "data-block": b, open: opened.has(b) }, el("summary", {}, D.blocks[b] + " ", el("span", { class: "mini", "aria-hidden": "true" }, el("i", { style: `width:${back ? (100 * (back - dead)) / back : 0}%` })), el("small", {}, `${members[b].length - back} forward, ${back} backward, ${dead} eliminated`)), el("div", { class: "sides" }));
-    details.addEventListener("toggle", () => { if (details.open) fill(details, b); });
+    const details = el("details", { "data-block": b, open: opened.has(b) }, el("summary", {}, el("span", { class: back ? "mini" : "mini none", title: `${back - dead} of ${back} backward nodes run` }, el("i", { style: `width:${back ? (100 * (back - dead)) / back : 0}%` })), D.blocks[b] + " ", el("small", {}, `${members[b].length - back} forward, ${back} backward, ${dead} eliminated`)), el("div", { class: "sides" }));
+    details.addEventListener("toggle", () => { if (details.open && !details.querySelector("[data-node]")) fill(details, b); }); // filled again, it would lose the focus
     if (opened.has(b)) fill(details, b);
     return details;
   }));
@@ -193,14 +197,14 @@ function why() {
   const i = chosen, node = D.nodes[i], backward = node[PHASE] === BACKWARD;
   const all = backward ? parametersOf(i) : [...new Set(readers[i].filter((r) => D.nodes[r][PHASE] === BACKWARD).flatMap(parametersOf))];
   const needed = all.filter((p) => trained.has(p)), frozen = all.filter((p) => !trained.has(p)), ends = needed.length ? needed : frozen, path = pathFrom(i, new Set(ends));
-  const said = !backward ? (needed.length ? `Runs in the forward whatever is trained, and is saved for ${needed.length} gradients.` : "Runs in the forward whatever is trained; no gradient of this plan reads it.")
-    : needed.length ? `Runs: ${needed.length} trained parameters need it.` : `Eliminated: none of the parameters it serves (${frozen.length}) is trained.`;
+  const said = !backward ? (needed.length ? `Runs in the forward whatever is trained, and is saved for ${count(needed.length, "gradient")}.` : "Runs in the forward whatever is trained; no gradient of this plan reads it.")
+    : needed.length ? `Runs for ${count(needed.length, "trained parameter")}.` : `Eliminated: it serves ${count(frozen.length, "parameter")}, none of them trained.`;
   const link = (n) => el("button", { type: "button", class: `node ${runs(n) ? "" : "dead"}`, onclick: () => choose(n, true) }, (runs(n) ? "" : "✕ ") + D.nodes[n][NAME]);
   const cost = stepFlops(mask), without = (ps) => cost - stepFlops(maskOf([...trained].filter((p) => !ps.includes(p))));
   const shown = path.length > 14 ? [...path.slice(0, 7), -1, ...path.slice(-7)] : path;
   $("why").replaceChildren(el("h3", {}, node[NAME]), el("p", {}, `${D.operators[node[OP]]}, ${node[SHAPE] || "several values"}, ${flops(node[FLOPS])} FLOPs, in ${D.modules[node[MODULE]] || "no module"}`), el("p", { class: "verdict" }, said));
   if (path.length) $("why").append(el("b", {}, needed.length ? "The way to a trained gradient" : "The way to a gradient that was dropped"), el("ol", {}, ...shown.map((n) => el("li", {}, n < 0 ? `… ${path.length - 14} more` : link(n)))), el("p", {}, `which is the gradient of ${fqn(D.nodes[path[path.length - 1]][GRADIENT])}`));
-  if (needed.length) $("why").append(el("b", {}, "What freezing frees"), el("ul", {}, ...needed.slice(0, 8).map((p) => el("li", {}, `${fqn(p)} alone: ${flops(without([p]))} FLOPs`)), el("li", {}, `all ${needed.length}: ${flops(without(needed))} FLOPs${backward ? ", and this node goes" : ""}`)));
+  if (needed.length) $("why").append(el("b", {}, "What freezing frees"), el("ul", {}, ...needed.slice(0, 8).map((p) => el("li", {}, `${fqn(p)} alone: ${flops(without([p]))} FLOPs`)), el("li", {}, `${needed.length > 1 ? `all ${needed.length}` : "with it"}: ${needed.length > 1 ? `${flops(without(needed))} FLOPs, and ` : ""}this ${backward ? "node goes" : "value is not kept"}`)));
   if (frozen.length) $("why").append(el("p", {}, `${needed.length ? "Also read for" : "Training one of these brings it back:"} ${frozen.slice(0, 8).map(fqn).join(", ")}${frozen.length > 8 ? ` and ${frozen.length - 8} more` : ""}${needed.length ? ", which are frozen." : "."}`));
 }
 function choose(i, scroll) {
