@@ -45,6 +45,8 @@ def test_graphml_has_every_node_edge_and_what_is_eliminated(
     assert set(graph.edges) == {(a.name, b.name) for a, b in dependency_graph(joint).edges}
     marked = {name for name, node in graph.nodes(data=True) if node["status"] == "eliminated"}
     assert marked == eliminated(joint, trained)
+    inputs = {node["operator"] for _, node in graph.nodes(data=True) if node["phase"] == "input"}
+    assert inputs == {"input", *(f"parameter {p.fqn}" for p in joint.parameters)}
     assert sum(node["flops"] for _, node in graph.nodes(data=True)) == sum(work_by_node(joint).values())
 
 
@@ -57,9 +59,10 @@ def test_model_explorer_gets_a_collection_and_node_data(
     assert {node["id"] for node in graph["nodes"]} == names(joint)
     edges = {(e["sourceNodeId"], n["id"]) for n in graph["nodes"] for e in n["incomingEdges"]}
     assert edges == {(a.name, b.name) for a, b in dependency_graph(joint).edges}
+    gone = eliminated(joint, trained)
     for node in graph["nodes"]:
         attributes = {a["key"]: a["value"] for a in node["attrs"]}
-        assert (attributes["status"] == "eliminated") == (node["id"] in eliminated(joint, trained))
+        assert (attributes["status"] == "eliminated") == (node["id"] in gone)
     results = json.loads(written[1].read_text())[graph["id"]]["results"]
     assert {name: result["value"] for name, result in results.items()} == {
         node.name: flops for node, flops in work_by_node(joint).items() if flops

@@ -175,7 +175,7 @@ def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, bro
         assert dead == (not why.alive)
         path = browser.execute_script("return document.querySelectorAll('#why ol li').length")
         assert (path > 0) == bool(why.path)
-    assert verdicts == {"Runs in", "Runs for", "Eliminated: it"}
+    assert verdicts == {"An input", "Runs in", "Runs for", "Eliminated: it"}
     assert_nothing_was_asked_for_and_nothing_failed(browser)
 
 

@@ -16,7 +16,7 @@ from gtcompile.passes.dead_nodes import eliminate_dead_nodes
 from gtcompile.passes.output_masks import narrow_output_masks
 from gtcompile.passes.weight_gradients import drop_gradients
 from gtcompile.tools.checkpoints import write_text
-from gtcompile.tools.places import block_of, module_paths
+from gtcompile.tools.places import block_of, input_of, module_paths
 
 FORMATS = (".json", ".dot", ".graphml", ".txt")
 """Suffixes of a file that a graph can be written to."""
@@ -86,7 +86,9 @@ def attributed_graph(joint: JointGraph, trained: Set[str]) -> "nx.DiGraph[str]":
 
 
 def operator_of(node: fx.Node) -> str:
-    """A node's operator in a word or two."""
+    """A node's operator in a word or two; of an input, what it stands for."""
+    if node.op == "placeholder":
+        return input_of(node)
     if node.op != "call_function":
         return node.op
     return str(node.target) if "." in str(node.target) else str(getattr(node.target, "__name__", node.target))

@@ -37,6 +37,16 @@ def module_paths(joint: JointGraph) -> dict[fx.Node, str]:
     return paths
 
 
+def input_of(node: fx.Node) -> str:
+    """What a placeholder stands for: `parameter FQN`, or `input`."""
+    meaning = node.meta.get("desc")
+    return f"parameter {_fqn(meaning)}" if isinstance(meaning, ParamAOTInput) else "input"
+
+
+def _fqn(meaning: ParamAOTInput) -> str:
+    return str(meaning.target).removeprefix("model.")
+
+
 def _modules_with_parameters(joint: JointGraph) -> frozenset[str]:
     names = (name for p in joint.parameters for name in (p.fqn, *p.aliases))
     modules = (name.split(".")[:-1] for name in names)
@@ -46,7 +56,7 @@ def _modules_with_parameters(joint: JointGraph) -> frozenset[str]:
 def _origin(node: fx.Node, known: frozenset[str]) -> str:
     meaning = node.meta.get("desc")
     if isinstance(meaning, ParamAOTInput):
-        return meaning.target.removeprefix("model.").rpartition(".")[0]
+        return _fqn(meaning).rpartition(".")[0]
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         parts = [part for part in re.split(r"[\[\]'\".]+", path) if part]

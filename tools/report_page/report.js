@@ -197,7 +197,7 @@ function why() {
   const i = chosen, node = D.nodes[i], backward = node[PHASE] === BACKWARD;
   const all = backward ? parametersOf(i) : [...new Set(readers[i].filter((r) => D.nodes[r][PHASE] === BACKWARD).flatMap(parametersOf))];
   const needed = all.filter((p) => trained.has(p)), frozen = all.filter((p) => !trained.has(p)), ends = needed.length ? needed : frozen, path = pathFrom(i, new Set(ends));
-  const said = !backward ? (needed.length ? `Runs in the forward whatever is trained, and is saved for ${count(needed.length, "gradient")}.` : "Runs in the forward whatever is trained; no gradient of this plan reads it.")
+  const said = node[PHASE] === INPUT ? `An input of the step; ${needed.length ? `the backward reads it for ${count(needed.length, "gradient")}` : "no gradient of this plan reads it"}.` : !backward ? (needed.length ? `Runs in the forward whatever is trained, and is saved for ${count(needed.length, "gradient")}.` : "Runs in the forward whatever is trained; no gradient of this plan reads it.")
     : needed.length ? `Runs for ${count(needed.length, "trained parameter")}.` : `Eliminated: it serves ${count(frozen.length, "parameter")}, none of them trained.`;
   const link = (n) => el("button", { type: "button", class: `node ${runs(n) ? "" : "dead"}`, onclick: () => choose(n, true) }, (runs(n) ? "" : "✕ ") + D.nodes[n][NAME]);
   const cost = stepFlops(mask), without = (ps) => cost - stepFlops(maskOf([...trained].filter((p) => !ps.includes(p))));
