@@ -60,4 +60,7 @@ def parse_options(options: Mapping[str, Any]) -> RegionOptions:
     kept = options.get("variants_kept", 1)
     if not isinstance(kept, int) or kept < 1:
         raise ValueError(f"option variants_kept={kept!r}: expected a whole number of at least 1")
+    memory = options.get("activation_memory_budget", 1.0)
+    if not isinstance(memory, (int, float)) or not 0 <= memory <= 1:
+        raise ValueError(f"option activation_memory_budget={memory!r}: expected a share from 0 to 1")
     return RegionOptions(**options)

@@ -74,6 +74,9 @@ def finetune(
     num_beams: Annotated[int, _option("Beams of generation; 1 is greedy.")] = 1,
     tokenizer: Tokenizer = None,
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
+    activation_memory_budget: Annotated[
+        float, _option("Share of what is saved for backward that may be; the rest is computed again.")
+    ] = 1.0,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
     checkpoint_every: Annotated[int, _option("Steps between checkpoints, beside those at epochs.")] = 500,
     log_to: Annotated[str | None, _option("tensorboard: a trace in OUTPUT/tensorboard.")] = None,

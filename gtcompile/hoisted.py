@@ -26,13 +26,13 @@ from gtcompile.autograd_nodes import region_node
 from gtcompile.dependencies import SharedWork, costs_of
 from gtcompile.joint import JointGraph
 from gtcompile.operators import Boxed, boxed, run_operators
+from gtcompile.partitions import partition
 from gtcompile.passes.hoisting import (
     HoistedBackward,
     Leaf,
     Operand,
     Part,
     extract,
-    free_strides,
     hoist_weight_gradients,
 )
 from gtcompile.passes.output_masks import narrow_masks
@@ -49,7 +49,6 @@ from gtcompile.torch_internals import (
     get_hash_for_files,
     inductor_config,
     inductor_state,
-    min_cut_rematerialization_partition,
     no_autocast,
     tracing,
 )
@@ -113,16 +112,19 @@ class Chain:
 
 
 class HoistingPartitioner(CustomPartitionerFn):
-    """Splits the joint graph where least is saved for backward, and keeps a copy of the result."""
+    """Splits the joint graph within a budget of memory, and keeps a copy of the result."""
 
     partition: Partition
+
+    def __init__(self, memory_budget: float) -> None:
+        self.memory_budget = memory_budget
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward."""
         slots = region_joint(gm).slots
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
         self.partition = Partition(
             _copy(backward), _saved_positions(forward, backward, kwargs["num_fwd_outputs"]), slots
         )
@@ -130,7 +132,7 @@ class HoistingPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """Tells Inductor's cache that what is compiled under this key is given nothing to overwrite."""
-        return f"hoisted: {get_hash_for_files((__file__,))!r}"
+        return f"hoisted: {self.memory_budget} {get_hash_for_files((__file__,))!r}"
 
 
 def _saved_positions(forward: fx.GraphModule, backward: fx.GraphModule, first_saved: int) -> dict[int, int]:
@@ -168,11 +170,13 @@ class HoistedVariants:
         compiler: Literal["inductor", "eager"],
         patches: Mapping[str, Any],
         cut_chains: Literal["run", "compile"],
+        memory_budget: float,
         parameters: frozenset[int],
     ) -> None:
         self._compiler = compiler
         self._patches = patches
         self._cut_chains = cut_chains
+        self._memory_budget = memory_budget
         self._parameters = {input_name(i) for i in parameters}
         self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
@@ -202,7 +206,7 @@ class HoistedVariants:
         self, graph: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> tuple[Partition, Callable[..., Any]]:
         """Compile the forward, and learn how parts of the backward are compiled."""
-        partitioner = HoistingPartitioner()
+        partitioner = HoistingPartitioner(self._memory_budget)
         code: Any
         with without_donation():
             if self._compiler == "inductor":
@@ -347,7 +351,6 @@ def run_chain(
 
 def run_part_eagerly(part: Part) -> Boxed:
     """Run a part operator by operator, freeing values after their last use."""
-    free_strides(part.module.graph)
     return run_operators(part.module)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx
 
+from gtcompile.passes.hoisting import free_strides
 from gtcompile.torch_internals import BoxedCodeGen
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -24,10 +25,13 @@ def boxed(function: Boxed) -> Boxed:
 def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxed:
     """The graph as a function that frees every value after its last use.
 
+    Views may become copies: some operators lay out their results in another way than when they were traced.
+
     Args:
         module: taken over.
         example_inputs: not needed; AOTAutograd gives a compiler both.
     """
+    free_strides(module.graph)
     module.graph.set_codegen(BoxedCodeGen())
     module.recompile()
     return boxed(module.forward)

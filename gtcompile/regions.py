@@ -41,6 +41,9 @@ class RegionOptions:
     random: Literal["eager", "compiler"] = "eager"
     """Whose random numbers dropout draws. `eager`: the same as eager PyTorch, in every variant; `compiler`:
     Inductor's own, generated where they are used, which a GPU does faster and a CPU slower."""
+    activation_memory_budget: float = 1.0
+    """Share, in [0, 1], of what would be saved for backward that may be; the backward computes the rest
+    again, which costs FLOPs that `backward_costs` does not know of."""
 
 
 LIVE_SETS_KEPT = 256
@@ -130,6 +133,7 @@ class Region:
             compiler=self._options.compiler,
             patches=self._patches,
             kept=self._options.variants_kept,
+            memory_budget=self._options.activation_memory_budget,
             compilation=self._compilation,
         )
 
@@ -140,6 +144,7 @@ class Region:
             compiler=self._options.compiler,
             patches=self._patches,
             cut_chains=self._options.cut_chains,
+            memory_budget=self._options.activation_memory_budget,
             parameters=frozenset(self._parameters),
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torch import fx
 
 from gtcompile.operators import run_operators
+from gtcompile.partitions import partition
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
@@ -17,7 +18,6 @@ from gtcompile.torch_internals import (
     aot_autograd,
     compile_fx,
     get_hash_for_files,
-    min_cut_rematerialization_partition,
 )
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,14 @@ class SpecializedVariants:
         compiler: Literal["inductor", "eager"],
         patches: Mapping[str, Any],
         kept: int,
+        memory_budget: float,
         compilation: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._graph = graph
         self._example_inputs = example_inputs
         self._compiler = compiler
         self._patches = patches
+        self._memory_budget = memory_budget
         self._compilation = compilation
         self._variant = functools.lru_cache(kept)(self._compile)
 
@@ -56,37 +58,40 @@ class SpecializedVariants:
     def _compile(self, live: Live) -> Compiled:
         logger.info("compiling a variant with %d live inputs", len(live))
         graph = copy.copy(self._graph)
+        partitioner = TrainedSetPartitioner(live, self._memory_budget)
         with self._compilation():
-            return compile_specialized(graph, self._example_inputs, live, self._compiler, self._patches)
+            return compile_specialized(
+                graph, self._example_inputs, partitioner, self._compiler, self._patches
+            )
 
 
 class TrainedSetPartitioner(CustomPartitionerFn):
-    """Rewrites the joint graph for one trained set, then splits it where least is saved for backward.
+    """Rewrites the joint graph for one trained set, then splits it within a budget of memory.
 
     Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so no trained
     set is ever served the code of another.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, memory_budget: float) -> None:
         self.live = live
+        self.memory_budget = memory_budget
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward for the live gradients."""
         joint = restrict_gradients(region_joint(gm), {input_name(i) for i in self.live})
-        forward, backward = min_cut_rematerialization_partition(joint.module, joint_inputs, **kwargs)
-        return forward, backward
+        return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
 
-    def uuid(self) -> tuple[bytes, tuple[int, ...]]:
-        """What the result depends on beside the graph: this code and the trained set."""
-        return get_hash_for_files((__file__,)), tuple(sorted(self.live))
+    def uuid(self) -> tuple[bytes, tuple[int, ...], float]:
+        """What the result depends on beside the graph: this code, the trained set and the budget."""
+        return get_hash_for_files((__file__,)), tuple(sorted(self.live)), self.memory_budget
 
 
 def compile_specialized(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
-    live: Live,
+    partitioner: TrainedSetPartitioner,
     compiler: Literal["inductor", "eager"],
     patches: Mapping[str, Any],
 ) -> Compiled:
@@ -95,11 +100,10 @@ def compile_specialized(
     Args:
         graph: taken over.
         example_inputs: fake tensors and numbers, one per placeholder.
-        live: positions of the inputs whose gradients are wanted.
+        partitioner: knows the inputs whose gradients are wanted.
         compiler: who turns the two graphs into code.
         patches: of Inductor's settings.
     """
-    partitioner = TrainedSetPartitioner(live)
     code: Any
     if compiler == "inductor":
         settings = {**patches, "custom_partitioner_fn": partitioner}

@@ -136,6 +136,8 @@ def test_autocast_is_respected(variants):
         ({"variants": "both"}, r"option variants='both': expected one of 'specialized', 'hoisted'"),
         ({"cut_chains": None}, r"option cut_chains=None: expected one of 'run', 'compile'"),
         ({"variants_kept": 0}, r"option variants_kept=0: expected a whole number of at least 1"),
+        ({"activation_memory_budget": 1.5}, r"activation_memory_budget=1.5: expected a share from 0 to 1"),
+        ({"activation_memory_budget": "half"}, r"activation_memory_budget=.half.: expected a share"),
         ({"variants_kept": "many"}, r"option variants_kept='many': expected a whole number"),
         (
             {"compilers": "eager", "x": 1},

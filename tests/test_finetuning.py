@@ -260,6 +260,13 @@ def test_a_prediction_that_is_not_exact_stops_the_run_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_recomputed_to_save_memory_is_counted_and_said(settings: Settings, tmp_path: Path) -> None:
+    frugal = replace(settings, activation_memory_budget=0.2, epochs=1)
+    summary = finetune(frugal, tmp_path / "run", reporter())
+    assert summary.counted_flops > summary.predicted_flops
+    assert "computed again to save memory" in " ".join(notes([summary]))
+
+
 def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Settings, tmp_path: Path) -> None:
     short = replace(settings, epochs=1, max_train_samples=10, method="last-layers")
     run, full = compare_with_full(short, tmp_path / "run", reporter())
@@ -276,6 +283,7 @@ def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Sett
     [
         ({"budget": 0.0}, r"--budget: expected in \(0, 1\], got 0.0"),
         ({"budget": float("nan")}, "--budget"),
+        ({"activation_memory_budget": 1.5}, r"--activation-memory-budget: expected in \[0, 1\], got 1.5"),
         ({"epochs": 0}, "--epochs: expected at least 1, got 0"),
         ({"batch_size": -1}, "--batch-size"),
         ({"lr": 0.0}, "--lr"),

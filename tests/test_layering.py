@@ -38,6 +38,7 @@ ORDER = [
         "autograd_nodes",
         "operators",
         "programs",
+        "partitions",
         "frozen",
         "specialized",
         "hoisted",

@@ -134,7 +134,9 @@ def compare_steps(training: Training) -> StepComparison:
     patterns = {"full": None, "plan": plan["trained"]}
     seconds: dict[str, list[float]] = {name: [] for name in patterns}
     with restored(training.module), temporarily_training(training.model, None):
-        full_flops = check_step_flops(training.model, batch, plan["full_flops"])
+        full_flops = check_step_flops(
+            training.model, batch, plan["full_flops"], recomputes=training.prepared.settings.recomputes
+        )
         memory = passes_memory(training.model, batch, training.prepared.device)
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             for name, trained in patterns.items():

@@ -25,14 +25,16 @@ def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def check_step_flops(model: nn.Module, batch: Mapping[str, Any], predicted: int) -> int:
-    """Count one step and compare.
+def check_step_flops(
+    model: nn.Module, batch: Mapping[str, Any], predicted: int, *, recomputes: bool = False
+) -> int:
+    """Count one step and compare; what a budget of memory has the backward compute again comes on top.
 
     Raises:
         GTCompileError: the prediction is not exact.
     """
     counted = count_step_flops(model, batch)
-    if counted != predicted:
+    if counted < predicted or (counted > predicted and not recomputes):
         raise GTCompileError(
             f"a training step executes {counted} FLOPs where {predicted} were predicted. The costs do "
             f"not describe this model, so no budget would hold; a graph break may be the reason."

@@ -68,6 +68,8 @@ class Settings:
     """Of dropout, the order of the examples and newly made weights."""
     compiler: Compiler = "eager"
     """Who compiles the rewritten graphs."""
+    activation_memory_budget: float = 1.0
+    """Share of what would be saved for backward that may be, in [0, 1]; the rest is computed again."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     processes: int = 1
@@ -83,6 +85,8 @@ class Settings:
             value = getattr(self, name)
             _expect(value is None or value >= 1, name, "at least 1", value)
         _expect(0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
+        share = self.activation_memory_budget
+        _expect(0 <= share <= 1, "activation_memory_budget", "in [0, 1]", share)
         _expect(self.lr > 0, "lr", "greater than 0", self.lr)
         _expect(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
@@ -93,6 +97,11 @@ class Settings:
     def title(self) -> str:
         """Method and budget in a few words."""
         return "full fine-tuning" if self.method == "full" else f"{self.method}, budget {self.budget:g}"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward computes again what there is no room to save."""
+        return self.activation_memory_budget < 1
 
     @property
     def data_folder(self) -> Path | None:

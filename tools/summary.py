@@ -140,6 +140,11 @@ def _devices(run: Summary) -> str:
     return run.device if run.processes == 1 else f"{run.device} of each of {run.processes} processes"
 
 
+def _agreement(run: Summary) -> str:
+    recomputed = run.counted_flops / run.predicted_flops - 1
+    return f"{recomputed:.1%} more, computed again to save memory" if recomputed else "both agree"
+
+
 def notes(runs: Sequence[Summary]) -> list[str]:
     """What the figures stand for, one sentence per line."""
     run = runs[0]
@@ -147,7 +152,8 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
         f"{run.steps} steps; {run.compiler} compiler on {_devices(run)}.",
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
-        "and counted by running one step of each selection operator by operator: both agree.",
+        "and counted by running one step of each selection operator by operator: "
+        f"{_agreement(run)}.",
         "Seconds of a step are the median of forward and backward; in turn: steps of both kinds taken "
         "alternately after training, so that what else the machine does weighs on both. Seconds of training "
         "are all steps with the optimizer and with compilation.",

@@ -62,7 +62,9 @@ class Training:
         self.ranks = ranks
         self.prepared, self.folder, self.reporter, self.trace = prepared, folder, reporter, trace
         self.module: nn.Module = prepared.language.model
-        self.model, self.compiled_as = compile_for_training(self.module, settings.compiler)
+        self.model, self.compiled_as = compile_for_training(
+            self.module, settings.compiler, settings.activation_memory_budget
+        )
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -132,7 +134,8 @@ class Training:
 
     def _measure_step(self, batch: Batch, predicted_flops: int) -> dict[str, Any]:
         """Count and measure a step of this process with what is trained now."""
-        counted = check_step_flops(self.model, batch, predicted_flops)
+        recomputes = self.prepared.settings.recomputes
+        counted = check_step_flops(self.model, batch, predicted_flops, recomputes=recomputes)
         memory = passes_memory(self.model, batch, self.prepared.device)
         return {"counted_step_flops": counted, **memory.as_dict()}
 
@@ -219,17 +222,19 @@ class Training:
         restore_random_state(state["random"][self.ranks.rank])
 
 
-def compile_for_training(model: nn.Module, compiler: Literal["inductor", "eager"]) -> tuple[nn.Module, str]:
+def compile_for_training(
+    model: nn.Module, compiler: Literal["inductor", "eager"], memory_budget: float
+) -> tuple[nn.Module, str]:
     """Compile repeated blocks where there are any, and otherwise the whole model.
 
     Returns:
         The model to train with, and what was done in words.
     """
+    options: dict[str, Any] = {"compiler": compiler, "activation_memory_budget": memory_budget}
     blocks = list(find_blocks(model))
     if blocks:
-        compile_blocks(model, blocks=blocks, compiler=compiler)
+        compile_blocks(model, blocks=blocks, **options)
         return model, f"{len(blocks)} blocks, weight gradients hoisted: another selection compiles nothing"
-    options: dict[str, Any] = {"compiler": compiler}
     whole = torch.compile(model, backend="gtcompile", options=options, dynamic=False)
     return cast(nn.Module, whole), "the whole model, which has no repeated blocks: each selection is compiled"
 
