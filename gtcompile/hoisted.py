@@ -111,10 +111,15 @@ class Chain:
     """FLOPs of the compiled part."""
 
 
+class NoBackwardError(Exception):
+    """A region computes nothing that could be differentiated: where tokens go, say, and its own inputs."""
+
+
 class HoistingPartitioner(CustomPartitionerFn):
     """Splits the joint graph within a budget of memory, and keeps a copy of the result."""
 
-    partition: Partition
+    partition: Partition | None = None
+    """None where AOTAutograd found nothing to split."""
 
     def __init__(self, memory_budget: float) -> None:
         self.memory_budget = memory_budget
@@ -205,7 +210,11 @@ class HoistedVariants:
     def _compile(
         self, graph: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> tuple[Partition, Callable[..., Any]]:
-        """Compile the forward, and learn how parts of the backward are compiled."""
+        """Compile the forward, and learn how parts of the backward are compiled.
+
+        Raises:
+            NoBackwardError: there is no backward.
+        """
         partitioner = HoistingPartitioner(self._memory_budget)
         code: Any
         with without_donation():
@@ -219,6 +228,8 @@ class HoistedVariants:
                     partition_fn=partitioner,
                     keep_inference_input_mutations=True,
                 )(graph, example_inputs)
+        if partitioner.partition is None:
+            raise NoBackwardError
         return partitioner.partition, code
 
     def _inductor(self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:

@@ -14,7 +14,7 @@ from gtcompile.autograd_nodes import region_node
 from gtcompile.cuts import ask, end, keeps_asking, wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.frozen import compile_frozen
-from gtcompile.hoisted import HoistedVariants
+from gtcompile.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
@@ -72,8 +72,8 @@ class Region:
         self._cut_positions: dict[Live, tuple[int, ...]] = {}
         self._lives: dict[tuple[int, ...], Live] = {}
         self._generation = -1
+        self._variants = self._make_variants()
         hoisted = options.variants == "hoisted"
-        self._variants = self._hoisted() if hoisted and self._differentiable else self._specialized()
         self._frozen = self._compile_frozen() if hoisted else None  # so that later sets compile nothing
 
     def __call__(self, *inputs: Any) -> Any:
@@ -125,6 +125,13 @@ class Region:
         return compile_frozen(
             self._graph, self._example_inputs, compiler=self._options.compiler, patches=self._patches
         )
+
+    def _make_variants(self) -> HoistedVariants | SpecializedVariants:
+        """Hoisted variants where they are asked for and there is a backward to split."""
+        if self._options.variants == "hoisted" and self._differentiable:
+            with contextlib.suppress(NoBackwardError):
+                return self._hoisted()
+        return self._specialized()
 
     def _specialized(self) -> SpecializedVariants:
         return SpecializedVariants(

@@ -377,6 +377,32 @@ def test_a_language_model_is_trained_right_block_by_block():
         assert counter.get_total_flops() == costs.step_flops(trained)
 
 
+class Breaking(nn.Module):
+    """Graph breaks leave regions that return a view of their input alone, or integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.linear = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        torch._dynamo.graph_break()
+        chosen = self.router(rows).topk(1).indices
+        if int(chosen.sum()) >= 0:
+            rows = rows + self.linear(rows)
+        weights = torch.softmax(self.router(rows), -1).gather(1, chosen)
+        return (rows * weights).view_as(x)
+
+
+@VARIANTS
+def test_a_region_that_returns_nothing_to_differentiate_is_one_of_several(variants):
+    model, batch = Stack([Breaking(), Breaking()], tied=False), make_batch()
+    compile_blocks(model, compiler="eager", variants=variants)
+    for trained in (None, *random_sets(selectable(model), 3)):
+        train_only(model, trained)
+        check_step(model, batch)
+
+
 def test_blocks_can_be_named():
     model = compile_blocks(Recipe(("norm", "residual")).model(), blocks=["layers.1"], compiler="eager")
     assert "forward" in vars(model.layers[1])

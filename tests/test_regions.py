@@ -28,9 +28,9 @@ def compilations(monkeypatch) -> list[frozenset[int]]:
     seen = []
     compile_specialized = specialized.compile_specialized
 
-    def note(graph, example_inputs, live, compiler, patches):
-        seen.append(live)
-        return compile_specialized(graph, example_inputs, live, compiler, patches)
+    def note(graph, example_inputs, partitioner, compiler, patches):
+        seen.append(partitioner.live)
+        return compile_specialized(graph, example_inputs, partitioner, compiler, patches)
 
     monkeypatch.setattr(specialized, "compile_specialized", note)
     return seen
@@ -240,9 +240,10 @@ def test_gradients_reach_what_lies_before_the_region(variants):
 
 
 def test_a_variant_that_hands_out_a_frozen_gradient_is_caught(monkeypatch):
-    def ignore_the_set(graph, example_inputs, live, compiler, patches):
+    def ignore_the_set(graph, example_inputs, partitioner, compiler, patches):
         everything = frozenset(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
-        return compile_specialized(graph, example_inputs, everything or live, compiler, patches)
+        partitioner.live = everything or partitioner.live
+        return compile_specialized(graph, example_inputs, partitioner, compiler, patches)
 
     compile_specialized = specialized.compile_specialized
     monkeypatch.setattr(specialized, "compile_specialized", ignore_the_set)
