@@ -79,4 +79,11 @@ def state_bytes(optimizer: Optimizer, parameter: nn.Parameter) -> int:
     """Bytes of the tensors an optimizer keeps for one parameter, scalars left out."""
     state = innermost(optimizer).state.get(parameter, {})
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(map(_bytes, tensors))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of those it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

@@ -116,3 +116,13 @@ def test_the_trainer_trains_on_two_ranks_what_has_gradients(tmp_path):
     assert result.returncode == 0, result.stderr
     for rank in range(2):
         assert f"rank {rank}: 12 steps, 6 selections" in result.stdout
+
+
+@pytest.mark.long
+def test_a_plain_loop_that_accelerate_launches_trains_what_is_selected():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["-m", "tests.accelerate_run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes, 4 selections: the same sets and weights" in result.stdout

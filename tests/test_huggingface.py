@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     Seq2SeqTrainer,
@@ -276,6 +277,24 @@ def test_evaluation_during_training_and_grouping_by_length_work(tmp_path):
     )
     assert all(trained == gradients for trained, gradients in witness.steps)
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
+
+
+def test_early_stopping_ends_a_training_like_any_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 8}
+    settings |= {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True}
+    stopper = EarlyStoppingCallback(1, early_stopping_threshold=100.0)  # no step improves that much
+    trainer = train(tmp_path, adaptive(), stopper, **settings)
+    assert trainer.state.global_step == 2
+    assert not uses_compiled_code(trainer.model)
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_a_resume_with_another_torch_says_that_rounding_may_differ(tmp_path, caplog):
+    train(tmp_path, adaptive(), max_steps=4, save_strategy="steps", save_steps=2)
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0.0"'))
+    train(tmp_path, adaptive(), max_steps=4, resume=str(path.parent))
+    assert f"resumed with torch {torch.__version__}, saved with 2.0.0" in caplog.text
 
 
 def test_a_smaller_batch_size_found_automatically_starts_over(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gtcompile.frozen_state import state_bytes
 from gtcompile.optimizer_updates import ShadowOptimizer
 
 
@@ -117,3 +118,70 @@ def test_parameters_of_another_optimizer_are_not_owned():
     shadow = ShadowOptimizer(torch.optim.SGD([mine], lr=1.0))
     assert shadow.owns(mine)
     assert not shadow.owns(other)
+
+
+class Halved(torch.Tensor):
+    """A tensor kept in another in half precision, that as a whole can do nothing: what 8-bit moments are."""
+
+    @staticmethod
+    def __new__(cls, part):
+        return torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=torch.float32)
+
+    def __init__(self, part):
+        self.part = part
+
+    def __tensor_flatten__(self):
+        return ["part"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, size, stride):
+        return cls(parts["part"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+class HalvedMomentum(torch.optim.Optimizer):
+    """SGD with momentum, the momentum in half precision."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                state.setdefault("moment", Halved(torch.zeros_like(parameter, dtype=torch.bfloat16)))
+                state["moment"].part.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(group["lr"] * state["moment"].part.float())
+
+
+def test_moments_made_of_other_tensors_are_copied_and_counted_by_their_parts():
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = HalvedMomentum([weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    moment, value = optimizer.state[weight]["moment"].part.clone(), weight.detach().clone()
+    predicted = ShadowOptimizer(optimizer).update(weight, torch.ones(4, 4))
+    assert torch.equal(optimizer.state[weight]["moment"].part, moment)
+    assert torch.equal(weight, value)
+    optimizer.step()
+    torch.testing.assert_close(weight - value, predicted)
+    assert state_bytes(optimizer, weight) == 4 * 4 * 2
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_an_8_bit_optimizer_of_torchao_is_measured_like_any():
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    weight = nn.Parameter(torch.ones(64, 128))
+    optimizer = optim.AdamW8bit([weight], lr=1e-2)
+    gradient = torch.linspace(-1, 1, weight.numel()).view_as(weight)
+    for _ in range(2):
+        value, predicted = weight.detach().clone(), ShadowOptimizer(optimizer).update(weight, gradient)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        torch.testing.assert_close(weight - value, predicted)
+    assert state_bytes(optimizer, weight) < weight.nbytes
