@@ -117,9 +117,10 @@ def _copied(value: Any, device: torch.device) -> Any:
     A tensor made of others (moments in 8 bits) is copied part by part: as a whole it need not know how.
     """
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        kind: Any = type(value)
         names, context = value.__tensor_flatten__()
         parts = {name: _copied(getattr(value, name), device) for name in names}
-        return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
+        return kind.__tensor_unflatten__(parts, context, value.size(), value.stride())
     if isinstance(value, torch.Tensor) and value.dim() and value.device != device:
         return value.to(device)
     return copy.deepcopy(value)
