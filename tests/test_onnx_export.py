@@ -280,6 +280,9 @@ def test_a_run_is_exported_with_what_it_trained_last_at_its_own_shape(tmp_path, 
 
 
 def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path):
+    CONFIGS["opt"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a configuration and no weights"):
+        onnx_command.export(str(tmp_path), tmp_path / "step.onnx")
     with pytest.raises(ValueError, match="--length: expected at least 1, got 0"):
         onnx_command.export("demo", tmp_path / "step.onnx", length=0)
     with pytest.raises(ValueError, match="--onnx"):

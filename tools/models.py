@@ -19,6 +19,8 @@ from gtcompile.tools.byte_tokenizer import byte_tokenizer
 from gtcompile.tools.demo_model import load_demo
 
 DEMO = "demo"
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files that weights come in."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,6 +80,11 @@ def load_model(name: str) -> PreTrainedModel:
     if name == DEMO:
         return load_demo()[0]
     config = load_config(name)
+    if Path(name).is_dir() and not any(file for kind in WEIGHTS for file in Path(name).glob(kind)):
+        raise ValueError(
+            f"{name!r} has a configuration and no weights: expected {' or '.join(WEIGHTS)} beside it; "
+            f"gtcompile inspect and bench need none"
+        )
     model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
     return model
 
