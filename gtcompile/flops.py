@@ -19,7 +19,14 @@ from torch.utils.flop_counter import (
 )
 
 from gtcompile.errors import CaptureError
-from gtcompile.torch_internals import CountingMode, FakeTensor, FunctionalTensor, OpOverload, tree_map
+from gtcompile.torch_internals import (
+    CountingMode,
+    FakeTensor,
+    FunctionalTensor,
+    HigherOrderOperator,
+    OpOverload,
+    tree_map,
+)
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -110,6 +117,15 @@ def register_missing_formulas() -> None:
 register_missing_formulas()
 
 
+RUN_RANDOM_OPERATORS = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}
+"""Operators that run another one, with random numbers to be drawn again; its position among their arguments.
+Recomputed attention is run by them, on a CPU whether or not it drops anything."""
+
+
+def _runs_random_operator(target: object) -> bool:
+    return isinstance(target, HigherOrderOperator) and target.name() in RUN_RANDOM_OPERATORS
+
+
 class _CountingCompiledCode(CountingMode):
     """Counts inside compiled code instead of having `torch.compile` step aside."""
 
@@ -122,8 +138,14 @@ class _CountingCompiledCode(CountingMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count one operator, unless it is only traced while something is compiled."""
+        kwargs = kwargs or {}
         if any(issubclass(kind, (FakeTensor, FunctionalTensor)) for kind in types):
-            return func(*args, **kwargs or {})
+            return func(*args, **kwargs)
+        if _runs_random_operator(func):
+            position = RUN_RANDOM_OPERATORS[func.name()]
+            result = func(*args, **kwargs)
+            self.counter._count_flops(args[position]._overloadpacket, result, args[position + 1 :], kwargs)
+            return result
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
@@ -183,11 +205,14 @@ def output_flops(node: fx.Node) -> dict[int, int]:
 
 
 def _higher_order_flops(node: fx.Node) -> int:
-    formula = flop_registry.get(node.target) if node.op == "call_function" else None
+    target, args, kwargs = node.target, *_arguments(node)
+    if _runs_random_operator(target):
+        position = RUN_RANDOM_OPERATORS[target.name()]  # type: ignore[union-attr]
+        target, args = args[position]._overloadpacket, args[position + 1 :]
+    formula = flop_registry.get(target) if node.op == "call_function" else None
     if formula is None:
         return 0
-    args, kwargs = _arguments(node)
-    return int(formula(*args, **kwargs, out_val=_concrete(node.meta["val"])))
+    return int(formula(*args, **kwargs, out_val=_concrete(node.meta.get("val"))))
 
 
 def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

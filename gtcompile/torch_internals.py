@@ -75,8 +75,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 # Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 
-# The class of an aten operator in a graph.
-from torch._ops import OpOverload  # noqa: E402
+# The classes of operators in a graph: those of aten, and those that call others.
+from torch._ops import HigherOrderOperator, OpOverload  # noqa: E402
 
 # Shapes without values: capture from a configuration alone.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
@@ -114,6 +114,7 @@ __all__ = [
     "FakeTensorMode",
     "FunctionalTensor",
     "GradAOTOutput",
+    "HigherOrderOperator",
     "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",
