@@ -90,9 +90,10 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     Raises:
         ValueError: when they are neither one row of a mesh nor all processes.
     """
-    if not any(True for _ in shards(model)):
+    parameters = (sharded(p) for module in shards(model) for p in _parameters(module).values())
+    meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
+    if not meshes:
         return None
-    meshes = {p.device_mesh for p in map(sharded, model.parameters()) if isinstance(p, DTensor)}
     mesh = next(iter(meshes))
     if len(meshes) == 1 and mesh.ndim == 1:
         return mesh.get_group()

@@ -33,7 +33,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
     a model compiled with gtcompile needs no new Dynamo capture for it.
 
     Args:
-        model: compiled or not.
+        model: compiled or not; for one sharded with `fully_shard` all ranks make the same call.
         patterns: FQNs, or shell-style patterns matched on whole names, of which each must match; None trains
             everything that was trainable when gtcompile first saw the model.
 

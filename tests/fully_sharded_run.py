@@ -4,15 +4,18 @@
 `inductor`, then any of `accumulate`, `bf16`, `offload`, `hybrid` and `early` (compiled before it is sharded).
 """
 
+import copy
 import random
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from gtcompile import (
     AdaptiveBackprop,
@@ -22,6 +25,7 @@ from gtcompile import (
     train_only,
     trained_parameters,
 )
+from gtcompile.blocks import find_blocks
 from gtcompile.fully_sharded import local
 from tests.data_parallel_run import build, draw
 from tests.models import captures, random_sets
@@ -205,7 +209,59 @@ def change_sets(count: int = 300) -> None:
         model.zero_grad()
 
 
-CASES = {"sets": change_sets, "nan": check_a_bad_batch, "thaw": check_thawing, "budget": check_refusal}
+def language_models() -> Iterator[nn.Module]:
+    """A decoder with tied weights and an encoder-decoder, without and with activation checkpointing."""
+    sizes = {"vocab_size": 64, "num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 24, "d_kv": 8}
+    opt = {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
+    opt |= {"num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 32}
+    for checkpointing in (False, True):
+        for model in (
+            OPTForCausalLM(OPTConfig(vocab_size=64, **opt)),
+            T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)),
+        ):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.config.use_cache = False
+            yield model.train()
+
+
+def draw_tokens(number: int, ranks: int) -> list[Batch]:
+    """One batch per rank."""
+    rows = torch.randint(3, 64, (ranks, 2, 12), generator=torch.Generator().manual_seed(number))
+    return [{"input_ids": part, "labels": part} for part in rows]
+
+
+def check_language_models() -> None:
+    """Models of transformers: gradients of all ranks together are those of one process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    for model in language_models():
+        alone = copy.deepcopy(model)
+        for name in list(find_blocks(model)):
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        compile_blocks(fully_shard(model, mesh=mesh), compiler="eager")
+        adaptive = AdaptiveBackprop(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 0.6)
+        for number in range(3):
+            selection = adaptive.reselect([draw_tokens(10 * number + i, ranks)[rank] for i in range(2)])
+            train_only(alone, selection.trained)
+            batches = draw_tokens(99 + number, ranks)
+            model(**batches[rank]).loss.backward()
+            alone(**joined(batches)).loss.backward()
+            gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+            torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+            model.zero_grad()
+            alone.zero_grad()
+
+
+CASES = {
+    "language": check_language_models,
+    "sets": change_sets,
+    "nan": check_a_bad_batch,
+    "thaw": check_thawing,
+    "budget": check_refusal,
+}
 
 
 def main(case: str) -> None:

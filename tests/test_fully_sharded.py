@@ -47,6 +47,11 @@ def test_ranks_train_what_one_process_trains_and_send_nothing_else(case, ranks):
 
 
 @pytest.mark.long
+def test_language_models_of_transformers_get_the_gradients_of_one_process():
+    run("language")
+
+
+@pytest.mark.long
 def test_a_bad_batch_of_one_rank_counts_on_none():
     run("nan")
 
