@@ -18,7 +18,7 @@ from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
 from gtcompile.first_forward import FirstForward
 from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
-from gtcompile.torch_internals import dynamo_config
+from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
@@ -192,7 +192,7 @@ class BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or compiled_code_stands_aside():
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}

@@ -12,10 +12,9 @@ go, and what the backward runs:
 Either way the FLOPs are exactly those of the live gradients.
 """
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,34 +22,23 @@ import torch
 from torch import fx
 
 from gtcompile.autograd_nodes import region_node
+from gtcompile.background import Contest
 from gtcompile.dependencies import SharedWork, costs_of
 from gtcompile.joint import JointGraph
 from gtcompile.operators import Boxed, boxed, run_operators
 from gtcompile.partitions import partition
-from gtcompile.passes.hoisting import (
-    HoistedBackward,
-    Leaf,
-    Operand,
-    Part,
-    extract,
-    hoist_weight_gradients,
-)
+from gtcompile.parts import InductorParts, resumable_compilation, run_part, without_donation
+from gtcompile.passes.hoisting import HoistedBackward, Leaf, Operand, extract, hoist_weight_gradients
 from gtcompile.passes.output_masks import narrow_masks
 from gtcompile.programs import Program
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
-    TracingContext,
     aot_autograd,
     compile_fx,
     compile_fx_inner,
     current_autograd_node,
-    functorch_config,
     get_hash_for_files,
-    inductor_config,
-    inductor_state,
-    no_autocast,
-    tracing,
 )
 
 PLAN = "gtcompile.plan"
@@ -58,6 +46,9 @@ PLAN = "gtcompile.plan"
 
 PLANS_KEPT = 256
 """Plans a region keeps, the least recently used is dropped; making one again takes microseconds."""
+
+CODE_KEPT = 16
+"""The same where a plan may have code of its own."""
 
 Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
@@ -176,6 +167,7 @@ class HoistedVariants:
         patches: Mapping[str, Any],
         cut_chains: Literal["run", "compile"],
         memory_budget: float,
+        beside: bool,
         parameters: frozenset[int],
     ) -> None:
         self._compiler = compiler
@@ -185,9 +177,9 @@ class HoistedVariants:
         self._parameters = {input_name(i) for i in parameters}
         self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
-        self._plan_for = functools.lru_cache(PLANS_KEPT)(self._plan)
+        self._beside = beside and compiler == "inductor"
+        self._plan_for = functools.lru_cache(CODE_KEPT if self._beside else PLANS_KEPT)(self._plan)
         self._chains: dict[Slots, Chain] = {}
-        self._compile_part: Callable[[Part], Boxed] = run_part_eagerly
         self._current = threading.local()
         self._partition, self._code = self._compile(graph, example_inputs)
         self._work = self._partition.work()
@@ -236,17 +228,8 @@ class HoistedVariants:
         """Inductor's `inner_compile`: the forward as ever; of the backward, only what its parts will need."""
         if not options.get("is_backward"):
             return self._forward(compile_fx_inner(module, example_inputs, **options))
-        resume = resumable_compilation(self._patches)
-
-        def compile_part(part: Part) -> Boxed:
-            inputs = [example_inputs[i] for i in part.inputs]
-            mark_outputs_visible(part.module)
-            with resume():
-                return compile_fx_inner(
-                    part.module, inputs, **options | {"static_input_idxs": range(len(inputs))}
-                )
-
-        self._compile_part = compile_part
+        settings = {**self._patches, "custom_partitioner_fn": HoistingPartitioner(self._memory_budget)}
+        self._parts = InductorParts(example_inputs, options, settings, resumable_compilation())
         return boxed(self._run_plan)
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
@@ -273,7 +256,20 @@ class HoistedVariants:
         plan = None
         if self._compiler == "inductor":
             plan = self._whole_chain(live_slots) or self._compiled_rest(live_slots)
-        return plan or self._rest(live_slots)
+        plan = plan or self._rest(live_slots)
+        return self._contested(plan, live_slots) if self._beside and self._parts.static else plan
+
+    def _contested(self, plan: Plan, live: Slots) -> Plan:
+        """The plan, until code for this set alone, compiled beside the training, is faster."""
+        needed = extract(self._partition.backward, self._partition.gradients(live))
+        narrow_masks(needed.module.graph)
+        contest = Contest(
+            plan.backward,
+            prepare=lambda: self._parts.compile_beside(needed),
+            fetch=lambda: functools.partial(run_part, needed.inputs, self._parts.compile(needed)),
+        )
+        unread = set(self._partition.released(set(needed.inputs)))
+        return Plan(tuple(i for i in plan.released if i in unread), contest)
 
     def _rest(self, live: Slots) -> Plan:
         """The plan that runs what is needed operator by operator."""
@@ -289,7 +285,7 @@ class HoistedVariants:
         if self._cut_chains == "run" and not draws_random_numbers(needed.module):
             return None
         narrow_masks(needed.module.graph)
-        backward = functools.partial(run_part, needed.inputs, self._compile_part(needed))
+        backward = functools.partial(run_part, needed.inputs, self._parts.compile(needed))
         return Plan(self._partition.released(set(needed.inputs)), backward)
 
     def _whole_chain(self, live: Slots) -> Plan | None:
@@ -319,16 +315,9 @@ class HoistedVariants:
         if activations not in self._chains:
             hoistable = {slot for slot, name in enumerate(self._partition.slots) if name in self._parameters}
             hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
-            run = self._compile_part(hoisted.chain)
+            run = self._parts.compile(hoisted.chain)
             self._chains[activations] = Chain(hoisted, run, hoisted.chain.flops)
         return self._chains[activations]
-
-
-def run_part(positions: Sequence[int], run: Boxed, inputs: list[Any]) -> Sequence[Any]:
-    """Run a part on those of the backward graph's inputs that it reads; all are let go."""
-    own = [inputs[i] for i in positions]
-    inputs.clear()
-    return run(own)
 
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
@@ -360,54 +349,6 @@ def run_chain(
     return gradients
 
 
-def run_part_eagerly(part: Part) -> Boxed:
-    """Run a part operator by operator, freeing values after their last use."""
-    return run_operators(part.module)
-
-
-def mark_outputs_visible(module: fx.GraphModule) -> None:
-    """Have Inductor keep the strides of all outputs: leaves and autograd read them."""
-    output = module.graph.output_node()
-    outputs: Any = output.args[0]
-    output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(outputs) if node is not None]
-
-
 def draws_random_numbers(module: fx.GraphModule) -> bool:
     """Whether a backward recomputes random numbers that only compiled code can draw again."""
     return any("inductor_rand" in str(node.target) for node in module.graph.nodes)
-
-
-@contextlib.contextmanager
-def without_donation() -> Iterator[None]:
-    """Compile code that never overwrites saved values: leaves read them afterwards (`TORCH.md`, 16).
-
-    AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's
-    `uuid`. The backward is compiled with the forward, so that no later set has to.
-    """
-    settings = dict.fromkeys(("donated_buffer", "enable_autograd_cache"), False)
-    with functorch_config.patch({**settings, "force_non_lazy_backward_lowering": True}):
-        yield
-    metadata: Any = TracingContext.get().fw_metadata
-    metadata.bw_donated_idxs = []  # None would have AOTAutograd refuse to retain the graph
-
-
-def resumable_compilation(
-    patches: Mapping[str, Any],
-) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Remember the compilation under way; what is returned enters it again later, with the same settings."""
-    context, fake_mode = TracingContext.get(), inductor_state.fake_mode
-    settings = {**patches, "custom_partitioner_fn": inductor_config.custom_partitioner_fn}
-
-    @contextlib.contextmanager
-    def resume() -> Iterator[None]:
-        with (
-            tracing(context),
-            torch.no_grad(),
-            no_autocast(),
-            inductor_state.set_fake_mode(fake_mode),
-            without_donation(),
-            inductor_config.patch(settings),
-        ):
-            yield
-
-    return resume

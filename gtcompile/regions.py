@@ -36,6 +36,9 @@ class RegionOptions:
     cut_chains: Literal["run", "compile"] = "compile"
     """What a hoisted region does where the backward ends inside it: compile what is left, or run it operator
     by operator."""
+    specialize: Literal["never", "beside"] = "never"
+    """`beside`: another process compiles the backward of a hoisted region for sets that stay for some steps;
+    from then on the way that is measured faster runs. Not worth it by default: see the README."""
     differentiate: Literal["everything", "loss"] = "everything"
     """`loss` when only scalar outputs are differentiated: no zero gradient for logits, nor its memory."""
     random: Literal["eager", "compiler"] = "eager"
@@ -152,6 +155,7 @@ class Region:
             patches=self._patches,
             cut_chains=self._options.cut_chains,
             memory_budget=self._options.activation_memory_budget,
+            beside=self._options.specialize == "beside",
             parameters=frozenset(self._parameters),
         )
 

@@ -72,6 +72,9 @@ from torch._guards import TracingContext, tracing  # noqa: E402
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files  # noqa: E402
 
+# Where Inductor keeps what it compiled.
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
+
 # Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 
@@ -83,6 +86,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 
 # What operators are traced with.
 from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
+
+# A graph with its fake tensors as bytes.
+from torch.fx._graph_pickler import GraphPickler  # noqa: E402
+from torch.fx._graph_pickler import Options as GraphPicklerOptions  # noqa: E402
+
+# Sizes of fake tensors, in a process that has none yet.
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_symbols  # noqa: E402
 
 # Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
@@ -114,15 +124,19 @@ __all__ = [
     "FakeTensorMode",
     "FunctionalTensor",
     "GradAOTOutput",
+    "GraphPickler",
+    "GraphPicklerOptions",
     "HigherOrderOperator",
     "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",
+    "ShapeEnv",
     "TangentAOTInput",
     "TorchDynamoException",
     "TracingContext",
     "aot_autograd",
     "aot_export_joint_with_descriptors",
+    "cache_dir",
     "check_version",
     "compile_fx",
     "compile_fx_inner",
@@ -134,6 +148,7 @@ __all__ = [
     "functorch_config",
     "get_decompositions",
     "get_hash_for_files",
+    "has_free_symbols",
     "inductor_config",
     "inductor_state",
     "mark_dynamic",

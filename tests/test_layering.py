@@ -39,6 +39,8 @@ ORDER = [
         "operators",
         "programs",
         "partitions",
+        "background",
+        "parts",
         "frozen",
         "specialized",
         "hoisted",
