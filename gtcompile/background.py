@@ -125,7 +125,7 @@ def compile_beside(
         module: of operators; left as it is.
         inputs: fake tensors, one per placeholder, of sizes that do not change.
         options: keyword arguments of Inductor's `compile_fx_inner`.
-        settings: of Inductor, part of its cache's key.
+        settings: of Inductor, beside those that are in force here: all are part of its cache's key.
 
     Returns:
         What is done when the code is on the disk; None while another graph is being compiled.
@@ -133,7 +133,8 @@ def compile_beside(
     if any(not compilation.done() for compilation in _begun):
         return None
     graph = GraphPickler.dumps((module, list(inputs), dict(options)), GraphPicklerOptions(ops_filter=None))
-    _begun[:] = [Compilation(pickle.dumps((graph, dict(settings), torch.get_num_threads())))]
+    in_force = inductor_config.save_config_portable() | dict(settings)
+    _begun[:] = [Compilation(pickle.dumps((graph, in_force, torch.get_num_threads())))]
     return _begun[0]
 
 

@@ -228,8 +228,7 @@ class HoistedVariants:
         """Inductor's `inner_compile`: the forward as ever; of the backward, only what its parts will need."""
         if not options.get("is_backward"):
             return self._forward(compile_fx_inner(module, example_inputs, **options))
-        settings = {**self._patches, "custom_partitioner_fn": HoistingPartitioner(self._memory_budget)}
-        self._parts = InductorParts(example_inputs, options, settings, resumable_compilation())
+        self._parts = InductorParts(example_inputs, options, self._patches, resumable_compilation())
         return boxed(self._run_plan)
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:

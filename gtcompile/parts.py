@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from gtcompile.background import Compilation, compile_beside
+from gtcompile.errors import GraphContractError
 from gtcompile.operators import Boxed
 from gtcompile.passes.hoisting import Part
 from gtcompile.torch_internals import (
+    CustomPartitionerFn,
     TracingContext,
     compile_fx_inner,
     functorch_config,
@@ -23,6 +25,27 @@ from gtcompile.torch_internals import (
 )
 
 
+class NothingDonated(CustomPartitionerFn):
+    """Partitions nothing, for parts are; tells Inductor's cache that their code overwrites no input.
+
+    It has no state: Inductor's key is made of its bytes, which must be the same in every process.
+    """
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Never called.
+
+        Raises:
+            GraphContractError: a part has a joint graph.
+        """
+        raise GraphContractError("a part of a backward was about to be split into forward and backward")
+
+    def uuid(self) -> str:
+        """The same for all parts."""
+        return "nothing donated"
+
+
 @dataclass(frozen=True, slots=True)
 class InductorParts:
     """How Inductor compiles parts of one backward graph, long after its forward was compiled."""
@@ -32,25 +55,29 @@ class InductorParts:
     options: Mapping[str, Any]
     """Keyword arguments of `compile_fx_inner`."""
     settings: Mapping[str, Any]
-    """Of Inductor."""
+    """Of Inductor, beside that nothing is donated."""
     resume: Callable[[], contextlib.AbstractContextManager[None]]
     """Enters the compilation of the forward again."""
 
     def compile(self, part: Part) -> Boxed:
         """From the inputs that the part reads to its outputs; code on the disk is taken from there."""
         mark_outputs_visible(part.module)
-        with self.resume(), inductor_config.patch(dict(self.settings)):
+        with self.resume(), inductor_config.patch(self._settings):
             return cast(Boxed, compile_fx_inner(part.module, self._inputs(part), **self._options(part)))
 
     def compile_beside(self, part: Part) -> Compilation | None:
         """Have another process put the part's code on the disk, unless it is busy."""
         mark_outputs_visible(part.module)
-        return compile_beside(part.module, self._inputs(part), self._options(part), self.settings)
+        return compile_beside(part.module, self._inputs(part), self._options(part), self._settings)
 
     @property
     def static(self) -> bool:
         """Whether all sizes are known; others are guarded, and another process knows no guards."""
         return not any(map(has_free_symbols, self.example_inputs))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**self.settings, "custom_partitioner_fn": NothingDonated()}
 
     def _inputs(self, part: Part) -> list[Any]:
         return [self.example_inputs[i] for i in part.inputs]
