@@ -229,6 +229,11 @@ def hoisted_blocks(workload: Workload) -> Rival:
     return Rival(workload, compile_blocks, train_only)
 
 
+def everything_compiled(workload: Trainee) -> Rival:
+    """Hoisted blocks, and `torch.compile` for every other module with parameters: embeddings, norm, head."""
+    return Rival(workload, _compile_the_rest_too, train_only)
+
+
 def freeze(model: nn.Module, trained: Trained | None) -> None:
     """Let `requires_grad` be true for exactly these parameters; None for all."""
     for name, parameter in model.named_parameters():
@@ -249,6 +254,15 @@ def _compile_whole(model: nn.Module) -> nn.Module:
 def _compile_each_block(model: nn.Module) -> nn.Module:
     for name in find_blocks(model):
         model.get_submodule(name).compile()
+    return model
+
+
+def _compile_the_rest_too(model: nn.Module) -> nn.Module:
+    inside = {module for name in find_blocks(model) for module in model.get_submodule(name).modules()}
+    rest = [m for m in model.modules() if m not in inside and any(True for _ in m.parameters(recurse=False))]
+    compile_blocks(model)
+    for module in rest:
+        module.compile()
     return model
 
 

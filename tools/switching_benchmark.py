@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gtcompile.tools.dispatch_overhead import Dispatch, measure_dispatch
-from gtcompile.tools.measurement import describe_machine, in_fresh_process, seconds, spread, verdict
+from gtcompile.tools.measurement import (
+    describe_machine,
+    in_fresh_process,
+    keep_memory,
+    seconds,
+    spread,
+    verdict,
+)
 from gtcompile.tools.paper_models import build_on_meta
 from gtcompile.tools.rivals import (
     PLENTY,
@@ -126,7 +133,7 @@ def switching_rivals(count: int, slow: int) -> dict[str, tuple[Callable[[Workloa
 
 
 def compare_switching(workload: Workload, count: int, slow: int, seed: int) -> list[Switching]:
-    """Every rival on the same random sets, one rival in memory at a time.
+    """Every rival on everything and then on the same random sets, one rival in memory at a time.
 
     Args:
         workload: what to train.
@@ -135,7 +142,8 @@ def compare_switching(workload: Workload, count: int, slow: int, seed: int) -> l
         seed: of the sets.
     """
     names = [name for name, _ in build_on_meta(workload.config()).named_parameters()]
-    sets = random_sets(names, max(count, slow) + 1, seed)
+    sets = [frozenset(names), *random_sets(names, max(count, slow), seed)]  # at first all have moments
+    keep_memory()
     results = []
     for name, (make, tries) in switching_rivals(count, slow).items():
         torch.compiler.reset()
