@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gtcompile.budgets import check_budget
 from gtcompile.capture import list_parameters, unwrap, without_replicas
 from gtcompile.data_parallel import ranks_of
 from gtcompile.dependencies import BackwardCosts, backward_costs
@@ -226,8 +227,7 @@ class AdaptiveBackprop:
 def _check_terms(
     model: nn.Module, budget_fraction: float, always: Iterable[str], never: Iterable[str]
 ) -> _Terms:
-    if not 0 < budget_fraction <= 1:
-        raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+    check_budget(budget_fraction)
     parameters = list_parameters(unwrap(model))
     names = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
     return _Terms(

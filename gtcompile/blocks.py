@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.backend import make_backend, parse_options
-from gtcompile.capture import unwrap
+from gtcompile.capture import uncompile_block, unwrap
 from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
 from gtcompile.first_forward import FirstForward
@@ -100,7 +100,7 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(forward := vars(module).get("forward"), BlockForward):
             forward.first.forget()
-            del module.forward
+            uncompile_block(module)
     unwatch_embeddings(model)
     chosen = trained.trained_parameters(model)
     trained.enter_eager(model.parameters())
@@ -173,6 +173,9 @@ class BlockForward:
     An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
     it still looks as it did, and no guard fails. So is one that requires a gradient only because a forced
     leaf asks for it.
+
+    A copy of the block, deep or pickled, has the eager forward in its place: compiled code is bound to the
+    parameters of this one.
     """
 
     def __init__(
@@ -200,6 +203,10 @@ class BlockForward:
         with _RAISED:
             return self.compiled(*args, **kwargs)
 
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        """What copies and pickles hold instead."""
+        return _itself, (self.eager,)
+
     def _steady(self, key: int | str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
@@ -214,3 +221,7 @@ class BlockForward:
             self._generation = trained.generation()
             self._decided.clear()
         return self._decided.setdefault(key, key in self._differentiable)
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward

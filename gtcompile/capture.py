@@ -224,12 +224,20 @@ def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
     """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
     compiled = {m: vars(m)["forward"] for m in model.modules() if hasattr(vars(m).get("forward"), "compiled")}
     for module in compiled:
-        del module.forward
+        uncompile_block(module)
     try:
         yield
     finally:
         for module, forward in compiled.items():
             module.forward = forward
+
+
+def uncompile_block(block: nn.Module) -> None:
+    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's."""
+    eager = vars(block)["forward"].eager
+    del block.forward
+    if block.forward != eager:
+        block.forward = eager
 
 
 @contextlib.contextmanager

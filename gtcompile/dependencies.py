@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 from torch import fx, nn
 
+from gtcompile.budgets import smallest_budget
 from gtcompile.capture import capture
 from gtcompile.errors import CaptureError
 from gtcompile.flops import node_flops, output_flops, register_missing_formulas
@@ -72,9 +73,13 @@ class BackwardCosts:
 
     @property
     def minimum_budget_fraction(self) -> float:
-        """The smallest share of a full step that trains anything, in (0, 1]."""
-        cheapest = min(self.step_flops({fqn}) for fqn in self.fqns)
-        return cheapest / self.full_flops if self.full_flops else 1.0
+        """The smallest budget that trains anything, in (0, 1]."""
+        return smallest_budget(self.full_flops, self.cheapest_step_flops)
+
+    @property
+    def cheapest_step_flops(self) -> int:
+        """FLOPs per training step when the one parameter is trained that costs least."""
+        return min(self.step_flops({fqn}) for fqn in self.fqns)
 
     def _canonical(self, names: Iterable[str]) -> frozenset[str]:
         if isinstance(names, str):

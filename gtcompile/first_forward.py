@@ -44,7 +44,7 @@ class FirstForward:
             handle.remove()
 
     def _begin(self, model: nn.Module, _inputs: object) -> None:
-        compiled = all("forward" in vars(block) for block in self._blocks)
+        compiled = all(map(trained.is_compiled, self._blocks))
         eager = torch.compiler.is_compiling() or compiled_code_stands_aside()
         if not compiled or eager or not torch.is_grad_enabled():
             return  # the blocks run eagerly this time

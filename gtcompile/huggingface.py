@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.blocks import compile_blocks, uncompile_blocks
+from gtcompile.budgets import check_budget
 from gtcompile.errors import GTCompileError
 from gtcompile.frozen_state import Setting, check_setting
 from gtcompile.trained import train_only
@@ -68,8 +69,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         two_pass: bool = False,
         frozen_state: Setting = "keep",
     ) -> None:
-        if not 0 < budget_fraction <= 1:
-            raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+        check_budget(budget_fraction)
         if every != "epoch" and (not isinstance(every, int) or every < 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {every!r}')
         if batches < (1 if two_pass else 2):

@@ -4,9 +4,9 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from gtcompile.budgets import budget_flops, smallest_budget, written_budget
 from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.knapsack import solve_knapsack
 from gtcompile.trained import match_patterns
@@ -133,21 +133,10 @@ def parameters_to_measure(
     return _check_terms(costs, budget_fraction, always, never).undecided
 
 
-def budget_flops(costs: "BackwardCosts", budget_fraction: float) -> int:
-    """FLOPs per training step that a budget allows: the exact product with the decimal as written, floored.
-
-    Raises:
-        ValueError: `budget_fraction` is outside (0, 1].
-    """
-    if not 0 < budget_fraction <= 1:
-        raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
-    return math.floor(Fraction(repr(float(budget_fraction))) * costs.full_flops)
-
-
 def _check_terms(
     costs: "BackwardCosts", budget_fraction: float, always: Iterable[str], never: Iterable[str]
 ) -> _Terms:
-    budget = budget_flops(costs, budget_fraction)
+    budget = budget_flops(costs.full_flops, budget_fraction)
     fqns = costs.fqns
     names = {name: p.fqn for p in costs.parameters if p.fqn in fqns for name in (p.fqn, *p.aliases)}
     always, never = match_patterns(names, always), match_patterns(names, never)
@@ -177,15 +166,13 @@ def _too_small(
     costs: "BackwardCosts", budget_fraction: float, minimum_flops: int, always: Collection[str]
 ) -> BudgetError:
     """The error that names the smallest budget that works, as a number that works when it is typed back."""
-    smallest = minimum_flops / costs.full_flops
-    while budget_flops(costs, smallest) < minimum_flops:
-        smallest = math.nextafter(smallest, 1.0)
-    rounded_up = math.ceil(Fraction(minimum_flops, costs.full_flops) * 10_000) / 10_000
     what = f"trains {_some(always)}, as asked for by always," if always else "trains anything"
+    forward = costs.forward_flops / costs.full_flops
     return BudgetError(
-        f"budget_fraction {budget_fraction!r} is too small: a step that {what} takes at least {rounded_up} "
-        f"of a full step's FLOPs, {costs.forward_flops / costs.full_flops:.4f} of them in the forward",
-        smallest,
+        f"budget_fraction {budget_fraction!r} is too small: a step that {what} takes at least "
+        f"{written_budget(costs.full_flops, minimum_flops)} of a full step's FLOPs, "
+        f"{forward:.4f} of them in the forward",
+        smallest_budget(costs.full_flops, minimum_flops),
     )
 
 

@@ -143,7 +143,7 @@ def enter_shards(model: nn.Module) -> None:
     """
     model = unwrap(model)
     if fully_sharded.link(model) and uses_compiled_code(model):
-        blocks = [module for module in model.modules() if _is_compiled(module)]
+        blocks = [module for module in model.modules() if is_compiled(module)]
         inside = {parameter for block in blocks for parameter in block.parameters()}
         enter_region(inside)
         leave_to_eager(parameter for parameter in model.parameters() if parameter not in inside)
@@ -158,10 +158,11 @@ def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
 
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
-    return unwrap(model) is not without_replicas(model) or any(map(_is_compiled, model.modules()))
+    return unwrap(model) is not without_replicas(model) or any(map(is_compiled, model.modules()))
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling this very module runs compiled code."""
     return module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
 
 

@@ -1,5 +1,8 @@
 """compile_blocks: which modules are blocks, one capture for all of them, and a new set for free."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -436,6 +439,41 @@ def test_a_wrong_option_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="expected one of 'specialized', 'hoisted'"):
         compile_blocks(model, variants="best")
     assert not any("forward" in vars(layer) for layer in model.layers)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_runs_its_own_weights_uncompiled_and_can_be_compiled(twin_of, ran):
+    model, batch = compile_blocks(ATTENTION.model(), compiler="eager"), ATTENTION.batch()
+    if ran:
+        step(model, batch)
+        model.zero_grad()
+    twin = twin_of(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(3)
+    plain = ATTENTION.model()
+    plain.load_state_dict(twin.state_dict())
+    for run in (twin, compile_blocks(twin, compiler="eager")):
+        assert run(**batch) == plain(**batch)
+        check_step(run, batch)
+        assert all(parameter.grad is None for parameter in model.parameters())
+    uncompile_blocks(twin)
+    assert twin(**batch) == plain(**batch)
+
+
+def test_a_forward_that_the_user_had_replaced_is_costed_and_comes_back():
+    model, batch = ATTENTION.model(), ATTENTION.batch()
+    block = model.layers[0]
+    original = block.forward
+    block.forward = replaced = lambda x: 2 * original(original(x))
+    costs, loss = backward_costs(model, batch), model(**batch)
+    compile_blocks(model, compiler="eager")
+    assert backward_costs(model, batch) == costs
+    assert model(**batch) == loss
+    check_step(model, batch)
+    assert uncompile_blocks(model)(**batch) == loss
+    assert block.forward is replaced
 
 
 def test_blocks_can_be_set_free_with_the_same_parameters_trained():

@@ -17,7 +17,8 @@ FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in P
 """Where the packages lie: in the checkout, or in site-packages when a wheel is tested."""
 
 ORDER = [
-    *("errors", "ranks", "torch_internals", "fully_sharded", "joint", "capture", "flops", "dependencies"),
+    *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "joint"),
+    *("capture", "flops", "dependencies"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.hoisting", "passes.pipeline", "passes"),
     *(

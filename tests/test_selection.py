@@ -12,11 +12,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gtcompile import knapsack
+from gtcompile.budgets import budget_flops, written_budget
 from gtcompile.dependencies import BackwardCosts, SharedWork
 from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.joint import Parameter
 from gtcompile.knapsack import inclusion_pairs, solve_knapsack
-from gtcompile.selection import budget_flops, parameters_to_measure, select_parameters
+from gtcompile.selection import parameters_to_measure, select_parameters
 
 FLOPS = st.one_of(st.just(0), st.integers(1, 50), st.integers(1, 10**15), st.integers(10**14, 10**14 + 9))
 IMPORTANCE = st.one_of(st.just(0.0), st.integers(-3, 9).map(float), st.floats(-1.0, 5.0, width=32))
@@ -68,7 +69,7 @@ def select(costs, importance, budget, always, never):
 def best_importance(costs, importance, budget, always, never):
     """Exhaustive search; None when no set fits."""
     everything = costs.fqns
-    limit = budget_flops(costs, budget)
+    limit = budget_flops(costs.full_flops, budget)
     if not never and costs.full_flops <= limit:
         return math.fsum(importance.values())
     optional = sorted(everything - set(always) - set(never))
@@ -187,11 +188,21 @@ def test_the_smallest_budget_named_works_when_typed_back_and_no_smaller_one_does
     assert select(costs, importance, smallest, always, never).step_flops >= minimum_flops * bool(always)
 
 
+@given(coverage_costs())
+def test_the_minimum_budget_works_and_the_next_smaller_does_not(costs):
+    ones, minimum = dict.fromkeys(costs.fqns, 1.0), costs.minimum_budget_fraction
+    assert select_parameters(costs, ones, minimum).trained
+    typed = float(written_budget(costs.full_flops, costs.cheapest_step_flops))
+    assert select_parameters(costs, ones, typed).trained
+    if costs.cheapest_step_flops:
+        with pytest.raises(BudgetError):
+            select_parameters(costs, ones, math.nextafter(minimum, 0.0))
+
+
 @given(st.integers(0, 10**20), st.integers(1, 10_000))
 def test_a_budget_is_the_exact_product_with_the_decimal_as_typed(flops, ten_thousandths):
-    costs = costs_from([(flops, ["p"])])
     typed = float(f"{ten_thousandths / 10_000:.4f}")
-    assert budget_flops(costs, typed) == flops * ten_thousandths // 10_000
+    assert budget_flops(flops, typed) == flops * ten_thousandths // 10_000
 
 
 @settings(max_examples=200, deadline=None)

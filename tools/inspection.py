@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gtcompile.budgets import written_budget
 from gtcompile.capture import capture
 from gtcompile.dependencies import BackwardCosts, costs_of
 from gtcompile.explanations import saved_bytes
@@ -135,9 +136,10 @@ class Inspection:
 
     def lines(self) -> list[str]:
         """What the figures stand for, in words."""
+        least = self.costs.full_flops, self.costs.cheapest_step_flops
         return [
             f"FLOPs of one training step on batches of {self.batch}, 2 per multiply-add",
-            f"smallest budget that trains anything: {self.costs.minimum_budget_fraction:.4f}",
+            f"smallest budget that trains anything: {written_budget(*least)}",
             f"importance: {self.importance_origin}",
             "dW FLOPs: what that gradient alone needs; marginal: what a step gains with it, or loses without",
         ]

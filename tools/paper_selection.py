@@ -22,8 +22,9 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from gtcompile.budgets import budget_flops
 from gtcompile.dependencies import BackwardCosts
-from gtcompile.selection import budget_flops, select_parameters
+from gtcompile.selection import select_parameters
 
 PAPER_LEVELS = 1000
 
@@ -77,7 +78,7 @@ def compare_budgets(
         chain.weight_flops,
         chain.activation_flops,
         [importance[fqn] for fqn in chain.fqns],
-        budget_flops(costs, budget_fraction) - costs.forward_flops,
+        budget_flops(costs.full_flops, budget_fraction) - costs.forward_flops,
     )
     paper = {chain.fqns[index] for index in indices}
     ours = select_parameters(costs, importance, budget_fraction)

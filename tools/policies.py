@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from gtcompile.adaptive import AdaptiveBackprop
+from gtcompile.budgets import budget_flops, smallest_budget, written_budget
 from gtcompile.capture import unwrap
 from gtcompile.dependencies import BackwardCosts, backward_costs
 from gtcompile.errors import BudgetError
-from gtcompile.selection import Selection, budget_flops
+from gtcompile.selection import Selection
 from gtcompile.tools.settings import Settings
 from gtcompile.trained import train_only
 
@@ -135,7 +136,7 @@ def fixed_plan(costs: BackwardCosts, trained: frozenset[str], budget: float) -> 
         trained=trained,
         selectable=len(costs.fqns),
         step_flops=costs.step_flops(trained),
-        budget_flops=budget_flops(costs, budget),
+        budget_flops=budget_flops(costs.full_flops, budget),
         full_flops=costs.full_flops,
     )
 
@@ -159,16 +160,17 @@ def last_blocks(model: nn.Module, costs: BackwardCosts, budget: float) -> frozen
     blocks = sorted(_blocks(model, costs.fqns), key=costs.step_flops)
     if not blocks:
         blocks = sorted((frozenset({fqn}) for fqn in sorted(costs.fqns)), key=costs.step_flops)
-    limit, chosen = budget_flops(costs, budget), frozenset[str]()
+    limit, chosen = budget_flops(costs.full_flops, budget), frozenset[str]()
     for block in blocks:
         if costs.step_flops(chosen | block) > limit:
             break
         chosen |= block
     if not chosen:
-        minimum = costs.step_flops(blocks[0]) / costs.full_flops
+        least = costs.full_flops, costs.step_flops(blocks[0])
         raise BudgetError(
-            f"budget {budget!r} does not hold the last block; the smallest that does is {minimum:.4f}",
-            minimum,
+            f"budget {budget!r} does not hold the last block; the smallest that does is "
+            f"{written_budget(*least)}",
+            smallest_budget(*least),
         )
     return chosen
 

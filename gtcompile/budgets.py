@@ -1,0 +1,59 @@
+"""Budgets: a share of a full step's FLOPs as an exact number of FLOPs, and back."""
+
+import math
+from fractions import Fraction
+from numbers import Real
+
+
+def budget_flops(full_flops: int, budget_fraction: float) -> int:
+    """FLOPs per training step that a budget allows: the exact product with the decimal as written, floored.
+
+    Args:
+        full_flops: FLOPs of a full step.
+        budget_fraction: share of them that may be spent, in (0, 1].
+
+    Raises:
+        ValueError: `budget_fraction` is outside (0, 1].
+
+    >>> budget_flops(10, 0.3)
+    3
+    """
+    check_budget(budget_fraction)
+    return math.floor(Fraction(repr(float(budget_fraction))) * full_flops)
+
+
+def check_budget(budget_fraction: float) -> None:
+    """Refuse what is no share of a full step.
+
+    Raises:
+        TypeError: for something else than a number.
+        ValueError: for a number outside (0, 1].
+    """
+    if not isinstance(budget_fraction, Real):
+        raise TypeError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+    if not 0 < budget_fraction <= 1:
+        raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+
+
+def smallest_budget(full_flops: int, step_flops: int) -> float:
+    """The smallest budget in (0, 1] that allows a step of so many FLOPs; no smaller double does.
+
+    >>> 1 / 3, budget_flops(3, 1 / 3), smallest_budget(3, 1)
+    (0.3333333333333333, 0, 0.33333333333333337)
+    """
+    if not full_flops:
+        return 1.0
+    smallest = step_flops / full_flops or math.ulp(0.0)
+    while budget_flops(full_flops, smallest) < step_flops:
+        smallest = math.nextafter(smallest, 1.0)
+    return smallest
+
+
+def written_budget(full_flops: int, step_flops: int) -> str:
+    """The smallest budget of at most four decimals that allows such a step: it works when it is typed back.
+
+    >>> written_budget(3, 1)
+    '0.3334'
+    """
+    ten_thousandths = math.ceil(Fraction(step_flops, full_flops or 1) * 10_000)
+    return str(max(ten_thousandths, 1) / 10_000)
