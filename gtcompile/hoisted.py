@@ -1,9 +1,9 @@
 """Hoisted variants: one compilation serves every set of live gradients.
 
 AOTAutograd traces and partitions the region once, with every gradient live. Its backward is split into the
-chain of activation gradients, which is compiled, and the weight gradients, which are not
-(`passes/hoisting.py`). For every set of live gradients a *plan* says which saved values the forward may let
-go, and what the backward runs:
+chain of activation gradients, which is compiled, and leaves, which are not (`passes/hoisting.py`): weight
+gradients, and those of what else a block is given, such as the encoder's output in a decoder. For every set
+of live gradients a *plan* says which saved values the forward may let go, and what the backward runs:
 
 * the compiled chain, then the leaves of the trained parameters, where the whole chain is needed;
 * where it is not, in the block in which the backward ends: what is needed of the backward graph, operator by
@@ -30,6 +30,7 @@ from gtcompile.partitions import partition
 from gtcompile.parts import InductorParts, resumable_compilation, run_part, without_donation
 from gtcompile.passes.hoisting import HoistedBackward, Leaf, Operand, extract, hoist_weight_gradients
 from gtcompile.passes.output_masks import narrow_masks
+from gtcompile.passes.split_convolutions import split_convolutions
 from gtcompile.programs import Program
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
@@ -93,8 +94,10 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The backward of one set of activation gradients, split and compiled."""
+    """The backward of a region, split and compiled."""
 
+    activation: Slots
+    """The slot it leads to, if any."""
     hoisted: HoistedBackward
     run: Boxed
     """The compiled part."""
@@ -179,15 +182,13 @@ class HoistedVariants:
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
         self._beside = beside and compiler == "inductor"
         self._plan_for = functools.lru_cache(CODE_KEPT if self._beside else PLANS_KEPT)(self._plan)
-        self._chains: dict[Slots, Chain] = {}
         self._current = threading.local()
         self._partition, self._code = self._compile(graph, example_inputs)
         self._work = self._partition.work()
         self._program = Program(self._partition.backward)
         self._generates_random = draws_random_numbers(self._partition.backward)
-        every = self._activations_among(range(len(self._partition.slots)))
-        if compiler == "inductor" and cut_chains == "run" and every:
-            self._chain(every)  # or the first set to need it would wait for it
+        if compiler == "inductor" and cut_chains == "run":
+            self._chain  # noqa: B018  compiled now, or the first set to need it would wait for it
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
@@ -289,14 +290,10 @@ class HoistedVariants:
 
     def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
-        activations = self._activations_among(live)
-        if not activations and self._cut_chains == "run":
-            return None  # the backward ends in this block
-        chain = self._chain(activations)
+        chain = self._chain
         leaves = tuple(leaf for leaf in chain.hoisted.leaves if leaf.slot in live)
-        names = set(map(str, live))
-        needed_flops = sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
-        if chain.flops + sum(leaf.flops for leaf in leaves) != needed_flops:
+        flops = chain.flops + sum(leaf.flops for leaf in leaves)
+        if not chain.activation <= live or flops != self._flops(live):
             return None
         read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
         backward = functools.partial(
@@ -304,19 +301,25 @@ class HoistedVariants:
         )
         return Plan(self._partition.released(read), backward)
 
-    def _activations_among(self, slots: Iterable[int]) -> Slots:
-        """Those of the slots that are gradients of something else than a parameter."""
-        names = self._partition.slots
-        return frozenset(i for i in slots if names[i] is not None and names[i] not in self._parameters)
+    @functools.cached_property
+    def _chain(self) -> Chain:
+        """The compiled backward of the activation whose gradient takes most; other gradients are leaves."""
+        backward = _copy(self._partition.backward)
+        split_convolutions(backward.graph)
+        slots = {i: name for i, name in enumerate(self._partition.slots) if name is not None}
+        activation = self._costliest(i for i, name in slots.items() if name not in self._parameters)
+        hoisted = hoist_weight_gradients(backward, keep=activation, hoist=slots.keys() - activation)
+        return Chain(activation, hoisted, self._parts.compile(hoisted.chain), hoisted.chain.flops)
 
-    def _chain(self, activations: Slots) -> Chain:
-        """The compiled backward that computes the gradients of these activations."""
-        if activations not in self._chains:
-            hoistable = {slot for slot, name in enumerate(self._partition.slots) if name in self._parameters}
-            hoisted = hoist_weight_gradients(self._partition.backward, keep=activations, hoist=hoistable)
-            run = self._parts.compile(hoisted.chain)
-            self._chains[activations] = Chain(hoisted, run, hoisted.chain.flops)
-        return self._chains[activations]
+    def _costliest(self, slots: Iterable[int]) -> Slots:
+        """The slot whose gradient takes most FLOPs, by itself; nothing where there are none."""
+        costs = {slot: self._flops({slot}) for slot in slots}
+        return frozenset({max(costs, key=costs.__getitem__)} if costs else ())
+
+    def _flops(self, live: Iterable[int]) -> int:
+        """FLOPs of a backward that computes these slots and no others."""
+        names = set(map(str, live))
+        return sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
 
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:

@@ -14,18 +14,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from gtcompile import hoisted
 from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
 from gtcompile.hoisted import HoistedVariants
 from gtcompile.testing import assert_same_gradients, reference_gradients
-from gtcompile.trained import train_only
+from gtcompile.tools.rivals import compilations
+from gtcompile.trained import train_only, trained_parameters
 from tests.models import (
     BATCH,
     LENGTH,
     WIDTH,
     Recipe,
     Regression,
+    ResidualMLP,
     Stack,
     block_recipes,
     captures,
@@ -230,6 +233,91 @@ def test_generated_code_overwrites_nothing_that_a_leaf_reads(cut_chains):
         with count_flops() as counter:
             step(run, batch)
         assert counter.get_total_flops() == costs.step_flops(trained)
+
+
+@pytest.fixture
+def leaves_run(monkeypatch) -> list[int]:
+    """How many leaves each run of a compiled chain was followed by, in the order of the runs."""
+    runs: list[int] = []
+
+    def run_chain(chain, leaves, *arguments):
+        runs.append(len(leaves))
+        return chain_and_leaves(chain, leaves, *arguments)
+
+    chain_and_leaves = hoisted.run_chain
+    monkeypatch.setattr(hoisted, "run_chain", run_chain)
+    return runs
+
+
+def test_blocks_with_a_frozen_convolution_run_their_compiled_chain(leaves_run):
+    model, batch = Recipe(("convolution",) * 3).model(), make_batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model)
+    step(model, batch)
+    assert leaves_run == [1, 1, 1]
+    train_only(model, ["layers.0.conv.*", "layers.1.norm.*", "layers.2.conv.bias"])
+    expected = reference_gradients(model, batch)
+    with count_flops() as counter:
+        step(model, batch)
+    assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert leaves_run[3:] == [0, 0]  # the lowest block needs no more than its own gradients
+
+
+class Reader(nn.Module):
+    """A block that reads a memory, as those of decoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = ResidualMLP()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        x = self.mlp(x)
+        heads = (self.query(x), self.key(memory), self.value(memory))
+        read = nn.functional.scaled_dot_product_attention(*(head.unsqueeze(1) for head in heads))
+        return x + read.squeeze(1)
+
+
+class Readers(nn.Module):
+    """A linear encoder whose output two blocks read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.embed = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList([Reader(), Reader()])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        memory, x = self.encoder(x), self.embed(x)
+        for layer in self.layers:
+            x = layer(x, memory)
+        return nn.functional.mse_loss(x, y)
+
+
+@pytest.mark.parametrize(
+    ("trained", "leaves"),
+    [
+        (["embed.*"], [0, 0]),
+        (["embed.*", "encoder.*"], [1, 1]),
+        (["encoder.*", "layers.0.query.weight", "layers.1.key.weight"], [2]),  # the lower block's x is frozen
+    ],
+)
+def test_the_gradient_of_a_memory_that_blocks_read_is_a_leaf(trained, leaves, leaves_run):
+    torch.manual_seed(0)
+    model, batch = Readers(), make_batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model)
+    step(model, batch)
+    assert leaves_run == [6, 6]  # five weights, and the memory
+    compiled = compilations()
+    train_only(model, trained)
+    expected = reference_gradients(model, batch)
+    with count_flops() as counter:
+        step(model, batch)
+    assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert compilations() == compiled
+    assert leaves_run[2:] == leaves
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])

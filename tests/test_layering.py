@@ -20,7 +20,7 @@ ORDER = [
     *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "joint"),
     *("capture", "flops", "dependencies"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
-    *("passes.tangents", "passes.hoisting", "passes.pipeline", "passes"),
+    *("passes.tangents", "passes.split_convolutions", "passes.hoisting", "passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
