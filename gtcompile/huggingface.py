@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.blocks import compile_blocks, uncompile_blocks
 from gtcompile.budgets import check_budget
+from gtcompile.complete_state import complete_when_saved, forget_state_of_others, parameters_with_state
 from gtcompile.errors import GTCompileError
 from gtcompile.frozen_state import Setting, check_setting
 from gtcompile.trained import train_only
@@ -52,7 +55,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: for arguments outside these ranges; from `Trainer(...)` or `.train()` for settings that
             would undo it: a second such callback, `torch_compile=True`, reentrant checkpointing, DeepSpeed,
-            FSDP, several devices in one process; for a checkpoint of another model or budget.
+            version 1 of FSDP, several devices in one process; for a checkpoint of another model or budget.
         BudgetError: from `.train()` when the budget trains nothing on this model; names the smallest.
     """
 
@@ -85,6 +88,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._adaptive: AdaptiveBackprop | None = None
         self._model: nn.Module | None = None
         self._trainer: Trainer | None = None
+        self._completion: RemovableHandle | None = None
         self._due = False
         self._selected_at = -1
         self._steps, self._spent = 0, 0.0
@@ -131,6 +135,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         if self._terms["compiled"]:
             compile_blocks(model, compiler=self._terms["compiler"])
         self._model = model
+        if self._trainer.is_fsdp_enabled:
+            self._completion = complete_when_saved(kwargs["optimizer"])
         try:
             self._restore(state)
         except BaseException:
@@ -182,8 +188,19 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             **{"torch": torch.__version__, "selected_at": self._selected_at},
             **{"steps": self._steps, "spent": self._spent},
             "adaptive": self._adaptive.state_dict() if self._adaptive and self._selected_at >= 0 else None,
+            "with_state": self._with_state(),
         }
         return {"args": dict(self._terms), "attributes": {"progress": progress}}
+
+    def _with_state(self) -> list[str] | None:
+        """FQNs that the optimizer has a state for, where the saved one is completed."""
+        return None if self._completion is None else parameters_with_state(*self._trained_by())
+
+    def _trained_by(self) -> tuple[nn.Module, Optimizer]:
+        assert self._model is not None
+        assert self._trainer is not None
+        assert self._trainer.optimizer is not None
+        return self._model, self._trainer.optimizer
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         assert self._model is not None
@@ -233,6 +250,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
                 "resumed with torch %s, saved with %s: the continuation may differ in rounding",
                 *(torch.__version__, progress["torch"]),
             )
+        if (kept := progress.get("with_state")) is not None:
+            forget_state_of_others(*self._trained_by(), kept)
         self.adaptive.load_state_dict(progress["adaptive"])
         self._selected_at, self._due = progress["selected_at"], False
         self._steps, self._spent = progress["steps"], progress["spent"]
@@ -242,7 +261,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         if self._model is not None:
             uncompile_blocks(self._model)
             train_only(self._model, None)
-        self._model = None
+        if self._completion is not None:
+            self._completion.remove()
+        self._model = self._completion = None
 
     def _find_trainer(self) -> Trainer:
         """The trainer this event comes from: it calls us, and hands us everything but itself.

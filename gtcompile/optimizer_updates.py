@@ -43,7 +43,6 @@ class ShadowOptimizer:
         """Whether the optimizer updates this parameter."""
         return parameter in self._groups
 
-    @torch.no_grad()
     def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         """The parameter's value after the optimizer's next step with this gradient, a new tensor.
 
@@ -51,10 +50,12 @@ class ShadowOptimizer:
             parameter: one the optimizer owns.
             gradient: of its shape, on any device; consumed, since a rule may write to it.
         """
-        twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        twin.grad = gradient.to(parameter.device)
-        self._shadow(parameter, twin).step()
-        return twin.detach()
+        return self._step(parameter, gradient)[0].detach()
+
+    def state_after(self, parameter: nn.Parameter, gradient: torch.Tensor) -> dict[str, Any]:
+        """The state the optimizer would have of it after that step, new tensors; arguments as there."""
+        twin, shadow = self._step(parameter, gradient)
+        return dict(shadow.state[twin])
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
@@ -64,6 +65,15 @@ class ShadowOptimizer:
         freezing it leaves out. (Only a decoupled decay could be told apart; SGD's goes through its momentum.)
         """
         return self.stepped(parameter, gradient).sub_(parameter)
+
+    @torch.no_grad()
+    def _step(self, parameter: nn.Parameter, gradient: torch.Tensor) -> tuple[nn.Parameter, Optimizer]:
+        """A twin of the parameter, and the shadow that stepped it."""
+        twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        twin.grad = gradient.to(parameter.device)
+        shadow = self._shadow(parameter, twin)
+        shadow.step()
+        return twin, shadow
 
     def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
         """An optimizer of the same kind that owns `twin` alone, made the way unpickling makes one.

@@ -44,10 +44,11 @@ def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str
             "DeepSpeed keeps gradients and optimizer states in flat buffers of its own, where a frozen "
             "parameter cannot be left out; train without it"
         )
-    if trainer.is_fsdp_enabled:
+    sharding = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(sharding, "fsdp_version", 1) != 2:
         yield (
-            f"{name} does not work with FSDP: version 1 flattens parameters that are selected one by one. "
-            f"Use fully_shard (FSDP2) in a loop of your own, with gtcompile.AdaptiveBackprop"
+            f"{name} does not work with version 1 of FSDP, which flattens parameters that are selected one "
+            f'by one; set fsdp_config={{"version": 2}}'
         )
     if args.n_gpu > 1:
         yield (

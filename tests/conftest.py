@@ -1,9 +1,11 @@
 """What every test starts from."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from tests.models import forget_captures
@@ -21,3 +23,12 @@ def fresh_torch() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     forget_captures()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, for wrappers that want one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.trained import train_only
 from tests.models import Regression
+from tests.test_huggingface import Replay, losses, train, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -59,14 +60,6 @@ def test_a_rank_that_dies_ends_the_others():
     assert "rank 0 is still alive" not in result.stdout
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def adaptive_of(wrapped: DistributedDataParallel) -> AdaptiveBackprop:
     return AdaptiveBackprop(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2), 0.6)
 
@@ -109,13 +102,19 @@ def test_a_second_adaptive_backprop_may_take_over():
 
 
 @pytest.mark.long
-def test_the_trainer_trains_on_two_ranks_what_has_gradients(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize("case", ["replicated", "sharded"])
+def test_the_trainer_trains_on_two_ranks_what_one_process_trains_and_goes_on(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.trainer_run", str(tmp_path)]
+    command += ["-m", "tests.trainer_run", case, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    for rank in range(2):
-        assert f"rank {rank}: 12 steps, 6 selections" in result.stdout
+    outcome = torch.load(tmp_path / "outcome")
+    assert len(set(map(frozenset, outcome["sets"]))) > 3
+    replay = Replay(outcome["sets"])
+    alone = train(tmp_path, replay, num_train_epochs=2, per_device_train_batch_size=4)
+    torch.testing.assert_close(outcome["losses"], losses(alone), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outcome["weights"], weights(alone.model), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long

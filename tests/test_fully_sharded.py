@@ -74,15 +74,8 @@ def test_ranks_with_different_budgets_are_told_so():
 
 
 @pytest.fixture
-def mesh(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def model(mesh):
+def model(one_rank):
+    mesh = init_device_mesh("cpu", (1,))
     module = build()
     for layer in module.layers:
         fully_shard(layer, mesh=mesh)
@@ -137,7 +130,7 @@ def test_importance_of_a_sharded_model_is_that_of_the_whole_one(model, two_pass)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP")
-@pytest.mark.usefixtures("mesh")
+@pytest.mark.usefixtures("one_rank")
 def test_version_1_is_refused_with_what_to_use():
     wrapped = FullyShardedDataParallel(Regression(), device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="fully_shard"):

@@ -346,7 +346,7 @@ def test_reentrant_checkpointing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "reason"), [("is_deepspeed_enabled", "DeepSpeed keeps"), ("is_fsdp_enabled", "fully_shard")]
+    ("setting", "reason"), [("is_deepspeed_enabled", "DeepSpeed keeps"), ("is_fsdp_enabled", "version 1")]
 )
 def test_engines_that_flatten_parameters_are_refused(tmp_path, setting, reason):
     trainer = Trainer(

@@ -55,6 +55,7 @@ ORDER = [
         "adaptive",
         "random_states",
         "training_state",
+        "complete_state",
         "trainer_settings",
         "trainer_loss",
         "huggingface",

@@ -34,14 +34,6 @@ def run(*arguments: object, ranks: int = 2) -> str:
     return result.stdout
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
