@@ -13,9 +13,10 @@ from gtcompile.budgets import check_budget
 from gtcompile.capture import list_parameters, unwrap, without_replicas
 from gtcompile.data_parallel import ranks_of
 from gtcompile.dependencies import BackwardCosts, backward_costs
-from gtcompile.errors import GTCompileError
+from gtcompile.errors import GTCompileError, some
 from gtcompile.frozen_state import FrozenState, Setting
 from gtcompile.importance import check_batches, measure_importance
+from gtcompile.joint import names_of
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.selection import Selection, parameters_to_measure, select_parameters
 from gtcompile.trained import enter_shards, match_patterns, train_only, trained_parameters
@@ -228,8 +229,7 @@ def _check_terms(
     model: nn.Module, budget_fraction: float, always: Iterable[str], never: Iterable[str]
 ) -> _Terms:
     check_budget(budget_fraction)
-    parameters = list_parameters(unwrap(model))
-    names = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+    names = names_of(list_parameters(unwrap(model)))
     return _Terms(
         budget_fraction=budget_fraction,
         always=_check_patterns(names, always),
@@ -256,8 +256,7 @@ def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Any]) ->
         if list(saved[fqn]) != present[fqn]
     ]
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise ValueError(f"this is the state of another model: {'; '.join(sorted(differences)[:3])}{more}")
+        raise ValueError(f"this is the state of another model: {some(sorted(differences), '; ')}")
 
 
 def _shapes_in(value: Any) -> object:

@@ -4,7 +4,6 @@ Not in a thread: torch's tracing keeps global state (a flag, a patched `nn.Modul
 code running meanwhile would trip over. Taking the code from the disk afterwards takes milliseconds.
 """
 
-import atexit
 import logging
 import os
 import pickle
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Protocol
 
@@ -152,7 +152,7 @@ class Compilation:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=file, stdout=subprocess.DEVNULL, stderr=self._said
             )
-        atexit.register(self._process.kill)
+        weakref.finalize(self, self._process.kill)
 
     def done(self) -> bool:
         """Whether the process has ended."""

@@ -58,6 +58,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     parsed = parse_options(BLOCK_DEFAULTS | options)
     if trained.uses_compiled_code(model):
         raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
+    trained.refuse_string(blocks)
     names = tuple(find_blocks(model) if blocks is None else blocks)
     if not names:
         raise ValueError(

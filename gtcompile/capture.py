@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import fully_sharded
 from gtcompile.errors import CaptureError
-from gtcompile.joint import JointGraph, Parameter, ParameterStatus, verify
+from gtcompile.joint import JointGraph, Parameter, ParameterStatus, names_of, verify
 from gtcompile.torch_internals import (
     FakeTensorMode,
     GradAOTOutput,
@@ -89,21 +89,31 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: when the batch is not a mapping from argument names.
-        ValueError: when the model takes no argument of some name.
+        ValueError: when the model takes no argument of some name, or needs one that is not there.
     """
     if not isinstance(batch, Mapping) or not all(isinstance(key, str) for key in batch):
         raise TypeError(
             f"expected one batch as the keyword dictionary of the model's forward, got {type(batch).__name__}"
         )
     signature = inspect.signature(model.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
-        return
-    unknown = [key for key in batch if key not in signature]
+    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in signature.values())
+    unknown = [key for key in batch if key not in signature and not takes_any]
     if unknown:
         raise ValueError(
             f"{type(model).__name__}.forward takes no {', '.join(map(repr, unknown))}; "
             f"it takes {', '.join(signature)}. Remove the extra keys from the batch."
         )
+    missing = [name for name, p in signature.items() if _is_required(p) and name not in batch]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, which the batch lacks; "
+            f"it has {', '.join(batch) or 'nothing'}. Add what is missing to the batch."
+        )
+
+
+def _is_required(argument: inspect.Parameter) -> bool:
+    by_name = argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+    return by_name and argument.default is argument.empty
 
 
 def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
@@ -305,7 +315,7 @@ def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch
 
 
 def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str) -> JointGraph:
-    canonical = {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+    canonical = names_of(parameters)
     descriptors = module.graph.output_node().meta["desc"]
     forward_outputs = count_forward_outputs(descriptors)
     slots = tuple(

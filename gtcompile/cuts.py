@@ -4,11 +4,22 @@ A cut tensor is a leaf that requires a gradient, so that Dynamo's guards and com
 always see, and that gtcompile's regions know to compute no gradient for.
 """
 
+import threading
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _cuts = WeakTensorKeyDictionary()
-_keep_asking = False
+
+
+class _Askers(threading.local):
+    """Those who want tensors to ask for a gradient in this thread: models in their first forward."""
+
+    def __init__(self) -> None:
+        self.present: set[object] = set()
+
+
+_askers = _Askers()
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
@@ -18,20 +29,19 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
     return leaf
 
 
-def keep_asking(now: bool) -> None:
-    """Whether from now on `end` leaves tensors that ask for a gradient."""
-    global _keep_asking
-    _keep_asking = now
+def keep_asking(asker: object, now: bool) -> None:
+    """Whether this asker wants from now on that `end` leaves tensors that ask for a gradient."""
+    (_askers.present.add if now else _askers.present.discard)(asker)
 
 
 def keeps_asking() -> bool:
-    """Whether `end` leaves tensors that ask for a gradient."""
-    return _keep_asking
+    """Whether `end` leaves tensors that ask for a gradient: in this thread somebody wants it."""
+    return bool(_askers.present)
 
 
 def end(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, from which no backward runs into what computed them."""
-    return ask(tensor) if _keep_asking else tensor.detach()
+    return ask(tensor) if keeps_asking() else tensor.detach()
 
 
 def ask(tensor: torch.Tensor) -> torch.Tensor:

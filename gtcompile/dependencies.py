@@ -18,7 +18,7 @@ from gtcompile.budgets import smallest_budget
 from gtcompile.capture import capture
 from gtcompile.errors import CaptureError
 from gtcompile.flops import node_flops, output_flops, register_missing_formulas
-from gtcompile.joint import JointGraph, Parameter
+from gtcompile.joint import JointGraph, Parameter, names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class BackwardCosts:
     def fqns(self) -> frozenset[str]:
         """The selectable parameters."""
         return frozenset(p.fqn for p in self.parameters if p.status == "selectable")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """From every name of the selectable parameters, aliases of tied weights included, to the FQN."""
+        return names_of(p for p in self.parameters if p.status == "selectable")
 
     @property
     def full_flops(self) -> int:
@@ -84,10 +89,7 @@ class BackwardCosts:
     def _canonical(self, names: Iterable[str]) -> frozenset[str]:
         if isinstance(names, str):
             raise TypeError(f"expected a set of parameter names, got the string {names!r}")
-        known = {
-            name: p.fqn for p in self.parameters if p.status == "selectable" for name in (p.fqn, *p.aliases)
-        }
-        names = list(names)
+        known, names = self.names, list(names)
         unknown = sorted(name for name in names if name not in known)
         if unknown:
             raise ValueError(f"no selectable parameter is called {', '.join(map(repr, unknown))}")

@@ -1,4 +1,6 @@
-"""The errors gtcompile raises, by who can act on them."""
+"""The errors gtcompile raises, by who can act on them, and how their messages name many things."""
+
+from collections.abc import Sequence
 
 
 class GTCompileError(Exception):
@@ -23,3 +25,13 @@ class BudgetError(GTCompileError):
     def __init__(self, message: str, minimum_budget_fraction: float) -> None:
         super().__init__(message)
         self.minimum_budget_fraction = minimum_budget_fraction
+
+
+def some(texts: Sequence[str], between: str = ", ") -> str:
+    """The first three of many texts, and how many more there are.
+
+    >>> some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return between.join(texts[:3]) + more

@@ -10,7 +10,7 @@ from torch import fx
 
 from gtcompile.capture import tangents
 from gtcompile.dependencies import dependency_graph, parameters_needing, work_by_node
-from gtcompile.joint import JointGraph, ancestors
+from gtcompile.joint import JointGraph, ancestors, names_of
 from gtcompile.trained import near_names
 
 Phase = Literal["forward", "backward"]
@@ -202,7 +202,7 @@ def _check_trained(joint: JointGraph, trained: Set[str]) -> None:
 
 
 def _find(joint: JointGraph, subject: str) -> fx.Node:
-    fqns = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
+    fqns = names_of(joint.parameters)
     nodes: dict[str, fx.Node] = {n.name: n for n in joint.module.graph.nodes if n.op != "output"}
     if subject in fqns:
         gradients = _gradients(joint).get(fqns[subject])

@@ -36,7 +36,7 @@ class FirstForward:
         """Note that a block is about to run with gradients enabled."""
         if self._waiting:
             self._waiting.discard(block)
-            keep_asking(bool(self._waiting))
+            keep_asking(self, bool(self._waiting))
 
     def forget(self) -> None:
         """Take the hooks away."""
@@ -50,12 +50,12 @@ class FirstForward:
             return  # the blocks run eagerly this time
         self._began, self._waiting = True, set(self._blocks)
         self._handles += [module.register_forward_hook(self._ask) for module in self._frozen_rest(model)]
-        keep_asking(True)
+        keep_asking(self, True)
 
     def _end(self, _model: nn.Module, _inputs: object, _output: object) -> None:
         if self._began:
             self._waiting.clear()  # of blocks that the model did not call
-            keep_asking(False)
+            keep_asking(self, False)
             self.forget()
 
     def _frozen_rest(self, model: nn.Module) -> Iterator[nn.Module]:

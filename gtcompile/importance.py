@@ -12,14 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile import fully_sharded
-from gtcompile.capture import check_batch, list_parameters, unwrap
-from gtcompile.errors import GTCompileError
+from gtcompile.capture import check_batch, unwrap
+from gtcompile.errors import GTCompileError, some
 from gtcompile.fully_sharded import copies, local
 from gtcompile.gradient_stream import GradientStream, NotFiniteError
 from gtcompile.optimizer_updates import ShadowOptimizer
 from gtcompile.ranks import Ranks
 from gtcompile.restoration import restored, temporarily_training
-from gtcompile.trained import enter_shards, match_patterns, trained_parameters
+from gtcompile.trained import enter_shards, match_patterns, selectable_names, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -231,10 +231,7 @@ def _measured(model: nn.Module, only: Collection[str] | None) -> dict[str, nn.Pa
     module = unwrap(model)
     if not trained_parameters(model):
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True to measure")
-    with temporarily_training(model, None):
-        selectable = trained_parameters(model)
-    described = [p for p in list_parameters(module) if p.fqn in selectable]
-    names = {name: p.fqn for p in described for name in (p.fqn, *p.aliases)}
+    names = selectable_names(model)
     chosen = match_patterns(names, names if only is None else only)
     if not chosen:
         raise ValueError("expected at least one parameter to measure, got none in `only`; None means all")
@@ -244,9 +241,8 @@ def _measured(model: nn.Module, only: Collection[str] | None) -> dict[str, nn.Pa
 def _check_owned(shadow: ShadowOptimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     missing = [fqn for fqn, parameter in parameters.items() if not shadow.owns(parameter)]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"the optimizer does not own {', '.join(missing[:3])}{more}, of {len(parameters)} parameters to "
+            f"the optimizer does not own {some(missing)}, of {len(parameters)} parameters to "
             f"measure; make it from this model's parameters, or freeze the others with requires_grad_(False)"
         )
 

@@ -39,6 +39,11 @@ class Parameter:
         return f"{self.fqn}{tied} {list(self.shape)}"
 
 
+def names_of(parameters: Iterable[Parameter]) -> dict[str, str]:
+    """From every name of some parameters, aliases of tied weights included, to the FQN."""
+    return {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointGraph:
     """AOTAutograd's forward + backward graph.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gtcompile.budgets import budget_flops, smallest_budget, written_budget
-from gtcompile.errors import BudgetError, GTCompileError
+from gtcompile.errors import BudgetError, GTCompileError, some
 from gtcompile.knapsack import solve_knapsack
 from gtcompile.trained import match_patterns
 
@@ -138,8 +138,7 @@ def _check_terms(
 ) -> _Terms:
     budget = budget_flops(costs.full_flops, budget_fraction)
     fqns = costs.fqns
-    names = {name: p.fqn for p in costs.parameters if p.fqn in fqns for name in (p.fqn, *p.aliases)}
-    always, never = match_patterns(names, always), match_patterns(names, never)
+    always, never = match_patterns(costs.names, always), match_patterns(costs.names, never)
     if both := always & never:
         raise ValueError(f"{_some(both)} in both always and never; a parameter can be in one of them")
     step_flops = _step_flops_with(costs, fqns - always - never, always)
@@ -227,7 +226,5 @@ def _share(flops: int, full_flops: int) -> float:
     return flops / full_flops if full_flops else 1.0
 
 
-def _some(names: Collection[str]) -> str:
-    """A few names of many, for a message."""
-    shown = ", ".join(map(repr, sorted(names)[:3]))
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+def _some(names: Iterable[str]) -> str:
+    return some([repr(name) for name in sorted(names)])

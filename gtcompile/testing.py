@@ -10,6 +10,7 @@ from torch import nn
 
 from gtcompile.capture import loss_of, unwrap
 from gtcompile.forced_leaves import REENTRANT
+from gtcompile.restoration import restored
 from gtcompile.trained import trained_parameters
 
 Gradients = Sequence[torch.Tensor | None]
@@ -47,7 +48,7 @@ def _eager_step(
     batch: Mapping[str, Any],
     wanted: Mapping[str, nn.Parameter],
 ) -> Gradients:
-    with _everything_restored(model), torch.compiler.set_stance("force_eager"):
+    with restored(model), _flags_restored(model), torch.compiler.set_stance("force_eager"):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in wanted.values():
@@ -79,27 +80,18 @@ def _handed_out(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients
 
 def _accumulated(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
     """Gradients by `.grad`, for reentrant checkpointing knows no other way; hooks of parameters run."""
-    for parameter in parameters:
-        parameter.grad = None
     loss.backward()
     return [parameter.grad for parameter in parameters]
 
 
 @contextlib.contextmanager
-def _everything_restored(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+def _flags_restored(model: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        for parameter, flag, gradient in flags:
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def assert_same_gradients(

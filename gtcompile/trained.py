@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gtcompile import fully_sharded
 from gtcompile.capture import list_parameters, unwrap, without_replicas
 from gtcompile.fully_sharded import sharded, whole
+from gtcompile.joint import names_of
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
@@ -46,6 +47,8 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
     global _current_generation
     enter_shards(model)
     selectable = _selectable(model)
+    if not selectable:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no parameter with requires_grad=True to train")
     trained = frozenset(selectable) if patterns is None else _match(model, selectable, patterns)
     if not trained:
         raise ValueError("expected at least one parameter to train, got no pattern; None trains everything")
@@ -75,20 +78,31 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
 
     Raises:
         ValueError: naming each pattern that matches nothing and the names closest to it.
-        TypeError: for a single string, which would be taken letter by letter.
+        TypeError: for a single string, which would be taken letter by letter, or what is no string.
     """
-    if isinstance(patterns, str):
-        raise TypeError(
-            f"expected a collection of patterns, got the string {patterns!r}; write [{patterns!r}]"
-        )
+    refuse_string(patterns)
     canonical = names if isinstance(names, dict) else {name: name for name in names}
     matched: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"expected FQNs or shell-style patterns, got a {type(pattern).__name__}")
         found = [pattern] if pattern in canonical else fnmatch.filter(canonical, pattern)
         if not found:
             raise ValueError(f"{pattern!r} matches no selectable parameter; {near_names(pattern, canonical)}")
         matched.update(canonical[name] for name in found)
     return frozenset(matched)
+
+
+def refuse_string(names: object) -> None:
+    """Refuse a single string where names are expected: it would be taken letter by letter.
+
+    Raises:
+        TypeError: for a string.
+    """
+    if isinstance(names, str):
+        raise TypeError(
+            f"expected a collection of names or patterns, got the string {names!r}; write [{names!r}]"
+        )
 
 
 def _match(model: nn.Module, selectable: dict[str, nn.Parameter], patterns: Iterable[str]) -> frozenset[str]:
@@ -97,7 +111,7 @@ def _match(model: nn.Module, selectable: dict[str, nn.Parameter], patterns: Iter
         patterns = frozenset(patterns)
         if patterns <= selectable.keys():
             return patterns
-    return match_patterns(_names(model), patterns)
+    return match_patterns(selectable_names(model), patterns)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -172,11 +186,10 @@ def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {fqn: sharded(parameter) for fqn, parameter in named if was_trainable(parameter)}
 
 
-def _names(model: nn.Module) -> dict[str, str]:
-    """Every name of every selectable parameter, and the first name it goes by."""
+def selectable_names(model: nn.Module) -> dict[str, str]:
+    """From every name of what can be trained, aliases of tied weights included, to the FQN."""
     selectable = _selectable(model)
-    described = list_parameters(unwrap(model))
-    return {name: p.fqn for p in described if p.fqn in selectable for name in (p.fqn, *p.aliases)}
+    return names_of(p for p in list_parameters(unwrap(model)) if p.fqn in selectable)
 
 
 def _is_outside(parameter: nn.Parameter, compiled: bool) -> bool:

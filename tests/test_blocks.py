@@ -426,6 +426,8 @@ def test_a_model_without_repeated_blocks_is_refused_with_the_way_out():
 def test_a_name_that_is_no_module_is_refused_with_its_neighbours():
     with pytest.raises(ValueError, match=r"has no module 'layer.1'; near names: .*layers.1"):
         compile_blocks(Recipe(("norm", "norm")).model(), blocks=["layer.1"])
+    with pytest.raises(TypeError, match=r"got the string 'layers.1'; write \['layers.1'\]"):
+        compile_blocks(Recipe(("norm", "norm")).model(), blocks="layers.1")
 
 
 def test_a_model_compiled_already_is_refused():

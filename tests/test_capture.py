@@ -132,6 +132,13 @@ def test_a_batch_with_unknown_keys_is_refused_before_any_work():
         capture(Regression(), make_batch() | {"label": 1, "z": 2})
 
 
+def test_a_batch_that_lacks_what_the_model_needs_is_refused_before_any_work():
+    with pytest.raises(ValueError, match=r"Regression.forward needs y, which the batch lacks; it has x\."):
+        capture(Regression(), {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"needs x, y, which the batch lacks; it has nothing\."):
+        capture(Regression(), {})
+
+
 @pytest.mark.parametrize(
     "batch", [[torch.zeros(1)], torch.zeros(1), {1: torch.zeros(1)}], ids=["list", "tensor", "int"]
 )

@@ -311,6 +311,11 @@ def test_a_budget_out_of_range_is_refused(budget):
         select_parameters(CHAIN, {}, budget)
 
 
+def test_a_budget_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"budget_fraction in \(0, 1\], got '0.5'"):
+        select_parameters(CHAIN, {}, "0.5")
+
+
 def test_a_budget_that_is_too_small_names_the_smallest_that_works():
     with pytest.raises(
         BudgetError, match=r"0\.3 is too small: a step that trains anything takes at least 0\.5 "

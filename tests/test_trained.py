@@ -66,11 +66,19 @@ def test_each_pattern_must_match_and_nothing_changes_when_one_does_not():
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="expected at least one parameter"):
         train_only(Regression(), [])
+    with pytest.raises(ValueError, match="Regression has no parameter with requires_grad=True"):
+        train_only(Regression().requires_grad_(False), None)
 
 
 def test_a_string_is_refused_instead_of_being_taken_letter_by_letter():
     with pytest.raises(TypeError, match=r"write \['layers.0.bias'\]"):
         train_only(Regression(), "layers.0.bias")
+
+
+def test_a_parameter_in_place_of_its_name_is_refused():
+    model = Regression()
+    with pytest.raises(TypeError, match="expected FQNs or shell-style patterns, got a Parameter"):
+        train_only(model, [model.layers[0].bias])
 
 
 def test_none_trains_everything_again():
@@ -240,5 +248,5 @@ def test_names_like_no_other_are_answered_with_an_example():
 
 def test_a_module_without_parameters_has_no_trained_set():
     assert trained_parameters(nn.Identity()) == frozenset()
-    with pytest.raises(ValueError, match="expected at least one parameter"):
+    with pytest.raises(ValueError, match="Identity has no parameter"):
         train_only(nn.Identity(), None)

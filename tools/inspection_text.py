@@ -193,9 +193,7 @@ def trained_set(inspection: Inspection, text: str) -> frozenset[str]:
         if inspection.run is None:
             raise ValueError(f"epoch {text} is of a run; inspect its output folder to name one")
         return frozenset(inspection.run.selection_at(int(text))["trained"])
-    fqns = inspection.costs.fqns
-    names = {n: p.fqn for p in inspection.costs.parameters if p.fqn in fqns for n in (p.fqn, *p.aliases)}
-    return match_patterns(names, [part.strip() for part in text.split(",")])
+    return match_patterns(inspection.costs.names, [part.strip() for part in text.split(",")])
 
 
 def show_why(console: Console, inspection: Inspection, subject: str) -> None:

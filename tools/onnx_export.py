@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gtcompile.capture import capture, unwrap
 from gtcompile.errors import CaptureError
-from gtcompile.joint import JointGraph
+from gtcompile.joint import JointGraph, names_of
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.tools.onnx_check import Agreement, Session, compare, fresh_batch, require, runtime_installed
 from gtcompile.tools.onnx_graph import lower, size_of, write
@@ -142,8 +142,7 @@ def _trained_joint(
         for dimension in range(_changing(value)):
             mark_dynamic(value, dimension)
     joint = capture(model, batch)
-    names = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
-    wanted = joint.live if trained is None else match_patterns(names, trained)
+    wanted = joint.live if trained is None else match_patterns(names_of(joint.parameters), trained)
     if not wanted & joint.live:
         raise CaptureError("none of the trained parameters has a gradient in this model: nothing to export")
     return restrict_gradients(joint, wanted)

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from gtcompile.errors import CaptureError
-from gtcompile.joint import JointGraph
+from gtcompile.joint import JointGraph, names_of
 from gtcompile.tools.onnx_convolution import convolution_gradients
 from gtcompile.torch_internals import (
     BufferAOTInput,
@@ -124,7 +124,7 @@ class TrainingStep(nn.Module):
         self.trained = tuple(p.fqn for p in joint.parameters if p.fqn in joint.live)
         self._slots = joint.slots
         self._forward_outputs = joint.forward_outputs
-        canonical = {name: p.fqn for p in joint.parameters for name in (p.fqn, *p.aliases)}
+        canonical = names_of(joint.parameters)
         self._sources: list[tuple[str, str]] = []
         used: set[str] = set(self.trained)
         for node in self.graph.graph.find_nodes(op="placeholder"):

@@ -4,7 +4,7 @@ import re
 
 from torch import fx
 
-from gtcompile.joint import JointGraph
+from gtcompile.joint import JointGraph, names_of
 from gtcompile.torch_internals import ParamAOTInput
 
 OUTSIDE = "(outside modules)"
@@ -48,8 +48,7 @@ def _fqn(meaning: ParamAOTInput) -> str:
 
 
 def _modules_with_parameters(joint: JointGraph) -> frozenset[str]:
-    names = (name for p in joint.parameters for name in (p.fqn, *p.aliases))
-    modules = (name.split(".")[:-1] for name in names)
+    modules = (name.split(".")[:-1] for name in names_of(joint.parameters))
     return frozenset(".".join(parts[:n]) for parts in modules for n in range(1, len(parts) + 1))
 
 
