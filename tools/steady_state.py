@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
 
-from gtcompile.dependencies import backward_costs
+from gtcompile.capture import capture
+from gtcompile.dependencies import costs_of
+from gtcompile.explanations import saved_bytes
 from gtcompile.selection import Selection, select_parameters
 from gtcompile.tools.measurement import Contender, Spread, alternate, ratios, spread, verdict
 from gtcompile.tools.paper_models import build_on_meta, draw_importance
@@ -40,6 +42,8 @@ class SteadyState:
     rivals: Mapping[str, Rival]
     selections: Mapping[float, Selection]
     """By budget."""
+    predicted_saved: Mapping[float, int] = field(default_factory=dict)
+    """Bytes saved for backward by budget, by the model's joint graph alone; empty where it was not asked."""
 
     @property
     def trials(self) -> list[Trial]:
@@ -68,11 +72,17 @@ def set_up(workload: Workload, budgets: Sequence[float], seed: int) -> SteadySta
         seed: of the random importances.
     """
     batch = {name: torch.zeros_like(value, device="cpu") for name, value in workload.batch().items()}
-    costs = backward_costs(build_on_meta(workload.config()), batch)
+    joint = capture(build_on_meta(workload.config()), batch)
+    costs = costs_of(joint)
     importance = draw_importance(costs, seed)
     selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}
     makers = {HOISTED: hoisted_blocks, EAGER: eager, PLAIN: plain_blocks, REST: everything_compiled}
-    steady = SteadyState({name: make(workload) for name, make in makers.items()}, selections)
+    trained = {1.0: joint.live} | {budget: chosen.trained for budget, chosen in selections.items()}
+    steady = SteadyState(
+        {name: make(workload) for name, make in makers.items()},
+        selections,
+        {budget: saved_bytes(joint, fqns) for budget, fqns in trained.items()},
+    )
     for trial in steady.trials:
         steady.prepare(trial)
     return steady
@@ -139,15 +149,16 @@ def time_verdicts(steady: SteadyState, times: Mapping[Trial, Sequence[float]]) -
     return lines
 
 
-def memory_table(memory: Mapping[Trial, StepMemory]) -> Table:
+def memory_table(steady: SteadyState, memory: Mapping[Trial, StepMemory]) -> Table:
     """One row per trial."""
-    table = Table(title="Memory of a step beside weights, MB; peak: activations, gradients and moments")
+    table = Table(title="MB beside weights: saved for backward, as predicted and measured; peak of a step")
     table.add_column("rival", no_wrap=True)
-    for column in ("budget", "saved for backward", "to own full", "peak", "to own full"):
+    for column in ("budget", "predicted", "saved", "share", "peak", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for trial, used in memory.items():
         full = memory[Trial(trial.rival, 1.0)]
-        saved = (f"{used.saved / 1e6:.1f}", f"{used.saved / full.saved:.3f}")
+        predicted = f"{steady.predicted_saved[trial.budget] / 1e6:.1f}"
+        saved = (predicted, f"{used.saved / 1e6:.1f}", f"{used.saved / full.saved:.3f}")
         peak = (f"{used.peak / 1e6:.1f}", f"{used.peak / full.peak:.3f}")
         table.add_row(trial.rival, f"{trial.budget:.2f}", *saved, *peak)
     return table

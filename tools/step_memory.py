@@ -1,6 +1,7 @@
 """Memory of one training step: bytes saved for backward, and the most that was allocated."""
 
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     """By the profiler's records of every allocation and release."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would write a line whenever it starts or stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     assert profiler.profiler is not None

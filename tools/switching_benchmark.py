@@ -318,7 +318,7 @@ def run_part(part: Part, workload: Workload, effort: Effort) -> tuple[Table, lis
     steady = set_up(workload, effort.budgets, effort.seed)
     if part == "memory":
         memory = measure_memory(steady, device)
-        return memory_table(memory), memory_verdicts(memory)
+        return memory_table(steady, memory), memory_verdicts(memory)
     times = time_steps(steady, effort.rounds, device)
     return time_table(steady, times, device), time_verdicts(steady, times)
 
