@@ -17,7 +17,7 @@ from gtcompile.errors import GTCompileError, some
 from gtcompile.frozen_state import FrozenState, Setting
 from gtcompile.importance import check_batches, measure_importance
 from gtcompile.joint import names_of
-from gtcompile.restoration import restored, temporarily_training
+from gtcompile.restoration import restored
 from gtcompile.selection import Selection, parameters_to_measure, select_parameters
 from gtcompile.trained import enter_shards, match_patterns, train_only, trained_parameters
 
@@ -173,8 +173,7 @@ class AdaptiveBackprop:
         """The costs at this batch's shapes, captured anew only when they differ from the last."""
         key = _shapes_in(batch)
         if key not in self._known_costs:
-            with temporarily_training(self._model, None):
-                self._known_costs = {key: backward_costs(self._model, batch)}
+            self._known_costs = {key: backward_costs(self._model, batch)}
         return self._known_costs[key]
 
     def _common_ground(self) -> dict[str, Any]:

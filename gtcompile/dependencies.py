@@ -15,10 +15,11 @@ import networkx as nx
 from torch import fx, nn
 
 from gtcompile.budgets import smallest_budget
-from gtcompile.capture import capture
+from gtcompile.capture import capture, unwrap
 from gtcompile.errors import CaptureError
 from gtcompile.flops import node_flops, output_flops, register_missing_formulas
 from gtcompile.joint import JointGraph, Parameter, names_of
+from gtcompile.restoration import everything_trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ class BackwardCosts:
 def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> BackwardCosts:
     """The exact FLOPs of one training step of `model` for any trained set, at the shapes of one batch.
 
+    Whatever `train_only` has frozen by now is part of a full step and can be selected; what the user froze is
+    not.
+
     Args:
         model: returns its scalar loss or an output with `.loss`; may be on the meta device, without weights.
         example_inputs: keyword dictionary of one batch of ordinary tensors, labels included.
@@ -114,7 +118,9 @@ def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> Backw
         CaptureError: the model could not be captured, or an operator's FLOPs are unknown.
         ValueError, TypeError: the batch does not fit the model's forward.
     """
-    return costs_of(capture(model, example_inputs))
+    model = unwrap(model)
+    with everything_trainable(model):
+        return costs_of(capture(model, example_inputs))
 
 
 def costs_of(joint: JointGraph) -> BackwardCosts:

@@ -27,11 +27,11 @@ class BudgetError(GTCompileError):
         self.minimum_budget_fraction = minimum_budget_fraction
 
 
-def some(texts: Sequence[str], between: str = ", ") -> str:
-    """The first three of many texts, and how many more there are.
+def some(texts: Sequence[str], between: str = ", ", most: int = 3) -> str:
+    """The first of many texts, and how many more there are.
 
     >>> some(["a", "b", "c", "d"])
     'a, b, c and 1 more'
     """
-    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return between.join(texts[:3]) + more
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more

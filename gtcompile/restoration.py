@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gtcompile.trained import train_only, trained_parameters
+from gtcompile.trained import train_only, trained_parameters, was_trainable
 
 
 @contextlib.contextmanager
@@ -28,13 +28,34 @@ def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> 
     Like `train_only` it drops the gradients of what it freezes; `restored` around it keeps them.
     """
     former = trained_parameters(model)
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with flags_kept(model):
+        try:
+            train_only(model, patterns)
+            yield
+        finally:
+            train_only(model, former)
+
+
+@contextlib.contextmanager
+def everything_trainable(model: nn.Module) -> Iterator[None]:
+    """All that was trainable when gtcompile first saw the model asks for a gradient within the block.
+
+    That alone: the trained set, gradients and the other ranks know nothing of it.
+    """
+    with flags_kept(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(was_trainable(parameter))
+        yield
+
+
+@contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Every parameter's `requires_grad` is afterwards what it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        train_only(model, patterns)
         yield
     finally:
-        train_only(model, former)
-        for parameter, requires_grad in asked:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
 
 

@@ -1,7 +1,6 @@
 """The oracles gtcompile is tested against, for your own tests: eager gradients and what must equal them."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from gtcompile.capture import loss_of, unwrap
 from gtcompile.forced_leaves import REENTRANT
-from gtcompile.restoration import restored
+from gtcompile.restoration import flags_kept, restored
 from gtcompile.trained import trained_parameters
 
 Gradients = Sequence[torch.Tensor | None]
@@ -48,7 +47,7 @@ def _eager_step(
     batch: Mapping[str, Any],
     wanted: Mapping[str, nn.Parameter],
 ) -> Gradients:
-    with restored(model), _flags_restored(model), torch.compiler.set_stance("force_eager"):
+    with restored(model), flags_kept(model), torch.compiler.set_stance("force_eager"):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in wanted.values():
@@ -82,16 +81,6 @@ def _accumulated(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradient
     """Gradients by `.grad`, for reentrant checkpointing knows no other way; hooks of parameters run."""
     loss.backward()
     return [parameter.grad for parameter in parameters]
-
-
-@contextlib.contextmanager
-def _flags_restored(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def assert_same_gradients(

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs, costs_of, dependency_graph, parameters_needing
 from gtcompile.errors import CaptureError
 from gtcompile.flops import count_flops, node_flops, output_flops
 from gtcompile.joint import JointGraph
+from gtcompile.trained import train_only
 from tests.graphs import capture_of
 from tests.models import (
     BATCH,
@@ -138,6 +140,18 @@ def test_the_minimum_budget_is_that_of_the_cheapest_parameter(recipe):
     cheapest = min(costs.step_flops([fqn]) for fqn in costs.fqns)
     assert costs.cheapest_step_flops == cheapest
     assert costs.forward_flops / costs.full_flops <= costs.minimum_budget_fraction <= 1
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, compile_blocks], ids=["eager", "blocks"])
+def test_costs_are_the_same_whatever_is_trained_now(prepare):
+    model, batch = Recipe(("norm", "partly unused", "norm")).model(), make_batch()
+    costs = backward_costs(model, batch)
+    prepare(model)
+    for trained in (["head.bias"], ["layers.0.*"], None):
+        train_only(model, trained)
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        assert backward_costs(model, batch) == costs
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
 def test_a_chain_of_linear_layers_costs_what_a_hand_counts():

@@ -18,12 +18,13 @@ FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in P
 
 ORDER = [
     *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "joint"),
-    *("capture", "flops", "dependencies"),
+    *("capture", "flops"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.split_convolutions", "passes.hoisting", "passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
+        "dependencies",
         "gradient_stream",
         "optimizer_updates",
         "importance",

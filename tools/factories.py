@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def is_factory(name: str) -> bool:
@@ -44,3 +45,16 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
             f"got {type(made).__name__}"
         )
     return model, batch
+
+
+def language_model(name: str, made: nn.Module) -> PreTrainedModel:
+    """A model that came without a batch, and that a batch of tokens can be made for.
+
+    Raises:
+        ValueError: for any other model.
+    """
+    if isinstance(made, PreTrainedModel):
+        return made
+    raise ValueError(
+        f"{name} returned a {type(made).__name__} and no batch; return both: model, keyword dictionary"
+    )

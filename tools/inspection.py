@@ -17,7 +17,7 @@ from gtcompile.dependencies import BackwardCosts, costs_of
 from gtcompile.explanations import saved_bytes
 from gtcompile.joint import JointGraph
 from gtcompile.selection import Selection, select_parameters
-from gtcompile.tools.factories import call_factory, is_factory
+from gtcompile.tools.factories import call_factory, is_factory, language_model
 from gtcompile.tools.models import model_on_meta
 from gtcompile.tools.places import block_of_parameter
 from gtcompile.tools.preparation import prepare
@@ -178,13 +178,9 @@ def inspect_model(
         made, batch = call_factory(model)
         if batch is not None:
             return _inspect(model, made, batch, described_shapes(batch), wanted, importances)
-        if not isinstance(made, PreTrainedModel):
-            raise ValueError(
-                f"{model} returned a {type(made).__name__} and no batch; "
-                f"return both: model, keyword dictionary"
-            )
-        batch, told = _batch_for(made, **shape), _told(made, **shape)
-        return _inspect(model, made, batch, told, wanted, importances)
+        language = language_model(model, made)
+        batch, told = _batch_for(language, **shape), _told(language, **shape)
+        return _inspect(model, language, batch, told, wanted, importances)
     return inspect_shape(model, wanted, **shape, importances=importances)
 
 

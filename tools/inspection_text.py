@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gtcompile.errors import some
 from gtcompile.explanations import Difference, Explanation, compare_trained_sets, explain
 from gtcompile.tools.inspection import Inspection
 from gtcompile.trained import match_patterns, near_names
@@ -216,7 +217,7 @@ def why_lines(why: Explanation) -> list[str]:
     if len(why.chain) > 1:
         lines.append(f"  from the loss: {_way(why.chain)}")
     if why.needed_by:
-        lines.append(f"  needed by: {_some(sorted(why.needed_by))}")
+        lines.append(f"  needed by: {some(sorted(why.needed_by), most=LISTED)}")
         frees = sorted(why.freed_flops.items(), key=lambda item: -item[1])[:LISTED]
         lines += [f"    freezing {fqn} alone frees {flops:.4g} FLOPs" for fqn, flops in frees]
         goes = "eliminates it" if why.phase == "backward" else "lets it go after the forward"
@@ -224,7 +225,7 @@ def why_lines(why: Explanation) -> list[str]:
         lines.append(f"    freezing {what} {goes} and frees {why.freed_together_flops:.4g} FLOPs")
     if why.would_need:
         also = "also read for the frozen" if why.needed_by else "training one of these brings it back"
-        lines.append(f"  {also}: {_some(sorted(why.would_need))}")
+        lines.append(f"  {also}: {some(sorted(why.would_need), most=LISTED)}")
     return lines
 
 
@@ -244,12 +245,12 @@ def difference_lines(difference: Difference, before: str, after: str) -> list[st
     d = difference
     return [
         f"from {before} to {after}: {d}",
-        f"  in: {_some(d.entered) or 'none'}",
-        f"  out: {_some(d.left) or 'none'}",
+        f"  in: {some(d.entered, most=LISTED) or 'none'}",
+        f"  out: {some(d.left, most=LISTED) or 'none'}",
         f"  FLOPs a step: +{d.gained_flops:.4g} -{d.lost_flops:.4g}",
         f"  saved for backward: +{size(d.gained_bytes)} -{size(d.lost_bytes)}",
-        f"  nodes that appeared: {_some(d.appeared) or 'none'}",
-        f"  nodes that went: {_some(d.gone) or 'none'}",
+        f"  nodes that appeared: {some(d.appeared, most=LISTED) or 'none'}",
+        f"  nodes that went: {some(d.gone, most=LISTED) or 'none'}",
     ]
 
 
@@ -260,11 +261,6 @@ def _way(path: Sequence[str]) -> str:
         else (*path[:LISTED], f"({len(path) - 2 * LISTED} more)", *path[-LISTED:])
     )
     return " > ".join(shown)
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
 
 
 def _say(console: Console, line: str) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import get_args
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from gtcompile.dependencies import backward_costs
 from gtcompile.selection import select_parameters
-from gtcompile.tools.factories import call_factory, is_factory
+from gtcompile.tools.factories import call_factory, is_factory, language_model
+from gtcompile.tools.inspection import uniform_importance
 from gtcompile.tools.inspection_outputs import check_writable
 from gtcompile.tools.models import load_model
 from gtcompile.tools.onnx_export import Batch, Export, export_onnx
@@ -62,8 +62,7 @@ def export(
         trained = read_run(Path(name)).selections[-1]["trained"]
     if budget is not None:
         costs = backward_costs(model, batch)
-        importance = {p.fqn: float(p.numel) for p in costs.parameters if p.fqn in costs.fqns}
-        trained = select_parameters(costs, importance, budget).trained
+        trained = select_parameters(costs, uniform_importance(costs), budget).trained
     update = None if optimizer is None else Update(name="sgd" if optimizer == "sgd" else "adamw")
     return export_onnx(model, batch, path, trained=trained, update=update, dynamic=dynamic)
 
@@ -76,8 +75,5 @@ def _model_and_batch(name: str, rows: int, length: int, target_length: int) -> t
     made, batch = call_factory(name) if is_factory(name) else (load_model(name), None)
     if batch is not None:
         return made.eval(), batch
-    if not isinstance(made, PreTrainedModel):
-        raise ValueError(
-            f"{name} returned a {type(made).__name__} and no batch; return both: model, keyword dictionary"
-        )
-    return made.eval(), random_batch(made, batch_size=rows, length=length, target_length=target_length)
+    model = language_model(name, made)
+    return model.eval(), random_batch(model, batch_size=rows, length=length, target_length=target_length)

@@ -8,7 +8,7 @@ from torch import nn
 
 from gtcompile.capture import capture
 from gtcompile.joint import JointGraph
-from gtcompile.restoration import temporarily_training
+from gtcompile.restoration import everything_trainable
 from gtcompile.tools.inspection import inspection_of_run
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.report import write_report
@@ -37,7 +37,7 @@ class RunReport:
             batch: any of the run's.
         """
         if self._joint is None:
-            with temporarily_training(module, None):
+            with everything_trainable(module):
                 self._joint = capture(module, batch)
         inspection = inspection_of_run(read_run(self._folder), self._joint, type(module).__name__)
         try:

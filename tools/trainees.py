@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gtcompile.capture import check_batch
-from gtcompile.tools.factories import call_factory, is_factory
+from gtcompile.tools.factories import call_factory, is_factory, language_model
 from gtcompile.tools.models import model_with_random_weights
 
 
@@ -78,11 +78,7 @@ def find_subject(
         model = cast(nn.Module, model_with_random_weights(name, device)).to(dtype or torch.float32)
     shape = "its own shape"
     if batch is None:
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"{name} returned a {type(model).__name__} and no batch; "
-                f"return both: model, keyword dictionary"
-            )
+        model = language_model(name, model)
         batch = random_batch(model, batch_size=batch_size, length=length, target_length=target_length)
         answer = f", {target_length} answer tokens" if model.config.is_encoder_decoder else ""
         shape = f"{batch_size} x {length} tokens{answer}"
