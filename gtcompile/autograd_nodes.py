@@ -1,6 +1,6 @@
 """Finding the autograd node that a compiled region's call made."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,3 +29,20 @@ def region_node(outputs: Iterable[object], inputs: Iterable[object]) -> torch.au
         others.add(node)
         todo.extend(parent for parent, _ in node.next_functions)
     return None
+
+
+def places_among_gradients(outputs: Sequence[object], node: torch.autograd.graph.Node) -> dict[int, int]:
+    """Where the gradient of each output of a call is among those that its node is given.
+
+    Args:
+        outputs: of the call; views of one output share a place, and inputs passed through have none.
+        node: of the call.
+    """
+    places = {}
+    for i, output in enumerate(outputs):
+        edge = (output.grad_fn, output.output_nr) if isinstance(output, torch.Tensor) else (None, 0)
+        while edge[0] is not None and edge[0] is not node:
+            edge = next(iter(edge[0].next_functions), (None, 0))
+        if edge[0] is node:
+            places[i] = edge[1]
+    return places

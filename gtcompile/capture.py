@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -16,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import fully_sharded
 from gtcompile.errors import CaptureError
-from gtcompile.joint import JointGraph, Parameter, ParameterStatus, names_of, verify
+from gtcompile.flops import has_flops
+from gtcompile.joint import JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
 from gtcompile.torch_internals import (
     FakeTensorMode,
     GradAOTOutput,
@@ -24,14 +27,19 @@ from gtcompile.torch_internals import (
     TangentAOTInput,
     TracingContext,
     aot_export_joint_with_descriptors,
+    captured_as_compiled,
     dynamo_config,
     dynamo_graph_capture_for_export,
     tracing,
 )
 
 logger = logging.getLogger(__name__)
-Route = Callable[[nn.Module, dict[str, Any], contextlib.ExitStack], tuple[nn.Module, str]]
+Narrowed = Callable[..., "LossModule"]
+"""Makes the model's `LossModule`, given more arguments for the model's forward."""
+Route = Callable[[Narrowed, dict[str, Any], contextlib.ExitStack], tuple[nn.Module, str]]
 """Makes of a model and a batch what AOTAutograd can trace, and says how."""
+RETURNED_DEPTH = 8
+"""How deep tensors are looked for in what a model returns; a cache of caches of layers takes six."""
 
 
 def loss_of(output: Any) -> torch.Tensor:
@@ -58,16 +66,38 @@ def loss_of(output: Any) -> torch.Tensor:
     return loss.reshape(())
 
 
+def tensors_of(output: Any, depth: int = RETURNED_DEPTH) -> list[torch.Tensor]:
+    """Every tensor in what a model returned, in mappings, sequences and attributes of objects such as caches.
+
+    Args:
+        output: anything.
+        depth: how deeply nested tensors are found, so that cycles end.
+    """
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts: list[Any] = []
+    if depth and isinstance(output, Mapping):
+        parts = list(output.values())
+    elif depth and isinstance(output, (list, tuple)):
+        parts = list(output)
+    elif depth and hasattr(output, "__dict__") and not isinstance(output, (nn.Module, type)):
+        parts = list(vars(output).values())
+    return [tensor for part in parts for tensor in tensors_of(part, depth - 1)]
+
+
 class LossModule(nn.Module):
-    """A model narrowed to its loss, so that the joint graph has one tangent."""
+    """A model whose loss alone is differentiated, so that the joint graph has one tangent."""
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, returned_inside: list[Any], **settings: Any) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.returned_inside, self.settings = model, returned_inside, settings
 
-    def forward(self, **batch: Any) -> torch.Tensor:
-        """The scalar loss of one batch."""
-        return loss_of(self.model(**batch, **self.settings))
+    def forward(self, **batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The scalar loss of one batch, and copies of all else that it and modules inside it return."""
+        self.returned_inside.clear()
+        output = self.model(**batch, **self.settings)
+        beside = tensors_of([output, self.returned_inside])
+        return loss_of(output), [tensor.detach().clone() for tensor in beside]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -157,8 +187,10 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     failures = []
     for route in _routes(model, example_inputs):
         try:
-            with _as_written(model, example_inputs), contextlib.ExitStack() as stack:
-                module, source = route(model, dict(example_inputs), stack)
+            with _returned_beside(model) as inside, contextlib.ExitStack() as stack:
+                stack.enter_context(_as_written(model, example_inputs))
+                narrowed = functools.partial(LossModule, model, inside)
+                module, source = route(narrowed, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             return _whole_model(joint.graph_module, parameters, source)
         except CaptureError:
@@ -187,17 +219,17 @@ def _routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
 
 
 def _through_dynamo(
-    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Through Dynamo, as torch.compile captures."""
-    return _dynamo_graph(LossModule(model), batch, stack), "dynamo"
+    return _dynamo_graph(narrowed(), batch, stack), "dynamo"
 
 
 def _without_cache(
-    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Through Dynamo, without the cache of keys and values that generation would need."""
-    return _dynamo_graph(LossModule(model, use_cache=False), batch, stack), "dynamo"
+    return _dynamo_graph(narrowed(use_cache=False), batch, stack), "dynamo"
 
 
 def _dynamo_graph(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
@@ -209,10 +241,10 @@ def _dynamo_graph(module: nn.Module, batch: dict[str, Any], stack: contextlib.Ex
 
 
 def _through_eager(
-    model: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
+    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Operator by operator, as eager PyTorch runs."""
-    return LossModule(model), "eager trace"
+    return narrowed(), "eager trace"
 
 
 @contextlib.contextmanager
@@ -232,7 +264,7 @@ def _as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
     """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
-    compiled = {m: vars(m)["forward"] for m in model.modules() if hasattr(vars(m).get("forward"), "compiled")}
+    compiled = {block: vars(block)["forward"] for block in compiled_blocks(model)}
     for module in compiled:
         uncompile_block(module)
     try:
@@ -248,6 +280,32 @@ def uncompile_block(block: nn.Module) -> None:
     del block.forward
     if block.forward != eager:
         block.forward = eager
+
+
+def compiled_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward `compile_blocks` replaced."""
+    return [module for module in model.modules() if hasattr(vars(module).get("forward"), "compiled")]
+
+
+@contextlib.contextmanager
+def _returned_beside(model: nn.Module) -> Iterator[list[Any]]:
+    """A list to which compiled blocks, and the modules that run eagerly around them, add what they return.
+
+    They compute it even where somebody drops it. Empty for a model without compiled blocks: compiled as a
+    whole, it computes what it returns itself.
+    """
+    returned: list[Any] = []
+    blocks = compiled_blocks(model)
+    inside = {module for block in blocks for module in block.modules() if module is not block}
+    watched = [module for module in model.modules() if module not in inside] if blocks else []
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output: returned.append(output)) for module in watched
+    ]
+    try:
+        yield returned
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -270,7 +328,7 @@ def _static_and_quiet() -> Iterator[None]:
     loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
     ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
     settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
-    with settings, warnings.catch_warnings():
+    with settings, captured_as_compiled(), warnings.catch_warnings():
         # Side effects (a cached rotary table, say) stay in the forward: there is none to replay them in.
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield
@@ -325,8 +383,26 @@ def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], sour
         for desc in descriptors[forward_outputs:]
     )
     joint = JointGraph(module=module, forward_outputs=forward_outputs, slots=slots, source=source)
+    joint = _keep_costly_outputs(joint)
     verify(joint)
     return dataclasses.replace(joint, parameters=tuple(_mark_unused(p, joint.live) for p in parameters))
+
+
+def _keep_costly_outputs(joint: JointGraph) -> JointGraph:
+    """Drop what is returned beside the loss, but for what takes FLOPs that the loss does not need.
+
+    Changes the graph in place, for nobody has seen it yet.
+    """
+    graph, output = joint.module.graph, joint.module.graph.output_node()
+    loss, *beside = joint.outputs[: joint.forward_outputs]
+    of_loss = ancestors([loss])  # type: ignore[list-item]
+    costly = [any(map(has_flops, ancestors([node]) - of_loss)) if node else False for node in beside]
+    kept = [True, *costly, *(True for _ in joint.gradients)]
+    output.args = (tuple(itertools.compress(joint.outputs, kept)),)
+    output.meta["desc"] = list(itertools.compress(output.meta["desc"], kept))
+    graph.eliminate_dead_code()
+    joint.module.recompile()
+    return dataclasses.replace(joint, forward_outputs=1 + sum(costly))
 
 
 def _mark_unused(parameter: Parameter, live: frozenset[str]) -> Parameter:

@@ -187,6 +187,14 @@ def node_flops(node: fx.Node) -> int:
     return int(formula(*args, **kwargs, out_val=_concrete(node.meta["val"])))
 
 
+def has_flops(node: fx.Node) -> bool:
+    """Whether running this node takes FLOPs, known or not."""
+    try:
+        return node.op == "call_function" and node_flops(node) > 0
+    except CaptureError:
+        return True
+
+
 def output_flops(node: fx.Node) -> dict[int, int]:
     """FLOPs each output of a masked multi-output backward operator asks for by itself; empty for other nodes.
 

@@ -12,6 +12,8 @@ of live gradients a *plan* says which saved values the forward may let go, and w
 Either way the FLOPs are exactly those of the live gradients.
 """
 
+import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,10 +33,12 @@ from gtcompile.parts import InductorParts, resumable_compilation, run_part, with
 from gtcompile.passes.hoisting import HoistedBackward, Leaf, Operand, extract, hoist_weight_gradients
 from gtcompile.passes.output_masks import narrow_masks
 from gtcompile.passes.split_convolutions import split_convolutions
+from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.programs import Program
 from gtcompile.region_graph import Live, input_name, region_joint
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
+    TangentAOTInput,
     aot_autograd,
     compile_fx,
     compile_fx_inner,
@@ -44,6 +48,12 @@ from gtcompile.torch_internals import (
 
 PLAN = "gtcompile.plan"
 """Key of the plan in the metadata of a region's autograd node."""
+
+LIVE = "gtcompile.live"
+"""The same of the set of live gradients."""
+
+ZERO = "gtcompile.zero"
+"""The same of the tangents that are zero because nothing was differentiated through their outputs."""
 
 PLANS_KEPT = 256
 """Plans a region keeps, the least recently used is dropped; making one again takes microseconds."""
@@ -76,6 +86,14 @@ class Partition:
     outputs."""
     slots: tuple[str | None, ...]
     """Per slot, the name of the region's input it is the gradient of."""
+    tangents: dict[int, int | None]
+    """From positions of the tangents among the backward's inputs to those of their outputs among the
+    forward's; None for an output that is not one of the forward's."""
+
+    def without(self, zero: frozenset[int]) -> "Partition":
+        """The same where the tangents at some positions are known to be zero."""
+        backward = without_zero_tangents(self.backward, self.tangents, zero)
+        return dataclasses.replace(self, backward=backward)
 
     def gradients(self, live: Slots) -> list[fx.Node | None]:
         """The backward's outputs, None where the slot is not live."""
@@ -122,11 +140,11 @@ class HoistingPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward."""
-        slots = region_joint(gm).slots
+        slots, outputs = region_joint(gm).slots, kwargs["num_fwd_outputs"]
+        descriptors = gm.graph.output_node().meta["desc"][:outputs]
         forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
-        self.partition = Partition(
-            _copy(backward), _saved_positions(forward, backward, kwargs["num_fwd_outputs"]), slots
-        )
+        saved = _saved_positions(forward, backward, outputs)
+        self.partition = Partition(_copy(backward), saved, slots, _tangent_positions(backward, descriptors))
         return forward, backward
 
     def uuid(self) -> str:
@@ -144,6 +162,14 @@ def _saved_positions(forward: fx.GraphModule, backward: fx.GraphModule, first_sa
     tensors = [(i, node.name) for i, node in enumerate(outputs) if i >= first_saved and _is_tensor(node)]
     random_states = (i for name, i in positions.items() if name.startswith("rng_state_output"))
     return {positions[name] if name in positions else next(random_states): i for i, name in tensors}
+
+
+def _tangent_positions(backward: fx.GraphModule, outputs: Sequence[object]) -> dict[int, int | None]:
+    """From the backward's inputs that are tangents to the outputs of the forward that they belong to."""
+    meanings = enumerate(node.meta.get("desc") for node in backward.graph.find_nodes(op="placeholder"))
+    of_outputs = {i: meaning.output for i, meaning in meanings if isinstance(meaning, TangentAOTInput)}
+    places: dict[object, int] = {output: i for i, output in enumerate(outputs)}
+    return {i: places.get(output) for i, output in of_outputs.items()}
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -181,12 +207,9 @@ class HoistedVariants:
         self._activations = [i for i in range(len(example_inputs)) if i not in parameters]
         self._inputs = {input_name(i) for i in range(len(example_inputs))}
         self._beside = beside and compiler == "inductor"
-        self._plan_for = functools.lru_cache(CODE_KEPT if self._beside else PLANS_KEPT)(self._plan)
         self._current = threading.local()
-        self._partition, self._code = self._compile(graph, example_inputs)
-        self._work = self._partition.work()
-        self._program = Program(self._partition.backward)
-        self._generates_random = draws_random_numbers(self._partition.backward)
+        partition, self._code = self._compile(graph, example_inputs)
+        self._plan_backwards(partition)
         if compiler == "inductor" and cut_chains == "run":
             self._chain  # noqa: B018  compiled now, or the first set to need it would wait for it
 
@@ -197,8 +220,39 @@ class HoistedVariants:
         node = region_node(outputs, [inputs[i] for i in self._activations])
         if node is not None:
             metadata: Any = node.metadata
-            metadata[PLAN] = plan
+            metadata[PLAN], metadata[LIVE] = plan, live
+            if len(self._partition.tangents) > 1:
+                node.register_prehook(functools.partial(_note_zero, metadata, self._partition.tangents))
         return outputs
+
+    def saves_without(self, zero: frozenset[int]) -> "HoistedVariants | None":
+        """The variants for backwards in which some tangents are zero, if that saves any FLOPs.
+
+        Args:
+            zero: positions among the backward's inputs.
+        """
+        if zero not in self._without_zero:
+            partition = self._partition.without(zero)
+            saves = _total(partition.work()) < _total(self._work)
+            self._without_zero[zero] = self._twin(partition) if saves else None
+            self._plan_for.cache_clear()  # what those backwards read is not let go from now on
+        return self._without_zero[zero]
+
+    def _twin(self, partition: Partition) -> "HoistedVariants":
+        twin = copy.copy(self)
+        twin._plan_backwards(partition)
+        return twin
+
+    def _plan_backwards(self, partition: Partition) -> None:
+        """Make ready to plan backwards by a partition of this region."""
+        self._partition = partition
+        self._plan_for = functools.lru_cache(CODE_KEPT if self._beside else PLANS_KEPT)(self._plan)
+        self._plan_within = functools.lru_cache(PLANS_KEPT)(self._plan_with_released)
+        self.__dict__.pop("_chain", None)  # of the partition this is a twin's of
+        self._without_zero: dict[frozenset[int], HoistedVariants | None] = {}
+        self._work = partition.work()
+        self._program = Program(partition.backward)
+        self._generates_random = draws_random_numbers(partition.backward)
 
     def _compile(
         self, graph: fx.GraphModule, example_inputs: Sequence[Any]
@@ -247,12 +301,32 @@ class HoistedVariants:
         """The backward, by the plan its forward ran with."""
         metadata: Any = current_autograd_node().metadata
         plan: Plan = metadata[PLAN]
+        zero: frozenset[int] = metadata.get(ZERO, frozenset())
+        if zero and (variants := self.saves_without(zero)) is not None:
+            plan = variants._plan_within(metadata[LIVE], plan.released)
         return plan.backward(inputs)
 
-    def _plan(self, live: Live) -> Plan:
+    def _plan_with_released(self, live: Live, released: tuple[int, ...]) -> Plan:
+        """The plan for values of which a forward has let some go already."""
+        plan = self._plan_for(live)
+        if set(released) <= set(plan.released):
+            return plan
+        slots = self._live_slots(live)  # the least that can be read
+        return self._compiled_rest(slots) or self._rest(slots)
+
+    def _live_slots(self, live: Live) -> Slots:
         names = {input_name(i) for i in live}
         slots = enumerate(self._partition.slots)
-        live_slots = frozenset(i for i, name in slots if name in names or (name and name not in self._inputs))
+        return frozenset(i for i, name in slots if name in names or (name and name not in self._inputs))
+
+    def _plan(self, live: Live) -> Plan:
+        plan = self._plan_by_itself(live)
+        others = [v._plan_for(live) for v in self._without_zero.values() if v is not None]
+        kept = {i for i in plan.released if any(i not in other.released for other in others)}
+        return Plan(tuple(i for i in plan.released if i not in kept), plan.backward)
+
+    def _plan_by_itself(self, live: Live) -> Plan:
+        live_slots = self._live_slots(live)
         plan = None
         if self._compiler == "inductor":
             plan = self._whole_chain(live_slots) or self._compiled_rest(live_slots)
@@ -320,6 +394,18 @@ class HoistedVariants:
         """FLOPs of a backward that computes these slots and no others."""
         names = set(map(str, live))
         return sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
+
+
+def _note_zero(
+    metadata: dict[str, Any], tangents: Mapping[int, int | None], gradients: Sequence[torch.Tensor | None]
+) -> None:
+    """Note, before a backward runs, which of its tangents autograd has no gradient for."""
+    of_outputs = ((i, output) for i, output in tangents.items() if output is not None)
+    metadata[ZERO] = frozenset(i for i, output in of_outputs if gradients[output] is None)
+
+
+def _total(work: Iterable[SharedWork]) -> int:
+    return sum(shared.flops for shared in work)
 
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from gtcompile import trained
-from gtcompile.autograd_nodes import region_node
+from gtcompile.autograd_nodes import places_among_gradients, region_node
 from gtcompile.cuts import ask, end, keeps_asking, wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.frozen import compile_frozen
@@ -18,6 +18,7 @@ from gtcompile.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
+from gtcompile.side_work import has_side_work
 from gtcompile.specialized import SpecializedVariants
 from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
 
@@ -78,6 +79,7 @@ class Region:
         self._variants = self._make_variants()
         hoisted = options.variants == "hoisted"
         self._frozen = self._compile_frozen() if hoisted else None  # so that later sets compile nothing
+        self._side_work: bool | None = None if len(self._output_sources) > 1 else False
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the variant for what is trained now among `inputs`."""
@@ -85,11 +87,36 @@ class Region:
         if not live:
             return self._run_frozen(inputs)
         visible = self._without_hooks(inputs, live)
+        if self._side_work:
+            self._leave_out_side_work()
         outputs = self._variants(live, visible)
+        if self._side_work is None and isinstance(self._variants, SpecializedVariants):
+            self._look_for_side_work(outputs, visible)
         if live not in self._cut_positions:
             expect_gradients(outputs, visible, live)
             self._keep_cut_positions(live)
         return detach(outputs, self._cut_positions[live])
+
+    def _look_for_side_work(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """Have the coming backward note whether it sends zeros back through outputs nobody differentiates."""
+        node = region_node(outputs, [inputs[i] for i in self._activations])
+        if node is None:
+            return
+
+        places = places_among_gradients(outputs, node)
+
+        def note(gradients: Sequence[torch.Tensor | None]) -> None:
+            if self._side_work is None:
+                differentiated = {i for i, place in places.items() if gradients[place] is not None}
+                self._side_work = has_side_work(self._graph, differentiated)
+
+        node.register_prehook(note)
+
+    def _leave_out_side_work(self) -> None:
+        """Compile once more, as hoisted variants: they tell at every backward what nobody differentiates."""
+        with self._compilation():
+            self._variants = self._hoisted()
+        self._side_work = False
 
     def _run_frozen(self, inputs: Sequence[Any]) -> Any:
         """Run where nothing is trained, here or before: without autograd."""

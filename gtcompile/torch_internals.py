@@ -4,7 +4,10 @@ Nothing else in the project imports from a `torch._*` module. A torch outside th
 here, before any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from packaging.version import Version
@@ -115,6 +118,17 @@ def compiled_code_stands_aside() -> bool:
     return eval_frame._stance.stance == "force_eager"
 
 
+@contextlib.contextmanager
+def captured_as_compiled() -> Iterator[None]:
+    """Have `torch.compiler.is_exporting()` be false in models that are captured, as under `torch.compile`.
+
+    Dynamo's front end says otherwise, and models compute some things in another way for exporters.
+    """
+    name = "torch._dynamo.functional_export._compiling_state_context"
+    with mock.patch(name, contextlib.nullcontext, create=True):  # a torch without it says no such thing
+        yield
+
+
 __all__ = [
     "BoxedCodeGen",
     "BufferAOTInput",
@@ -137,6 +151,7 @@ __all__ = [
     "aot_autograd",
     "aot_export_joint_with_descriptors",
     "cache_dir",
+    "captured_as_compiled",
     "check_version",
     "compile_fx",
     "compile_fx_inner",

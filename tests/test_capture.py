@@ -314,3 +314,33 @@ def test_a_cache_that_cannot_be_captured_is_left_out():
     graph, plain = capture(Cached(), make_batch()), capture(Regression(2), make_batch())
     assert graph.source == "dynamo"
     assert costs_of(graph).full_flops == costs_of(plain).full_flops
+
+
+class AwareOfExport(nn.Module):
+    """Multiplies once more for exporters, and returns a product beside its loss, deep in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Regression(2)
+
+    def forward(self, x, y):
+        if torch.compiler.is_exporting():
+            x = x @ torch.eye(x.shape[-1])
+        rows = x.flatten(0, -2)
+        return {"loss": self.inner(x, y), "beside": [(rows @ rows.t(), rows)]}
+
+
+def test_a_model_is_captured_as_it_is_compiled_and_not_as_it_is_exported():
+    batch = make_batch()
+    rows, width = batch["x"].flatten(0, -2).shape
+    aware, plain = (backward_costs(m, batch) for m in (AwareOfExport(), Regression(2)))
+    assert aware.forward_flops - plain.forward_flops == 2 * rows * rows * width
+    assert aware.shared_work == tuple(
+        dataclasses.replace(work, parameters=frozenset(f"inner.{fqn}" for fqn in work.parameters))
+        for work in plain.shared_work
+    )
+
+
+def test_only_what_takes_flops_is_kept_beside_the_loss():
+    assert capture(AwareOfExport(), make_batch()).forward_outputs == 2
+    assert capture(Regression(2), make_batch()).forward_outputs == 1

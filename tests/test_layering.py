@@ -18,9 +18,10 @@ FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in P
 
 ORDER = [
     *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "joint"),
-    *("capture", "flops"),
+    *("flops", "capture"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
-    *("passes.tangents", "passes.split_convolutions", "passes.hoisting", "passes.pipeline", "passes"),
+    *("passes.tangents", "passes.split_convolutions", "passes.zero_tangents", "passes.hoisting"),
+    *("passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
@@ -44,6 +45,7 @@ ORDER = [
         "background",
         "parts",
         "frozen",
+        "side_work",
         "specialized",
         "hoisted",
         "regions",
