@@ -235,6 +235,7 @@ def compile_for_training(
     if blocks:
         compile_blocks(model, blocks=blocks, **options)
         return model, f"{len(blocks)} blocks, weight gradients hoisted: another selection compiles nothing"
+    options["differentiate"] = "loss"  # nothing else is, in `finetune`
     whole = torch.compile(model, backend="gtcompile", options=options, dynamic=False)
     return cast(nn.Module, whole), "the whole model, which has no repeated blocks: each selection is compiled"
 
