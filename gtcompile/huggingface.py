@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from gtcompile.adaptive import AdaptiveBackprop
-from gtcompile.blocks import compile_blocks, uncompile_blocks
+from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.budgets import check_budget
 from gtcompile.complete_state import complete_when_saved, forget_state_of_others, parameters_with_state
 from gtcompile.errors import GTCompileError
@@ -33,9 +33,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     """Has a `transformers.Trainer`, or one derived from it, train what is worth it within a FLOPs budget.
 
     `Trainer(..., callbacks=[AdaptiveBackpropCallback(0.5)])` is all. When training begins, the model's
-    repeated blocks are compiled; then and every epoch, or every so many steps, importance is measured on
-    examples of the training data, through the trainer's own collator, loss and autocast, and a new set is
-    trained. Costs are those of the model's own loss, so batches must contain what it computes one from.
+    repeated blocks are compiled, or all of it where it has none; then and every epoch, or every so many
+    steps, importance is measured on examples of the training data, through the trainer's own collator, loss
+    and autocast, and a new set is trained. Costs are those of the model's own loss, so batches must contain
+    what it computes one from.
     The choice is logged through the trainer's loggers (`adaptive/...`) and is part of its checkpoints.
     When training ends the model is what it was: uncompiled, everything trainable.
 
@@ -45,7 +46,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         batches: how many batches of the trainer's size importance is measured on, at least 2 (1 with
             `two_pass`). They are drawn anew each time, from the trainer's seed and the step alone; of a
             data set without length, the first ones.
-        compiled: whether blocks are compiled; without, frozen parameters are frozen by `requires_grad_`.
+        compiled: whether code is compiled; without, frozen parameters are frozen by `requires_grad_`.
         compiler: what compiles a block's graphs, "inductor" or "eager".
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
@@ -133,7 +134,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             replicated, kwargs["optimizer"], loss_module=TrainerLoss(model, self._trainer), **terms
         )
         if self._terms["compiled"]:
-            compile_blocks(model, compiler=self._terms["compiler"])
+            whole = [""]  # the model is its own only block
+            blocks = list(find_blocks(model)) or whole
+            compile_blocks(model, blocks=blocks, compiler=self._terms["compiler"])
         self._model = model
         if self._trainer.is_fsdp_enabled:
             self._completion = complete_when_saved(kwargs["optimizer"])

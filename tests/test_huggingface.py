@@ -32,13 +32,13 @@ pytestmark = [
 ]
 
 
-def make_model(dropout=0.0, vocabulary=32):
+def make_model(dropout=0.0, vocabulary=32, layers=3):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=16,
@@ -327,6 +327,15 @@ def test_a_budget_below_the_minimum_names_the_smallest_and_leaves_the_model_whol
         train(tmp_path, adaptive(0.2), model=model, max_steps=1)
     assert not uses_compiled_code(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_without_repeated_blocks_is_compiled_as_a_whole(tmp_path):
+    witness, model = Witness(), make_model(layers=1)
+    trainer = train(tmp_path, adaptive(0.7), witness, model=model, max_steps=3)
+    assert all(trained == gradients for trained, gradients in witness.steps)
+    replay = Replay([trained for trained, _ in witness.steps])
+    assert losses(trainer) == losses(train(tmp_path, replay, model=make_model(layers=1), max_steps=3))
+    assert not uses_compiled_code(model)
 
 
 def test_a_second_callback_is_refused(tmp_path):

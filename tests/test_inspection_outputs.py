@@ -1,14 +1,17 @@
 """`gtcompile inspect` as it is called: what it prints at 100 columns, explains, compares and refuses."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import OPTConfig
 from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
-from gtcompile.tools.inspection_text import bar, has_segments
+from gtcompile.tools.inspection_text import DottedName, bar, has_segments
 
 SHAPE = ("--batch-size", 2, "--length", 8)
 
@@ -174,11 +177,23 @@ def test_a_bar_is_full_only_for_all_and_empty_only_for_nothing() -> None:
 
 
 def test_eighty_columns_are_enough_for_blocks(model: Path) -> None:
-    result = run("inspect", model, *SHAPE, columns=80)
+    result = run("inspect", model, *SHAPE, "--top", 0, columns=80)
     lines = [line for line in result.stdout.splitlines() if line.startswith(" ")]
     assert max(map(len, lines)) <= 80
     assert "model.decoder.final_layer_norm " in result.stdout
     assert bar(1.0, 10) in result.stdout
+    folded = [line.split()[0] for line in lines if line.startswith(" .")]
+    assert folded
+    assert all(end.endswith((".weight", ".bias")) for end in folded)
+
+
+@given(st.lists(st.text("abc_", max_size=9), min_size=1).map(".".join), st.integers(1, 30))
+def test_a_name_is_broken_before_dots_alone_and_only_where_it_must_be(name: str, width: int) -> None:
+    lines = DottedName(name).lines(width)
+    assert "".join(lines) == name
+    assert all(line.startswith(".") for line in lines[1:])
+    assert all(len(line) <= width or "." not in line[1:] for line in lines)
+    assert all(len(line + after[: (after + ".").index(".", 1)]) > width for line, after in pairwise(lines))
 
 
 def test_the_batch_of_a_factory_is_told_by_its_shapes(

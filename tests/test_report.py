@@ -1,6 +1,7 @@
 """The HTML report in a headless browser: every section, every control, no error and no request."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,25 +21,34 @@ from tests.test_finetuning import reporter
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs of a tiny Llama."""
+    """Two epochs of a tiny Llama on a few records."""
     folder = tmp_path_factory.mktemp("report")
+    records = [{"source": f"number {n}", "target": f"it is {n}"} for n in range(10)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return tuned(folder, dataset=str(folder / "data.jsonl"), max_length=48)
+
+
+@pytest.fixture(scope="module")
+def real_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of the same on part of SciTLDR."""
+    data = os.environ.get("GTCOMPILE_DATA")
+    if data is None:
+        pytest.skip("set GTCOMPILE_DATA to a folder with scitldr/train.jsonl and scitldr/test.jsonl")
+    settings = {"dataset": "scitldr", "data_dir": data, "max_train_samples": 64, "max_eval_samples": 4}
+    return tuned(tmp_path_factory.mktemp("scitldr"), max_length=512, **settings)
+
+
+def tuned(folder: Path, **settings: Any) -> Path:
+    """The folder of a run of a tiny Llama."""
     config = LlamaConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=3, intermediate_size=32, num_attention_heads=2
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    records = [{"source": f"number {n}", "target": f"it is {n}"} for n in range(10)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    settings = Settings(
-        model=str(folder / "model"),
-        dataset=str(folder / "data.jsonl"),
-        epochs=2,
-        batch_size=4,
-        max_length=48,
-        max_new_tokens=2,
-        budget=0.6,
+    run = Settings(
+        model=str(folder / "model"), epochs=2, batch_size=4, max_new_tokens=2, budget=0.6, **settings
     )
-    finetune(settings, folder / "run", reporter())
+    finetune(run, folder / "run", reporter())
     return folder / "run"
 
 
@@ -98,7 +108,11 @@ def assert_nothing_was_asked_for_and_nothing_failed(browser: Any) -> None:
     assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
 
 
-def test_finetune_leaves_a_report_that_works_offline(run_folder: Path, browser: Any) -> None:
+@pytest.mark.parametrize("run", ["run_folder", pytest.param("real_run_folder", marks=pytest.mark.long)])
+def test_finetune_leaves_a_report_that_works_offline(
+    run: str, request: pytest.FixtureRequest, browser: Any
+) -> None:
+    run_folder: Path = request.getfixturevalue(run)
     visit(browser, run_folder / "report.html")
     for section in ("overview", "modules", "parameters", "epochs", "measured", "graph"):
         assert len(text(browser, f"#{section}")) > 60, section
@@ -145,11 +159,11 @@ def assert_memory_is_measured(run_folder: Path, browser: Any) -> None:
     heads = "return [...document.querySelectorAll('#measures th')].map(e => e.textContent)"
     column = browser.execute_script(heads).index("measured")
     cells = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
-    shown = [
-        float(cell.split()[0])
-        for cell in browser.execute_script(cells, f"#measures td:nth-child({column + 1})")
+    written = [
+        cell.split()[:2] for cell in browser.execute_script(cells, f"#measures td:nth-child({column + 1})")
     ]
-    assert shown == pytest.approx([saved / 1000 for saved, _ in measured], rel=1e-3)  # in kB
+    shown = [float(value) * {"kB": 1e3, "MB": 1e6}[unit] for value, unit in written]
+    assert shown == pytest.approx([saved for saved, _ in measured], rel=1e-3)
 
 
 def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, browser: Any) -> None:

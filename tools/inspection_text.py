@@ -1,12 +1,16 @@
 """An inspection in a terminal: readable at 100 columns, and without colour."""
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from gtcompile.errors import some
 from gtcompile.explanations import Difference, Explanation, compare_trained_sets, explain
@@ -125,14 +129,14 @@ def _costs(inspection: Inspection) -> Table:
 
 def _blocks(blocks: Sequence[dict[str, Any]], length: int) -> Table:
     table = Table(title="plan by block", title_justify="left", **LOOK)
-    table.add_column("block", overflow="fold")
+    table.add_column("block")
     for column in ("elements", "dW FLOPs", "trained"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("of elements", no_wrap=True)
     for block in blocks:
         share = block["trained_elements"] / block["elements"] if block["elements"] else 0.0
         table.add_row(
-            block["block"],
+            DottedName(block["block"]),
             f"{block['elements']:,}",
             f"{block['dw_flops']:.3g}",
             f"{block['trained']}/{block['parameters']}",
@@ -148,16 +152,38 @@ def bar(share: float, length: int = BAR) -> str:
     return "█" * full + "·" * (length - full)
 
 
+@dataclass(frozen=True, slots=True)
+class DottedName:
+    """A name in a table; where it has to be broken, it is broken before a dot."""
+
+    name: str
+
+    def lines(self, width: int) -> list[str]:
+        """The name in lines of this many characters, or of one segment where that is longer."""
+        lines = [""]
+        for segment in re.split(r"(?=\.)", self.name):
+            if lines[-1] and len(lines[-1] + segment) > width:
+                lines.append("")
+            lines[-1] += segment
+        return lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text("\n".join(self.lines(options.max_width)), overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self.lines(1))), len(self.name))
+
+
 def _parameters(rows: Sequence[dict[str, Any]], of: int, order: str, *, shapes: bool) -> Table:
     by = "in the model's order" if order == "name" else f"by {order}"
     title = f"{len(rows)} of {of} parameters, {by}"
     table = Table(title=title, title_justify="left", **LOOK)
-    table.add_column("parameter", overflow="fold")
+    table.add_column("parameter")
     for column in (*(("shape",) if shapes else ()), "dW FLOPs", "marginal", "importance", ""):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["parameter"],
+            DottedName(row["parameter"]),
             *(("x".join(map(str, row["shape"])),) if shapes else ()),
             f"{row['dw_flops']:.3g}",
             f"{row['marginal_flops']:.3g}",
