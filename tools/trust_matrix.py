@@ -15,13 +15,13 @@ from gtcompile.blocks import compile_blocks
 from gtcompile.flops import count_flops
 from gtcompile.trained import train_only
 
-LAYERS, VOCABULARY, LENGTH = 8, 32, 8
+LAYERS, VOCABULARY, LENGTH = 8, 32, 16
 TOP = ("layers.6.", "layers.7.")
 """What the last two blocks' parameters are called."""
 SETS = 12
 """More sets than the eight that Dynamo compiles for one function by default."""
-ALLOWED_WITH_CHECKPOINTING = 1.5
-"""Backward FLOPs with checkpointing over those without: a trained block's forward is half of its backward."""
+ALLOWED_WITH_CHECKPOINTING = 1.35
+"""Backward FLOPs with checkpointing over those without, where trained blocks alone are recomputed."""
 
 
 class Probe(nn.Module):
@@ -91,9 +91,9 @@ def build() -> OPTForCausalLM:
         num_hidden_layers=LAYERS,
         hidden_size=32,
         word_embed_proj_dim=32,
-        ffn_dim=64,
+        ffn_dim=128,  # four times the width, as in every OPT
         num_attention_heads=4,
-        max_position_embeddings=16,
+        max_position_embeddings=32,
         dropout=0.0,
         use_cache=False,
     )
