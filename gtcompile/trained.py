@@ -8,6 +8,7 @@ frozen by `requires_grad_`.
 import difflib
 import fnmatch
 import itertools
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -44,7 +45,6 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
     Raises:
         ValueError: when a pattern matches nothing (lists near names), or nothing would be trained.
     """
-    global _current_generation
     enter_shards(model)
     selectable = _selectable(model)
     if not selectable:
@@ -59,7 +59,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
         else:
             _freeze(parameter, outside=_is_outside(parameter, compiled))
     fully_sharded.renew_reduction(unwrap(model))
-    _current_generation = next(_generation)
+    _begin_generation()
     return trained
 
 
@@ -132,14 +132,24 @@ def was_trainable(parameter: nn.Parameter) -> bool:
 
 
 def generation() -> int:
-    """Counts the calls of `train_only`: what was worked out from `is_trained` holds until it changes."""
+    """Counts what changes answers of `is_trained`: what was worked out from them holds until it changes."""
     return _current_generation
 
 
+def _begin_generation() -> None:
+    global _current_generation
+    _current_generation = next(_generation)
+
+
 def enter_region(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that a compiled region computes these parameters' gradients: to Dynamo all look trained."""
+    """Note that a compiled region computes these parameters' gradients: to Dynamo all look trained.
+
+    Regions know them by their identity, which another parameter may have when one is gone.
+    """
     for parameter in map(sharded, parameters):
-        _in_region[parameter] = True
+        if parameter not in _in_region:
+            _in_region[parameter] = True
+            weakref.finalize(parameter, _begin_generation).atexit = False
         if parameter in _frozen:
             parameter.requires_grad_(True)
 

@@ -316,3 +316,23 @@ def test_what_a_region_remembers_is_bounded(monkeypatch):
         assert_same_gradients(run, expected)
     remembered = [r for r in alive(regions.Region) if r not in others and r._cut_positions]
     assert [len(region._cut_positions) for region in remembered] == [3]
+
+
+def test_a_parameter_in_the_place_of_one_that_is_gone_is_not_taken_for_it():
+    model, batch = Recipe(("norm",)).model(), make_batch()
+    compile_blocks(model, blocks=["layers.0"], compiler="eager")
+    train_only(model, ["head.weight", "layers.0.norm.weight"])
+    step(model, batch)
+    linear = model.layers[0].linear
+    place, values = id(linear.weight), linear.weight.detach().clone()
+    linear.weight = None
+    gc.collect()
+    others = [nn.Parameter(values.clone())]
+    while id(others[-1]) != place and len(others) < 10_000:
+        others.append(nn.Parameter(values.clone()))
+    linear.weight = others[-1]
+    assert id(linear.weight) == place
+    expected = reference_gradients(model, batch)
+    step(model, batch)
+    assert expected.keys() >= {"layers.0.linear.weight"}
+    assert_same_gradients(model, expected)
