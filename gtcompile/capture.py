@@ -8,7 +8,7 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -30,6 +30,7 @@ from gtcompile.torch_internals import (
     captured_as_compiled,
     dynamo_config,
     dynamo_graph_capture_for_export,
+    is_traceable_wrapper_subclass,
     tracing,
 )
 
@@ -146,6 +147,22 @@ def _is_required(argument: inspect.Parameter) -> bool:
     return by_name and argument.default is argument.empty
 
 
+def refuse_subclasses(values: Iterable[object]) -> None:
+    """Refuse tensors that are made of other tensors.
+
+    Raises:
+        CaptureError: naming the type of the first.
+    """
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            raise CaptureError(
+                f"expected plain tensors, got a {type(value).__name__} of shape {list(value.shape)}: a joint "
+                f"graph sees the tensors that such a subclass is made of, not the one whose gradient is "
+                f"asked for. Convert it to a plain tensor, or leave the modules that use it out of "
+                f"compile_blocks(model, blocks=[...])."
+            )
+
+
 def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
     """Every parameter of the model in registration order, tied weights as one."""
     names: dict[int, list[str]] = {}
@@ -189,6 +206,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
         try:
             with _returned_beside(model) as inside, contextlib.ExitStack() as stack:
                 stack.enter_context(_as_written(model, example_inputs))
+                refuse_subclasses((*model.parameters(), *model.buffers(), *tensors_of(example_inputs)))
                 narrowed = functools.partial(LossModule, model, inside)
                 module, source = route(narrowed, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.autograd_nodes import places_among_gradients, region_node
+from gtcompile.capture import refuse_subclasses
 from gtcompile.cuts import ask, end, keeps_asking, wants_gradient
 from gtcompile.errors import GraphContractError
 from gtcompile.frozen import compile_frozen
@@ -59,6 +60,7 @@ class Region:
     """A captured graph that computes gradients for exactly the trained ones among its parameters."""
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: RegionOptions) -> None:
+        refuse_subclasses(example_inputs)
         positions = range(len(example_inputs))
         self._parameters = [i for i in positions if isinstance(example_inputs[i], nn.Parameter)]
         tensors = [

@@ -100,6 +100,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_symbols  # 
 # Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 
+# Tells tensors that are made of other tensors: AOTAutograd flattens them, each into several inputs.
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: E402
+
 # Applies a function to the leaves of nested tuples, lists and dictionaries.
 from torch.utils._pytree import tree_map  # noqa: E402
 
@@ -166,6 +169,7 @@ __all__ = [
     "has_free_symbols",
     "inductor_config",
     "inductor_state",
+    "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "min_cut_rematerialization_partition",
     "no_autocast",
