@@ -100,6 +100,8 @@ def check_refusal(case: str) -> None:
     """All ranks get the error: the other rank's, or the same."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     inner = build()
+    if case == "model" and rank == 1:
+        inner.top = inner._modules.pop("head")
     wrapped = DistributedDataParallel(inner, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2)
     adaptive = AdaptiveBackprop(wrapped, optimizer, 0.6 if rank or case != "budget" else 0.5)
@@ -133,7 +135,7 @@ def main(case: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     try:
-        if case in ("budget", "failure"):
+        if case in ("budget", "model", "failure"):
             check_refusal(case)
         elif case == "death":
             lose_a_rank()

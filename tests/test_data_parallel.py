@@ -46,11 +46,12 @@ def test_what_fails_on_one_rank_is_raised_on_all():
 
 
 @pytest.mark.long
-def test_ranks_with_different_budgets_are_told_so():
-    result = run("budget")
+@pytest.mark.parametrize("what", ["budget", "model"])
+def test_ranks_that_differ_are_told_so(what):
+    result = run(what)
     assert result.returncode == 0, result.stderr
     for rank in range(2):
-        assert f"rank {rank}: ValueError: the budget differs between ranks: rank 1" in result.stdout
+        assert f"rank {rank}: ValueError: the {what} differs between ranks: rank 1" in result.stdout
 
 
 @pytest.mark.long
