@@ -87,17 +87,22 @@ class JointGraph:
 
     def copy(self) -> "JointGraph":
         """The same graph on nodes of its own; metadata dictionaries are copied, fake tensors shared."""
-        graph = fx.Graph(tracer_cls=self.module.graph._tracer_cls)
-        twin: dict[fx.Node, fx.Node] = {}
-        for node in self.module.graph.nodes:
-            twin[node] = graph.node_copy(node, twin.__getitem__)
-        module = fx.GraphModule(self.module, graph)
-        module.meta = dict(self.module.meta)
-        return dataclasses.replace(self, module=module)
+        return dataclasses.replace(self, module=copy_module(self.module))
 
     def __str__(self) -> str:
         size = f"{len(self.module.graph.nodes)} nodes, {len(self.live)} gradients"
         return f"joint graph ({self.source}): {size}" if self.source else f"joint graph: {size}"
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph on nodes of its own; metadata dictionaries are copied, fake tensors shared."""
+    graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        twin[node] = graph.node_copy(node, twin.__getitem__)
+    copied = fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    return copied
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from gtcompile.joint import copy_module
+
 aten = torch.ops.aten
 
 SHAPES_ONLY = frozenset(
@@ -33,17 +35,16 @@ def without_zero_tangents(
         tangents: positions of the tangents among its inputs.
         zero: those of them that are zero.
     """
-    graph = fx.Graph()
-    twin: dict[fx.Node, fx.Node] = {}
-    for node in backward.graph.nodes:
-        twin[node] = graph.node_copy(node, twin.__getitem__)
+    result = copy_module(backward)
+    graph = result.graph
     inputs = graph.find_nodes(op="placeholder")
     others = reached_from(graph, {inputs[i] for i in tangents if i not in zero})
     zeros = reached_from(graph, {inputs[i] for i in zero}) - others
     for node in list(graph.nodes):
         if node not in zeros and not zeros.isdisjoint(node.all_input_nodes):
             _read_no_zeros(graph, node, zeros)
-    return fx.GraphModule(backward, graph)
+    result.recompile()
+    return result
 
 
 def reached_from(graph: fx.Graph, sources: Set[fx.Node]) -> set[fx.Node]:

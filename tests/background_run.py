@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from gtcompile import background, hoisted
+from gtcompile import background, plans
 from gtcompile.background import TRIALS, Contest
 from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs
@@ -33,7 +33,7 @@ class Watched(Contest):
 def main() -> None:
     torch.set_num_threads(1)
     background.PATIENCE = 2
-    hoisted.Contest = Watched  # type: ignore[misc]
+    plans.Contest = Watched  # type: ignore[misc]
     model, batch = Recipe(("attention",) * 2).model(), make_batch()
     costs = backward_costs(model, batch)
     compile_blocks(model, specialize="beside")

@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gtcompile import hoisted
+from gtcompile import plans
 from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
-from gtcompile.hoisted import HoistedVariants
+from gtcompile.plans import Plans
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.rivals import compilations
 from gtcompile.trained import train_only, trained_parameters
@@ -208,8 +208,8 @@ def test_after_the_backward_nothing_is_kept():
 
 def test_each_set_is_planned_once(monkeypatch):
     planned = []
-    plan = HoistedVariants._plan
-    monkeypatch.setattr(HoistedVariants, "_plan", lambda self, live: planned.append(live) or plan(self, live))
+    plan = Plans._plan
+    monkeypatch.setattr(Plans, "_plan", lambda self, live: planned.append(live) or plan(self, live))
     model, batch = Regression(3), make_batch()
     run = compiled(model)
     sets = random_sets(selectable(model), 4)
@@ -244,8 +244,8 @@ def leaves_run(monkeypatch) -> list[int]:
         runs.append(len(leaves))
         return chain_and_leaves(chain, leaves, *arguments)
 
-    chain_and_leaves = hoisted.run_chain
-    monkeypatch.setattr(hoisted, "run_chain", run_chain)
+    chain_and_leaves = plans.run_chain
+    monkeypatch.setattr(plans, "run_chain", run_chain)
     return runs
 
 

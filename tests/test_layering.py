@@ -47,6 +47,7 @@ ORDER = [
         "frozen",
         "side_work",
         "specialized",
+        "plans",
         "hoisted",
         "regions",
         "backend",

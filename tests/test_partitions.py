@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
-from gtcompile.hoisted import HoistingPartitioner
+from gtcompile.partitions import HoistingPartitioner
 from gtcompile.specialized import TrainedSetPartitioner
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.trained import train_only
