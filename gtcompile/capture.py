@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import takewhile
@@ -419,8 +420,21 @@ def _keep_costly_outputs(joint: JointGraph) -> JointGraph:
     output.args = (tuple(itertools.compress(joint.outputs, kept)),)
     output.meta["desc"] = list(itertools.compress(output.meta["desc"], kept))
     graph.eliminate_dead_code()
-    joint.module.recompile()
-    return dataclasses.replace(joint, forward_outputs=1 + sum(costly))
+    return dataclasses.replace(joint, module=_renumbered(joint.module), forward_outputs=1 + sum(costly))
+
+
+def _renumbered(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with its names numbered without gaps: then a node has one name in all reports."""
+    graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        name = node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), twin.__getitem__)
+        twin[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
+        twin[node].meta = node.meta
+    renumbered = fx.GraphModule(module, graph)
+    renumbered.meta = module.meta
+    return renumbered
 
 
 def _mark_unused(parameter: Parameter, live: frozenset[str]) -> Parameter:

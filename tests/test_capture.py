@@ -344,3 +344,23 @@ def test_a_model_is_captured_as_it_is_compiled_and_not_as_it_is_exported():
 def test_only_what_takes_flops_is_kept_beside_the_loss():
     assert capture(AwareOfExport(), make_batch()).forward_outputs == 2
     assert capture(Regression(2), make_batch()).forward_outputs == 1
+
+
+def test_a_check_on_data_is_no_obstacle():
+    class Checked(Regression):
+        def forward(self, x, y):
+            rows = int((x[..., 0] > 0).sum())
+            torch._check(rows >= 0)
+            return super().forward(x, y)
+
+    costs, expected = (backward_costs(model, make_batch()) for model in (Checked(2), Regression(2)))
+    assert costs.full_flops == expected.full_flops
+
+
+def test_nodes_have_the_same_names_whatever_is_returned_beside_the_loss():
+    class Talkative(Regression):
+        def forward(self, x, y):
+            return {"loss": super().forward(x, y), "beside": [x.sin(), y * 2]}
+
+    talkative, silent = (capture(model, make_batch()) for model in (Talkative(2), Regression(2)))
+    assert text_of(talkative.module) == text_of(silent.module)
