@@ -109,7 +109,7 @@ def measure_memory(steady: SteadyState, device: torch.device) -> dict[Trial, Ste
 def time_table(steady: SteadyState, times: Mapping[Trial, Sequence[float]], device: torch.device) -> Table:
     """One row per trial: median (least-greatest) of its times in each round over those of a full step."""
     table = Table(title="Steady state: median (least-greatest) over the rounds")
-    table.add_column("rival", no_wrap=True)
+    table.add_column("rival")
     timed = device.type == "cuda"
     columns = ("budget", "FLOPs", "time to own full step", "to eager, same set", *(("ms",) if timed else ()))
     for column in columns:
@@ -152,7 +152,7 @@ def time_verdicts(steady: SteadyState, times: Mapping[Trial, Sequence[float]]) -
 def memory_table(steady: SteadyState, memory: Mapping[Trial, StepMemory]) -> Table:
     """One row per trial."""
     table = Table(title="MB beside weights: saved for backward, as predicted and measured; peak of a step")
-    table.add_column("rival", no_wrap=True)
+    table.add_column("rival")
     for column in ("budget", "predicted", "saved", "share", "peak", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for trial, used in memory.items():

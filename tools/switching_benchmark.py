@@ -167,7 +167,7 @@ def twice(one: Switching, other: Switching) -> Switching:
 def switching_table(results: Sequence[Switching], device: torch.device) -> Table:
     """One row per rival; "twice" is the worst that a set took in both of two passes."""
     table = Table(title="First step with a new trained set, in ordinary steps with that set")
-    table.add_column("rival", no_wrap=True)
+    table.add_column("rival")
     timed = device.type == "cuda"
     for column in (
         "sets",
