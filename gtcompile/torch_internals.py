@@ -125,7 +125,8 @@ def compiled_code_stands_aside() -> bool:
 def captured_as_compiled() -> Iterator[None]:
     """Have `torch.compiler.is_exporting()` be false in models that are captured, as under `torch.compile`.
 
-    Dynamo's front end says otherwise, and models compute some things in another way for exporters.
+    Dynamo's front end says otherwise, and models compute some things in another way for exporters. In 2.11
+    whatever Dynamo traces is told that it is exported, under `torch.compile` too.
     """
     name = "torch._dynamo.functional_export._compiling_state_context"
     with mock.patch(name, contextlib.nullcontext, create=True):  # a torch without it says no such thing
