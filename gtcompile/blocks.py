@@ -14,6 +14,7 @@ from torch import fx, nn
 from gtcompile import trained
 from gtcompile.backend import make_backend, parse_options
 from gtcompile.capture import uncompile_block, unwrap
+from gtcompile.code_objects import CodeCopies
 from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
 from gtcompile.first_forward import FirstForward
@@ -69,9 +70,10 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     first = FirstForward(model, modules)
     backends: dict[type[nn.Module], Backend] = {}
     seen: dict[type[nn.Module], set[int | str]] = {}
+    own_code = {type(block): CodeCopies() for block in modules}
     for block in modules:
         backend = backends.setdefault(type(block), _limited(make_backend(parsed), type(block)))
-        compiled = torch.compile(block.forward, backend=backend, **_LIMIT)
+        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=backend, **_LIMIT)
         block.forward = BlockForward(block, compiled, seen.setdefault(type(block), set()), first)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained.enter_region(inside)

@@ -523,6 +523,21 @@ def test_a_block_that_is_captured_again_and_again_is_refused_and_never_run_eager
         run(10)
 
 
+def test_another_compiled_model_of_the_same_class_does_not_spend_the_limit():
+    other = torch.compile(ResidualMLP(), backend="eager")
+    for rows in range(1, 12):  # beyond Dynamo's limit, after which it runs this code eagerly
+        other(torch.zeros((1,) * rows + (WIDTH,)))
+    model, batch = Stack([ResidualMLP() for _ in range(2)], tied=False), make_batch()
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager")
+    train_only(model, ["layers.1.*"])
+    before = captures()
+    with count_flops() as counter:
+        step(model, batch)
+    assert captures() == before + 1
+    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+
+
 class Routed(nn.Module):
     """A block that holds its experts in a list of its own."""
 

@@ -34,6 +34,7 @@ ORDER = [
         "explanations",
     ),
     *(
+        "code_objects",
         "cuts",
         "forced_leaves",
         "first_forward",

@@ -1,0 +1,36 @@
+"""Methods with code objects of their own.
+
+Dynamo keeps what it compiled, and counts how often, by code object. All blocks of transformers run one and the
+same wrapper around their forward, so another compiled model in the process would spend the limit of this one,
+whose blocks would run eagerly from then on.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+
+class CodeCopies:
+    """Copies of methods; those of one function share one new code object."""
+
+    def __init__(self) -> None:
+        self._copies: dict[FunctionType, FunctionType] = {}
+
+    def of(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The same method with the code object of this collection; what is no method of Python's, itself."""
+        if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+            return method
+        function = method.__func__
+        if function not in self._copies:
+            self._copies[function] = _copy(function)
+        return MethodType(self._copies[function], method.__self__)
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    code = function.__code__.replace()
+    made = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(made).update(vars(function))
+    return made
