@@ -13,12 +13,13 @@ from torch import fx, nn
 
 from gtcompile import trained
 from gtcompile.backend import make_backend, parse_options
-from gtcompile.capture import uncompile_block, unwrap
+from gtcompile.capture import unwrap
 from gtcompile.code_objects import CodeCopies
 from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
 from gtcompile.first_forward import FirstForward
 from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
+from gtcompile.originals import uncompile_block
 from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]

@@ -1,15 +1,13 @@
 """Capture a model and one batch as a joint graph: on fake tensors, with nothing in the model changed."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import logging
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,29 +15,20 @@ import torch
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gtcompile import fully_sharded
 from gtcompile.errors import CaptureError
 from gtcompile.flops import has_flops
 from gtcompile.joint import JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
+from gtcompile.originals import as_written, compiled_blocks, off_meta
+from gtcompile.routes import routes
 from gtcompile.torch_internals import (
-    FakeTensorMode,
     GradAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
-    TracingContext,
     aot_export_joint_with_descriptors,
-    captured_as_compiled,
-    dynamo_config,
-    dynamo_graph_capture_for_export,
     is_traceable_wrapper_subclass,
-    tracing,
 )
 
 logger = logging.getLogger(__name__)
-Narrowed = Callable[..., "LossModule"]
-"""Makes the model's `LossModule`, given more arguments for the model's forward."""
-Route = Callable[[Narrowed, dict[str, Any], contextlib.ExitStack], tuple[nn.Module, str]]
-"""Makes of a model and a batch what AOTAutograd can trace, and says how."""
 RETURNED_DEPTH = 8
 """How deep tensors are looked for in what a model returns; a cache of caches of layers takes six."""
 
@@ -201,12 +190,12 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
         raise CaptureError(
             f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train"
         )
-    model = _off_meta(model, example_inputs)
+    model = off_meta(model, example_inputs)
     failures = []
-    for route in _routes(model, example_inputs):
+    for route in routes(model, example_inputs):
         try:
             with _returned_beside(model) as inside, contextlib.ExitStack() as stack:
-                stack.enter_context(_as_written(model, example_inputs))
+                stack.enter_context(as_written(model, example_inputs))
                 refuse_subclasses((*model.parameters(), *model.buffers(), *tensors_of(example_inputs)))
                 narrowed = functools.partial(LossModule, model, inside)
                 module, source = route(narrowed, dict(example_inputs), stack)
@@ -229,83 +218,6 @@ def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
     return "\n".join(lines)
 
 
-def _routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
-    """The ways to capture, in the order they are tried."""
-    yield _through_dynamo
-    if "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys():
-        yield _without_cache
-    yield _through_eager
-
-
-def _through_dynamo(
-    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
-) -> tuple[nn.Module, str]:
-    """Through Dynamo, as torch.compile captures."""
-    return _dynamo_graph(narrowed(), batch, stack), "dynamo"
-
-
-def _without_cache(
-    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
-) -> tuple[nn.Module, str]:
-    """Through Dynamo, without the cache of keys and values that generation would need."""
-    return _dynamo_graph(narrowed(use_cache=False), batch, stack), "dynamo"
-
-
-def _dynamo_graph(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
-    stack.enter_context(_static_and_quiet())
-    graph: fx.GraphModule = dynamo_graph_capture_for_export(module)(**batch)
-    context: TracingContext = graph.meta["tracing_context"]
-    stack.enter_context(tracing(context))
-    return graph
-
-
-def _through_eager(
-    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
-) -> tuple[nn.Module, str]:
-    """Operator by operator, as eager PyTorch runs."""
-    return narrowed(), "eager trace"
-
-
-@contextlib.contextmanager
-def _as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """The model as its author wrote it, neither compiled nor sharded, and itself again afterwards."""
-    memo: dict[int, torch.Tensor] = {}
-    fake, device = FakeTensorMode(allow_non_fake_inputs=True), _device_of(batch)
-
-    def twin(tensor: torch.Tensor) -> torch.Tensor:
-        with fake:
-            return _fake_twin(tensor, device, memo)
-
-    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), tensors_kept(model):
-        yield
-
-
-@contextlib.contextmanager
-def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
-    """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
-    compiled = {block: vars(block)["forward"] for block in compiled_blocks(model)}
-    for module in compiled:
-        uncompile_block(module)
-    try:
-        yield
-    finally:
-        for module, forward in compiled.items():
-            module.forward = forward
-
-
-def uncompile_block(block: nn.Module) -> None:
-    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's."""
-    eager = vars(block)["forward"].eager
-    del block.forward
-    if block.forward != eager:
-        block.forward = eager
-
-
-def compiled_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward `compile_blocks` replaced."""
-    return [module for module in model.modules() if hasattr(vars(module).get("forward"), "compiled")]
-
-
 @contextlib.contextmanager
 def _returned_beside(model: nn.Module) -> Iterator[list[Any]]:
     """A list to which compiled blocks, and the modules that run eagerly around them, add what they return.
@@ -325,70 +237,6 @@ def _returned_beside(model: nn.Module) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """The model's own tensors are back afterwards; a trace misplaces those of a module with two names."""
-    owners: list[MutableMapping[str, Any]] = []
-    for module in model.modules():
-        owners += module._parameters, module._buffers
-    kept = [(own, dict(own)) for own in owners]
-    try:
-        yield
-    finally:
-        for own, tensors in kept:
-            own.update(tensors)
-
-
-@contextlib.contextmanager
-def _static_and_quiet() -> Iterator[None]:
-    """Shapes as they come, and log calls in the forward passed over rather than refused."""
-    loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
-    ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
-    settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
-    with settings, captured_as_compiled(), warnings.catch_warnings():
-        # Side effects (a cached rotary table, say) stay in the forward: there is none to replay them in.
-        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
-        yield
-
-
-def _loggers_own_methods() -> set[Any]:
-    """Methods other libraries add to `logging.Logger`, such as transformers' `warning_once`."""
-    return {
-        method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))
-    }
-
-
-def _off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
-    """The model itself, or for a model on the meta device its twin in fake tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if not any(tensor.is_meta for tensor in tensors):
-        return model
-    device = _device_of(batch)
-    twin = copy.deepcopy(model)
-    memo: dict[int, torch.Tensor] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in twin.modules():
-            for tensors_of in (module._parameters, module._buffers):
-                for name, tensor in tensors_of.items():
-                    if tensor is not None and tensor.is_meta:
-                        tensors_of[name] = _fake_twin(tensor, device, memo)  # type: ignore[assignment]
-    return twin
-
-
-def _device_of(batch: Mapping[str, Any]) -> torch.device:
-    devices = (value.device for value in batch.values() if isinstance(value, torch.Tensor))
-    return next(devices, torch.device("cpu"))
-
-
-def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch.Tensor]) -> torch.Tensor:
-    if id(tensor) not in memo:
-        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = fake
-    return memo[id(tensor)]
 
 
 def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str) -> JointGraph:

@@ -10,7 +10,6 @@ from torch import nn
 
 from gtcompile.blocks import compile_blocks
 from gtcompile.capture import (
-    blocks_uncompiled,
     capture,
     check_batch,
     list_parameters,
@@ -21,6 +20,7 @@ from gtcompile.capture import (
 from gtcompile.dependencies import backward_costs, costs_of
 from gtcompile.errors import CaptureError
 from gtcompile.flops import count_flops
+from gtcompile.originals import blocks_uncompiled
 from tests.graphs import text_of
 from tests.models import POOL, Recipe, Regression, make_batch, random_sets
 

@@ -1,0 +1,97 @@
+"""A model as its author wrote it: neither compiled nor sharded, and on no meta device."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtcompile import fully_sharded
+from gtcompile.torch_internals import FakeTensorMode
+
+
+@contextlib.contextmanager
+def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """The model as its author wrote it, neither compiled nor sharded, and itself again afterwards."""
+    memo: dict[int, torch.Tensor] = {}
+    fake, device = FakeTensorMode(allow_non_fake_inputs=True), _device_of(batch)
+
+    def twin(tensor: torch.Tensor) -> torch.Tensor:
+        with fake:
+            return _fake_twin(tensor, device, memo)
+
+    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), tensors_kept(model):
+        yield
+
+
+@contextlib.contextmanager
+def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
+    """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
+    compiled = {block: vars(block)["forward"] for block in compiled_blocks(model)}
+    for module in compiled:
+        uncompile_block(module)
+    try:
+        yield
+    finally:
+        for module, forward in compiled.items():
+            module.forward = forward
+
+
+def uncompile_block(block: nn.Module) -> None:
+    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's."""
+    eager = vars(block)["forward"].eager
+    del block.forward
+    if block.forward != eager:
+        block.forward = eager
+
+
+def compiled_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward `compile_blocks` replaced."""
+    return [module for module in model.modules() if hasattr(vars(module).get("forward"), "compiled")]
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """The model's own tensors are back afterwards; a trace misplaces those of a module with two names."""
+    owners: list[MutableMapping[str, Any]] = []
+    for module in model.modules():
+        owners += module._parameters, module._buffers
+    kept = [(own, dict(own)) for own in owners]
+    try:
+        yield
+    finally:
+        for own, tensors in kept:
+            own.update(tensors)
+
+
+def off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
+    """The model itself, or for a model on the meta device its twin in fake tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_meta for tensor in tensors):
+        return model
+    device = _device_of(batch)
+    twin = copy.deepcopy(model)
+    memo: dict[int, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in twin.modules():
+            for tensors_of in (module._parameters, module._buffers):
+                for name, tensor in tensors_of.items():
+                    if tensor is not None and tensor.is_meta:
+                        tensors_of[name] = _fake_twin(tensor, device, memo)  # type: ignore[assignment]
+    return twin
+
+
+def _device_of(batch: Mapping[str, Any]) -> torch.device:
+    devices = (value.device for value in batch.values() if isinstance(value, torch.Tensor))
+    return next(devices, torch.device("cpu"))
+
+
+def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch.Tensor]) -> torch.Tensor:
+    if id(tensor) not in memo:
+        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fake
+    return memo[id(tensor)]
