@@ -1,8 +1,8 @@
 """Methods with code objects of their own.
 
-Dynamo keeps what it compiled, and counts how often, by code object. All blocks of transformers run one and the
-same wrapper around their forward, so another compiled model in the process would spend the limit of this one,
-whose blocks would run eagerly from then on.
+Dynamo keeps what it compiled, and counts how often, by code object. All blocks of transformers run one and
+the same wrapper around their forward, so another compiled model in the process would spend the limit of this
+one, whose blocks would run eagerly from then on.
 """
 
 from collections.abc import Callable

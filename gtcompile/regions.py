@@ -45,7 +45,7 @@ class RegionOptions:
     """`loss` when only scalar outputs are differentiated: no zero gradient for logits, nor its memory."""
     random: Literal["eager", "compiler"] = "eager"
     """Whose random numbers dropout draws. `eager`: the same as eager PyTorch, in every variant; `compiler`:
-    Inductor's own, generated where they are used, which a GPU does faster and a CPU slower."""
+    Inductor's own, generated where they are used, which is faster."""
     activation_memory_budget: float = 1.0
     """Share, in [0, 1], of what would be saved for backward that may be; the backward computes the rest
     again, which costs FLOPs that `backward_costs` does not know of."""

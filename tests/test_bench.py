@@ -17,6 +17,7 @@ from gtcompile.tools.bench import Bench, Measured, bench, compare
 from gtcompile.tools.measurement import spread
 from gtcompile.tools.steady_state import EAGER, HOISTED, Trial
 from gtcompile.tools.trainees import find_subject
+from tests import test_side_work
 
 CPU = torch.device("cpu")
 SHAPE = {"batch_size": 2, "length": 8, "target_length": 4}
@@ -100,7 +101,6 @@ def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path
     assert "budget 0.5: " in result.stdout
     assert " ms" not in result.stdout
     assert " M parameters in bfloat16, " in result.stdout
-    assert "these steps are short" in result.stdout
 
 
 def test_json_holds_the_same_for_a_model_of_ones_own_without_blocks() -> None:
@@ -111,6 +111,16 @@ def test_json_holds_the_same_for_a_model_of_ones_own_without_blocks() -> None:
     assert [row["budget"] for row in told["trials"]] == [1.0, 1.0, 0.9, 0.9]
     assert all(row["counted_flops"] == row["predicted_flops"] for row in told["trials"])
     assert "seconds" not in told["trials"][0]
+
+
+def remembering() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return test_side_work.Model(), test_side_work.batch()
+
+
+def test_what_blocks_compute_beside_the_loss_is_predicted() -> None:
+    shape = {"batch_size": 1, "length": 1, "target_length": 1}
+    measured = bench("tests.test_bench:remembering", (0.8,), compiler="eager", rounds=1, **shape)
+    assert [m.counted_flops for m in measured.trials] == [m.predicted_flops for m in measured.trials]
 
 
 def test_a_copy_shares_the_weights_and_not_what_is_frozen(llama: Path) -> None:
@@ -138,25 +148,27 @@ def test_a_difference_counts_where_the_rounds_agree(ours: list[float], verdict: 
     assert compare(ours, [2.0] * 9).startswith(verdict)
 
 
-def test_flops_that_were_not_predicted_are_said() -> None:
-    times = {"saved_bytes": 1, "seconds": (1.0,)}
+def made_up(step: float, *, counted: int = 10) -> Bench:
+    """Everything trained, in steps of so many seconds and so many counted FLOPs of 10."""
+    times = {"saved_bytes": 1, "seconds": (step,)}
     trials = (
-        Measured(trial=Trial(HOISTED, 1.0), predicted_flops=10, counted_flops=11, **times),
+        Measured(trial=Trial(HOISTED, 1.0), predicted_flops=10, counted_flops=counted, **times),
         Measured(trial=Trial(EAGER, 1.0), predicted_flops=10, counted_flops=10, **times),
     )
-    result = Bench(
-        subject="",
-        machine="",
-        sets="",
-        full_flops=10,
-        trials=trials,
-        new_sets=spread([1.0]),
-        compiled=0,
-        timed=True,
-    )
-    assert not any("short" in line for line in result.verdicts())
+    words = dict.fromkeys(("subject", "machine", "sets"), "")
+    new_sets = spread([1.0])
+    return Bench(**words, full_flops=10, trials=trials, new_sets=new_sets, compiled=0, timed=True)
+
+
+def test_flops_that_were_not_predicted_are_said() -> None:
+    result = made_up(1.0, counted=11)
     assert any("11 FLOPs counted, 10 predicted" in line for line in result.verdicts())
     assert result.as_dict()["trials"][0]["seconds"]["median"] == 1.0
+
+
+@pytest.mark.parametrize(("step", "said"), [(0.019, True), (0.021, False)])
+def test_steps_too_short_to_say_much_are_said_to_be(step: float, said: bool) -> None:
+    assert any("these steps are short" in line for line in made_up(step).verdicts()) is said
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ def bench(
         raise ValueError(f"--dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = find_subject(name, device, dtype=DTYPES[dtype] if dtype else None, **shape)
-    costs = backward_costs(subject.original, subject.example)
+    rivals = _rivals(subject, compiler)
+    costs = backward_costs(rivals[HOISTED].callable, subject.example)  # with what its blocks return
     importance = draw_importance(costs, 0) if importances is None else read_importance(importances, costs)
     selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}
     middle = sorted(budgets)[len(budgets) // 2]
@@ -197,7 +198,7 @@ def bench(
         select_parameters(costs, draw_importance(costs, seed), middle).trained
         for seed in range(1, NEW_SETS + 1)
     ]
-    steady = SteadyState(_rivals(subject, compiler), selections)
+    steady = SteadyState(rivals, selections)
     for trial in steady.trials:
         steady.prepare(trial)
     _announce(steady, rounds, device, progress)

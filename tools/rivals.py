@@ -1,6 +1,7 @@
 """Ways to train part of a decoder, side by side: eager, compiled whole, compiled block by block, hoisted."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,9 +225,9 @@ def plain_blocks(workload: Trainee, recompile_limit: int | None = None) -> Rival
     return Rival(workload, _compile_each_block, freeze, recompile_limit)
 
 
-def hoisted_blocks(workload: Workload) -> Rival:
-    """`gtcompile.compile_blocks` with `train_only`."""
-    return Rival(workload, compile_blocks, train_only)
+def hoisted_blocks(workload: Workload, **options: Any) -> Rival:
+    """`gtcompile.compile_blocks` with `train_only`; options are those of `RegionOptions`."""
+    return Rival(workload, functools.partial(compile_blocks, **options), train_only)
 
 
 def everything_compiled(workload: Trainee) -> Rival:
