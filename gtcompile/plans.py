@@ -174,7 +174,7 @@ class Plans:
     def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
         chain = self._chain
-        leaves = tuple(leaf for leaf in chain.hoisted.leaves if leaf.slot in live)
+        leaves = tuple(leaf for leaf in chain.hoisted.leaves if not leaf.serves.isdisjoint(live))
         flops = chain.flops + sum(leaf.flops for leaf in leaves)
         if not chain.activation <= live or flops != self._flops(live):
             return None
@@ -213,8 +213,8 @@ def _total(work: Iterable[SharedWork]) -> int:
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
     """Each leaf, and those of its operands that no later leaf reads."""
-    last = {operand: leaf.slot for leaf in leaves for operand in leaf.operands}
-    return tuple((leaf, tuple(o for o in leaf.operands if last[o] == leaf.slot)) for leaf in leaves)
+    last = {operand: i for i, leaf in enumerate(leaves) for operand in leaf.operands}
+    return tuple((leaf, tuple(o for o in leaf.operands if last[o] == i)) for i, leaf in enumerate(leaves))
 
 
 def run_chain(
@@ -225,16 +225,21 @@ def run_chain(
     inputs: list[Any],
 ) -> Sequence[Any]:
     """Run the chain, then the leaves one by one; what no later leaf reads is let go."""
+    hoisted = chain.hoisted
     saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
-    computed = list(run_part(chain.hoisted.chain.inputs, chain.run, inputs))
+    computed = [*run_part(hoisted.chain.inputs, chain.run, inputs), *[None] * hoisted.handed_on]
     gradients: list[Any] = [None] * slots
-    for position, slot in enumerate(chain.hoisted.chain_slots):
+    for position, slot in enumerate(hoisted.chain_slots):
         if slot in live:
             gradients[slot] = computed[position]
     for leaf, last_read in leaves:
         operands = [saved[o.index] if o.saved else computed[o.index] for o in leaf.operands]
-        gradients[leaf.slot] = leaf.module.forward(*operands)
+        results = list(leaf.module.forward(*operands))
         del operands
+        for position in reversed(leaf.handed_on):
+            computed[position] = results.pop()
+        for slot in reversed(leaf.slots):
+            gradients[slot] = results.pop() if slot in live else None
         for operand in last_read:
             (saved if operand.saved else computed)[operand.index] = None
     return gradients

@@ -5,8 +5,9 @@ activation gradients, is compiled once; it hands out the operands of the leaves,
 parameter is trained.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,19 +53,23 @@ class Operand:
     """Where a leaf finds one of its inputs."""
 
     saved: bool
-    """True for an input of the backward graph, False for an output of the chain."""
+    """True for an input of the backward graph, False for a computed value."""
     index: int
-    """Position among the backward graph's inputs, or among the chain's outputs."""
+    """Position among the backward graph's inputs, or among the computed values."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """How to finish one weight gradient."""
+    """How to finish one weight gradient, or to compute what several leaves need and the chain does not."""
 
-    slot: int
-    """Position of the gradient among the backward graph's outputs."""
+    serves: frozenset[int]
+    """Slots whose gradients need it."""
+    slots: tuple[int, ...]
+    """Those of them whose gradients it finishes."""
+    handed_on: tuple[int, ...]
+    """Positions among the computed values of what it computes for other leaves."""
     module: fx.GraphModule
-    """From the operands to the gradient."""
+    """From the operands to the finished gradients, then what is handed on."""
     flops: int
     """FLOPs of running it once."""
     operands: tuple[Operand, ...]
@@ -91,11 +96,16 @@ class HoistedBackward:
     """A backward graph in two parts: what is compiled, and what runs on demand."""
 
     chain: Part
-    """Outputs: the slots it computes itself, then the leaves' operands."""
+    """Outputs, the first of the computed values: the slots it computes itself, then the leaves' operands."""
     chain_slots: tuple[int, ...]
     """Slots the chain computes: gradients of activations, and of parameters too cheap to hoist."""
     leaves: tuple[Leaf, ...]
-    """In slot order."""
+    """In an order in which every leaf finds its operands."""
+
+    @property
+    def handed_on(self) -> int:
+        """How many computed values there are beside the chain's outputs."""
+        return sum(len(leaf.handed_on) for leaf in self.leaves)
 
     def __str__(self) -> str:
         size = len(self.chain.module.graph.nodes)
@@ -108,83 +118,111 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After:  chain `dx = mm(dy, w); return (dx, dy)`, leaf of slot 1 `(dy, x) -> mm(t(dy), x)`
 
-    Sound because a leaf's nodes serve its slot alone, so the chain never misses them, and a leaf sees the
-    very values the graph would have fed it.
+    Sound because the chain needs no node of a leaf, and a leaf sees the very values the graph would have fed
+    it. What several leaves need and no kept slot does, such as the gradient of attention scores by their keys
+    where those come from another module, is a leaf that runs before them.
 
     Args:
         backward: as the partitioner made it; left as it is.
-        keep: slots that the chain must compute.
+        keep: slots that the chain must compute; without any, it computes all that several slots need.
         hoist: slots that may become leaves; a slot without matrix products or scatters stays in the chain.
     """
-    output = backward.graph.output_node()
-    gradients: Any = output.args[0]
-    bodies = {
-        slot: leaf_nodes(gradients[slot], output) for slot in sorted(hoist) if gradients[slot] is not None
-    }
-    bodies = {slot: body for slot, body in bodies.items() if body}
-    chain_slots = tuple(
-        slot
-        for slot, gradient in enumerate(gradients)
-        if gradient is not None and slot not in bodies and (slot in keep or slot in hoist)
-    )
+    gradients: Any = backward.graph.output_node().args[0]
+    slots = [slot for slot in sorted(keep | hoist) if gradients[slot] is not None]
+    bodies = leaf_nodes(backward.graph, keep, hoist)
+    moved = set(chain.from_iterable(bodies.values()))
+    read = dict.fromkeys(chain.from_iterable(map(_operands, bodies.values())))
+    chain_slots = tuple(slot for slot in slots if gradients[slot] not in moved)
     handed_out = [gradients[slot] for slot in chain_slots]
-    inputs = backward.graph.find_nodes(op="placeholder")
-    leaves = []
-    for slot, body in bodies.items():
-        ordered = [node for node in backward.graph.nodes if node in body]
-        operands = list(dict.fromkeys(i for node in ordered for i in node.all_input_nodes if i not in body))
-        handed_out += [o for o in operands if o.op != "placeholder" and o not in handed_out]
-        sources = tuple(_source(operand, inputs, handed_out) for operand in operands)
-        flops = sum(node_flops(node) for node in ordered)
-        leaves.append(Leaf(slot, _leaf_module(ordered, operands, gradients[slot]), flops, sources))
-    return HoistedBackward(chain=extract(backward, handed_out), chain_slots=chain_slots, leaves=tuple(leaves))
+    handed_out += [o for o in read if o.op != "placeholder" and o not in moved and o not in handed_out]
+    handed_on = [node for node in chain.from_iterable(bodies.values()) if node in read]
+    sources = {node: Operand(saved=False, index=i) for i, node in enumerate(handed_out + handed_on)}
+    inputs = enumerate(backward.graph.find_nodes(op="placeholder"))
+    sources |= {node: Operand(saved=True, index=i) for i, node in inputs}
+    finished = {slot: gradients[slot] for slot in slots}
+    return HoistedBackward(
+        chain=extract(backward, handed_out),
+        chain_slots=chain_slots,
+        leaves=tuple(_leaf(serves, body, finished, sources, read) for serves, body in bodies.items()),
+    )
 
 
-def leaf_nodes(gradient: fx.Node, output: fx.Node) -> frozenset[fx.Node]:
-    """The matrix products or scatters that serve this slot alone, with what follows and the views before.
+def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozenset[int], list[fx.Node]]:
+    """The matrix products or scatters that may run on demand, with what follows and the views before.
 
-    Empty when there is no such product or scatter.
+    Returns:
+        Nodes by the slots that need them, those that most slots need first; what several slots need and a
+        kept one does not is on demand only where a slot is kept.
     """
-    private = _private(gradient, output)
-    heavy = {node for node in private if node.target in SCATTERS or _has_flops(node)}
-    body = set(heavy)
-    for node in sorted(private - body):
+    serves = _served_slots(graph, keep | hoist)
+    movable = {
+        node: slots
+        for node, slots in serves.items()
+        if node.op == "call_function" and (slots.isdisjoint(keep) if keep else len(slots) == 1)
+    }
+    body = {node for node in movable if node.target in SCATTERS or _has_flops(node)}
+    for node in movable:
         if any(source in body for source in node.all_input_nodes):
             body.add(node)
-    for node in sorted(private - body, reverse=True):
-        if node.target in VIEWS and all(user in body for user in node.users):
+    for node in reversed(movable):
+        if node.target in VIEWS and all(u in body and serves[u] == serves[node] for u in node.users):
             body.add(node)
-    return frozenset(body) if heavy else frozenset()
+    bodies: dict[frozenset[int], list[fx.Node]] = {}
+    for node in movable:
+        if node in body:
+            bodies.setdefault(serves[node], []).append(node)
+    return dict(sorted(bodies.items(), key=lambda item: (-len(item[0]), sorted(item[0]))))
 
 
-def _private(gradient: fx.Node, output: fx.Node) -> set[fx.Node]:
-    """Nodes that nothing but this slot needs."""
-    if [*output.all_input_nodes].count(gradient) != 1 or list(output.args[0]).count(gradient) != 1:  # type: ignore[arg-type]
-        return set()
-    private: set[fx.Node] = set()
-    for node in sorted(ancestors([gradient]), reverse=True):
-        users_private = all(user in private or (user is output and node is gradient) for user in node.users)
-        if node.op == "call_function" and users_private:
-            private.add(node)
-    return private
+def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[int]]:
+    """Per node, in the graph's order, which of some slots need it; nodes that none needs are left out."""
+    output = graph.output_node()
+    gradients: Any = output.args[0]
+    serves: dict[fx.Node, frozenset[int]] = {}
+    for node in reversed(graph.nodes):
+        own = (slot for slot in slots if gradients[slot] is node) if output in node.users else ()
+        if needed := frozenset(own).union(*(serves.get(user, ()) for user in node.users)):
+            serves[node] = needed
+    return dict(reversed(serves.items()))
+
+
+def _operands(body: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """What these nodes read of others, in order."""
+    inside = set(body)
+    return dict.fromkeys(i for node in body for i in node.all_input_nodes if i not in inside)
 
 
 def _has_flops(node: fx.Node) -> bool:
     return node.op == "call_function" and node_flops(node) > 0
 
 
-def _source(operand: fx.Node, inputs: list[fx.Node], handed_out: list[fx.Node]) -> Operand:
-    if operand.op == "placeholder":
-        return Operand(saved=True, index=inputs.index(operand))
-    return Operand(saved=False, index=handed_out.index(operand))
+def _leaf(
+    serves: frozenset[int],
+    body: Sequence[fx.Node],
+    gradients: Mapping[int, fx.Node],
+    sources: Mapping[fx.Node, Operand],
+    read: Container[fx.Node],
+) -> Leaf:
+    operands, slots = _operands(body), tuple(slot for slot in sorted(serves) if gradients[slot] in body)
+    handed_on = [node for node in body if node in read]
+    return Leaf(
+        serves=serves,
+        slots=slots,
+        handed_on=tuple(sources[node].index for node in handed_on),
+        module=_leaf_module(body, operands, [*(gradients[slot] for slot in slots), *handed_on]),
+        flops=sum(map(node_flops, body)),
+        operands=tuple(sources[operand] for operand in operands),
+    )
 
 
-def _leaf_module(body: list[fx.Node], operands: list[fx.Node], gradient: fx.Node) -> fx.GraphModule:
+def _leaf_module(
+    body: Iterable[fx.Node], operands: Iterable[fx.Node], results: Iterable[fx.Node]
+) -> fx.GraphModule:
     graph = fx.Graph()
     twin = {operand: graph.placeholder(operand.name) for operand in operands}
     for node in body:
         twin[node] = graph.node_copy(node, twin.__getitem__)
-    graph.output(twin[gradient])
+    graph.output(tuple(twin[result] for result in results))
     free_strides(graph)
     return fx.GraphModule({}, graph)
 

@@ -21,6 +21,10 @@ from transformers import (
 from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.flops import count_flops
+from gtcompile.hoisted import HoistedVariants
+from gtcompile.joint import copy_module
+from gtcompile.operators import run_operators
+from gtcompile.plans import Plan, Plans
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.rivals import Compilations, compilations
 from gtcompile.torch_internals import TorchDynamoException
@@ -587,7 +591,7 @@ def test_blocks_that_differ_in_a_number_share_two_captures(compiler, tolerance):
     assert captures() == before + 2
 
 
-def encoder_decoder(family: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def encoder_decoder(family: str, attention: str = "sdpa") -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A tiny T5, whose encoder ends in a norm, or BART, whose decoder reads the last encoder block."""
     torch.manual_seed(0)
     if family == "t5":
@@ -597,7 +601,8 @@ def encoder_decoder(family: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     else:
         layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
-        model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=16, **layers, **heads))
+        settings = BartConfig(vocab_size=64, d_model=16, attn_implementation=attention, **layers, **heads)
+        model = BartForConditionalGeneration(settings)
     ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(0))
     return model.train(), {"input_ids": ids, "labels": ids}
 
@@ -624,3 +629,50 @@ def test_whatever_is_trained_first_nothing_is_captured_afterwards(family, first)
         step(model, batch)
         assert_same_gradients(model, expected, rtol=1e-6, atol=1e-7)
     assert captures() == seen
+
+
+class OperatorParts:
+    """Chains "compiled" to their operators: Inductor takes seconds for them."""
+
+    def compile(self, part):
+        return run_operators(copy_module(part.module))
+
+
+@pytest.fixture
+def by_operators(monkeypatch) -> list[Plans]:
+    """The plans of the blocks whose backward ran without a compiled chain, which "eager" has here too."""
+    ran: list[Plans] = []
+    take_operators, run_operators_alone = HoistedVariants._take_operators, Plans._operators
+
+    def take(variants, *arguments):
+        variants._parts = OperatorParts()
+        return take_operators(variants, *arguments)
+
+    def operators(plans, live):
+        plan = run_operators_alone(plans, live)
+        return Plan(plan.released, lambda inputs: ran.append(plans) or plan.backward(inputs))
+
+    monkeypatch.setattr(HoistedVariants, "_take_operators", take)
+    monkeypatch.setattr(Plans, "_operators", operators)
+    return ran
+
+
+def test_in_each_stack_only_the_block_where_the_backward_ends_runs_without_its_chain(by_operators):
+    model, batch = encoder_decoder("bart", attention="eager")  # in single products
+    costs = backward_costs(model, batch)
+    compile_blocks(model, compiler="eager")
+    step(model, batch)
+    layers = [name for name in sorted(costs.fqns) if ".layers." in name]
+    decoder = [name for name in layers if ".decoder." in name]
+    most = set()
+    for trained in (*random_sets(decoder, 8), *random_sets(layers, 3)):
+        train_only(model, trained)
+        expected = reference_gradients(model, batch)
+        by_operators.clear()
+        with count_flops() as counter:
+            step(model, batch)
+        assert_same_gradients(model, expected, rtol=1e-6, atol=1e-7)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert len(by_operators) == len(set(by_operators)), "blocks of a stack share their plans"
+        most.add(len(by_operators))
+    assert most == {1, 2}

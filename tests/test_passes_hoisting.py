@@ -20,15 +20,18 @@ def slots_of(backward: fx.GraphModule) -> list[fx.Node | None]:
     return list(backward.graph.output_node().args[0])
 
 
-def run_in_parts(hoisted, inputs, slots):
-    """What the chain and all leaves compute, per slot."""
+def run_in_parts(hoisted, inputs, live):
+    """What the chain and the leaves of the live slots compute, per slot."""
     computed = run_graph(hoisted.chain.module, [inputs[i] for i in hoisted.chain.inputs])
-    gradients = [None] * slots
-    for position, slot in enumerate(hoisted.chain_slots):
-        gradients[slot] = computed[position]
+    gradients = {slot: computed[i] for i, slot in enumerate(hoisted.chain_slots)}
+    computed += [None] * hoisted.handed_on
     for leaf in hoisted.leaves:
-        operands = [inputs[o.index] if o.saved else computed[o.index] for o in leaf.operands]
-        gradients[leaf.slot] = leaf.module(*operands)
+        if leaf.serves & live:
+            operands = [inputs[o.index] if o.saved else computed[o.index] for o in leaf.operands]
+            results = leaf.module(*operands)
+            gradients |= zip(leaf.slots, results, strict=False)
+            for place, value in zip(leaf.handed_on, results[len(leaf.slots) :], strict=True):
+                computed[place] = value
     return gradients
 
 
@@ -40,14 +43,20 @@ def same(left, right) -> bool:
 @given(st.sampled_from(DETERMINISTIC), st.data())
 def test_chain_and_leaves_compute_what_the_backward_computes(recipe, data):
     backward = backward_of(capture_of(recipe))
-    inputs, expected = random_inputs(backward), slots_of(backward)
-    live = {slot for slot, gradient in enumerate(expected) if gradient is not None}
-    hoist = data.draw(st.sets(st.sampled_from(sorted(live))))
-    hoisted = hoist_weight_gradients(backward, keep=live - hoist, hoist=hoist)
-    parts = run_in_parts(hoisted, inputs, len(expected))
-    assert all(map(same, parts, run_graph(backward, inputs)))
-    assert set(hoisted.chain_slots) | {leaf.slot for leaf in hoisted.leaves} == live
-    assert {leaf.slot for leaf in hoisted.leaves} <= hoist
+    inputs, gradients = random_inputs(backward), slots_of(backward)
+    slots = {slot for slot, gradient in enumerate(gradients) if gradient is not None}
+    hoist = data.draw(st.sets(st.sampled_from(sorted(slots))))
+    wanted = (slots - hoist) | data.draw(st.sets(st.sampled_from(sorted(slots))))
+    hoisted = hoist_weight_gradients(backward, keep=slots - hoist, hoist=hoist)
+    parts, expected = run_in_parts(hoisted, inputs, wanted), run_graph(backward, inputs)
+    assert all(same(parts[slot], expected[slot]) for slot in wanted)
+    finished = [slot for leaf in hoisted.leaves for slot in leaf.slots]
+    assert sorted([*hoisted.chain_slots, *finished]) == sorted(slots)
+    assert set(finished) <= hoist
+    leaves = sum(leaf.flops for leaf in hoisted.leaves if leaf.serves & wanted)
+    assert slots == hoist or hoisted.chain.flops + leaves == flops_of(
+        ancestors(gradients[slot] for slot in wanted)
+    )
 
 
 @pytest.mark.parametrize("recipe", DETERMINISTIC, ids=str)
@@ -58,10 +67,8 @@ def test_splitting_does_no_work_twice(recipe):
     leaves = sum(leaf.flops for leaf in hoisted.leaves)
     assert leaves > 0
     assert hoisted.chain.flops + leaves == flops_of(backward.graph.nodes)
-    assert all(
-        leaf.flops == flops_of(leaf_nodes(slots_of(backward)[leaf.slot], backward.graph.output_node()))
-        for leaf in hoisted.leaves
-    )
+    bodies = leaf_nodes(backward.graph, set(), live)
+    assert [leaf.flops for leaf in hoisted.leaves] == list(map(flops_of, bodies.values()))
 
 
 def regression_backward(depth=3):
@@ -72,7 +79,7 @@ def regression_backward(depth=3):
 def test_matrix_products_of_weights_become_leaves_and_sums_of_biases_stay():
     backward, slot = regression_backward()
     hoisted = hoist_weight_gradients(backward, keep=set(), hoist=set(slot.values()))
-    assert {leaf.slot for leaf in hoisted.leaves} == {slot[f"layers.{i}.weight"] for i in range(3)}
+    assert {leaf.slots for leaf in hoisted.leaves} == {(slot[f"layers.{i}.weight"],) for i in range(3)}
     assert set(hoisted.chain_slots) == {slot[f"layers.{i}.bias"] for i in range(3)}
     assert operators(hoisted.chain.module)[aten.mm.default] == 2  # dX of two layers
     assert all(operators(leaf.module)[aten.mm.default] == 1 for leaf in hoisted.leaves)
@@ -82,7 +89,7 @@ def test_slots_that_are_neither_kept_nor_hoisted_are_not_computed():
     backward, slot = regression_backward()
     hoisted = hoist_weight_gradients(backward, keep={slot["layers.2.bias"]}, hoist={slot["layers.2.weight"]})
     assert hoisted.chain_slots == (slot["layers.2.bias"],)
-    assert [leaf.slot for leaf in hoisted.leaves] == [slot["layers.2.weight"]]
+    assert [leaf.slots for leaf in hoisted.leaves] == [(slot["layers.2.weight"],)]
     assert operators(hoisted.chain.module)[aten.mm.default] == 0
 
 
@@ -148,7 +155,42 @@ def test_a_gradient_that_others_read_is_not_hoisted():
     hoisted = hoist_weight_gradients(backward, keep=set(), hoist={0, 1, 2})
     assert hoisted.leaves == ()
     inputs = [torch.randn(4, 4) for _ in range(3)]
-    assert all(map(same, run_in_parts(hoisted, inputs, 3), run_graph(backward, inputs)))
+    assert run_in_parts(hoisted, inputs, set()).keys() == {0, 1, 2}
+
+
+class Reader(nn.Module):
+    """Attention in single products over keys and values of a memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+        self.memory = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        scores = torch.softmax(x @ self.query @ (self.memory @ self.key).t(), -1)
+        return (scores @ (self.memory @ self.value)).square().mean()
+
+
+def test_what_gradients_share_and_the_chain_does_not_need_is_a_leaf_before_theirs():
+    joint = capture(Reader(), {"x": torch.randn(3, 4)})
+    backward = backward_of(joint)
+    query, key, value, memory = map(joint.slots.index, ("query", "key", "value", "memory"))
+    hoisted = hoist_weight_gradients(backward, keep={query}, hoist={key, value, memory})
+    products = {leaf.serves: operators(leaf.module)[aten.mm.default] for leaf in hoisted.leaves}
+    assert products == {
+        frozenset({key, memory}): 1,
+        frozenset({value, memory}): 1,
+        frozenset({key}): 1,
+        frozenset({value}): 1,
+        frozenset({memory}): 2,
+    }
+    assert operators(hoisted.chain.module)[aten.mm.default] == 3
+    inputs = random_inputs(backward)
+    expected = run_graph(backward, inputs)
+    for live in ({query}, {query, key}, {query, key, value, memory}):
+        parts = run_in_parts(hoisted, inputs, live)
+        assert parts.keys() == live
+        assert all(same(parts[slot], expected[slot]) for slot in live)
 
 
 def test_leaves_take_their_operands_from_saved_values_and_from_the_chain():
