@@ -152,7 +152,7 @@ def test_the_recorder_sees_what_autograd_keeps():
     assert shapes.count((BATCH * LENGTH, WIDTH)) + shapes.count(ACTIVATION) >= 5
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(recipes(layers=3, without=BATCH_NORM), st.integers(0, 99))
 def test_never_more_is_kept_alive_than_by_eager_freezing(recipe, seed):
     forget_captures()
@@ -436,7 +436,7 @@ def gradients_with(
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(block_recipes(), st.data())
 def test_hoisted_and_specialized_agree_whole_and_in_blocks(recipe, data):
     trained = data.draw(trained_sets(selectable(recipe.model()))) | {"head.bias"}

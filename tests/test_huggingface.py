@@ -202,21 +202,21 @@ def test_the_model_is_left_uncompiled_whole_and_able_to_generate(tmp_path):
 
 
 @pytest.mark.parametrize("every", ["epoch", 3])
-@pytest.mark.parametrize("saved_at", [2, 3, 4])
-def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every, saved_at):
+def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every):
     """Steps 3 and 6 select anew: a checkpoint in between, right before one, and right after one."""
-    settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": saved_at}
+    settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": 1}
     whole = train(tmp_path, adaptive(every=every), model=make_model(0.1), **settings)
-    resumed = train(
-        tmp_path,
-        adaptive(every=every),
-        model=make_model(0.1),
-        resume=str(tmp_path / f"checkpoint-{saved_at}"),
-        **settings,
-    )
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-    assert losses(whole) == losses(resumed)
-    assert logged_sets(whole) == logged_sets(resumed)
+    for saved_at in (2, 3, 4):
+        resumed = train(
+            tmp_path / "resumed",
+            adaptive(every=every),
+            model=make_model(0.1),
+            resume=str(tmp_path / f"checkpoint-{saved_at}"),
+            **settings | {"save_strategy": "no"},
+        )
+        assert_same_weights(weights(whole.model), weights(resumed.model))
+        assert losses(whole) == losses(resumed)
+        assert logged_sets(whole) == logged_sets(resumed)
 
 
 def test_the_trainers_own_way_of_restoring_callbacks_works_too(tmp_path):
@@ -494,8 +494,8 @@ def test_trls_supervised_trainer_takes_the_callback(tmp_path):
     assert all(trained == gradients for trained, gradients in witness.steps)
 
 
-def plain_loop(folder, setting, stop_after=None, resume=False):
-    """Eight steps of a loop of one's own that selects at 0, 3 and 6 and can stop and continue anywhere."""
+def plain_loop(folder, setting, save_after=None, resume=False):
+    """Eight steps of a loop of one's own that selects at 0, 3 and 6, saved once and continued from there."""
     model = make_model(0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     gtcompile.compile_blocks(model, compiler="eager")
@@ -516,21 +516,19 @@ def plain_loop(folder, setting, stop_after=None, resume=False):
         model(**batches[step]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 == stop_after:
+        if step + 1 == save_after:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(
                 {**state, "adaptive": own.state_dict(), "random": torch.get_rng_state()}, folder / "state"
             )
-            break
     gtcompile.uncompile_blocks(model)
     return weights(model), own.history
 
 
-@pytest.mark.parametrize(("setting", "stop_after"), [("keep", 2), ("cpu", 3), ("drop", 3), ("drop", 4)])
-def test_a_plain_loop_resumes_bit_for_bit(tmp_path, setting, stop_after):
+@pytest.mark.parametrize(("setting", "save_after"), [("keep", 2), ("cpu", 3), ("drop", 3), ("drop", 4)])
+def test_a_plain_loop_resumes_bit_for_bit(tmp_path, setting, save_after):
     """In the middle of a stretch, right before a selection and right after one."""
-    whole, history = plain_loop(tmp_path, setting)
-    plain_loop(tmp_path, setting, stop_after=stop_after)
+    whole, history = plain_loop(tmp_path, setting, save_after=save_after)
     resumed, continued = plain_loop(tmp_path, setting, resume=True)
     assert continued == history
     assert_same_weights(whole, resumed)
