@@ -106,7 +106,8 @@ class AdaptiveBackprop:
     def reselect(self, batches: Iterable[Mapping[str, Any]]) -> Selection:
         """Select anew from these batches and train that from now on.
 
-        Costs are those of a batch with the shapes of the first; importance is averaged over all. When nothing
+        Costs are those of a batch with the shapes of the first, or of the way that the first takes where the
+        model branches on data; importance is averaged over all. When nothing
         affordable is predicted to reduce the loss, the former selection stays, with a log message. Until the
         new trained set is applied nothing changes, so a call that fails leaves everything as it was.
 
@@ -170,9 +171,10 @@ class AdaptiveBackprop:
         self._terms, self._history, self._importance = terms, history, dict(state["importance"])
 
     def _costs(self, batch: Mapping[str, Any]) -> BackwardCosts:
-        """The costs at this batch's shapes, captured anew only when they differ from the last."""
+        """The costs at this batch's shapes, captured anew when they differ from the last or values matter."""
         key = _shapes_in(batch)
-        if key not in self._known_costs:
+        known = self._known_costs.get(key)
+        if known is None or known.follows_values:
             self._known_costs = {key: backward_costs(self._model, batch)}
         return self._known_costs[key]
 

@@ -19,12 +19,14 @@ from gtcompile.errors import CaptureError
 from gtcompile.flops import has_flops
 from gtcompile.joint import JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
 from gtcompile.originals import as_written, compiled_blocks, off_meta
-from gtcompile.routes import routes
+from gtcompile.random_states import random_state, restore_random_state
+from gtcompile.routes import routes, with_values
 from gtcompile.torch_internals import (
     GradAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
     aot_export_joint_with_descriptors,
+    has_free_unbacked_symbols,
     is_traceable_wrapper_subclass,
 )
 
@@ -174,14 +176,15 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
 
     Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, without the cache for
     generation that the model may fill. Else the forward is run on fake tensors and traced operator by
-    operator, which follows eager execution exactly but cannot follow branches on data.
+    operator. Where that meets a branch on data, or an operator without a fake kernel, it is run on copies of the
+    weights and the batch: what is captured then is the way that this batch takes.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
         example_inputs: keyword dictionary of one batch, ordinary tensors, labels included.
 
     Raises:
-        CaptureError: when neither way succeeds, or nothing is trainable.
+        CaptureError: when no way succeeds, or nothing is trainable.
     """
     model = unwrap(model)
     check_batch(model, example_inputs)
@@ -195,15 +198,17 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     for route in routes(model, example_inputs):
         try:
             with _returned_beside(model) as inside, contextlib.ExitStack() as stack:
+                stack.callback(restore_random_state, random_state())
                 stack.enter_context(as_written(model, example_inputs))
                 refuse_subclasses((*model.parameters(), *model.buffers(), *tensors_of(example_inputs)))
                 narrowed = functools.partial(LossModule, model, inside)
                 module, source = route(narrowed, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
+            _refuse_unknown_sizes(joint.graph_module)
             return _whole_model(joint.graph_module, parameters, source)
         except CaptureError:
             raise
-        except Exception as error:  # torch raises many types; each is reported if both ways fail
+        except Exception as error:  # torch raises many types; each is reported if all ways fail
             failures.append((route, error))
             logger.info("capture %s failed: %s", route.__doc__, error)
     raise CaptureError(_explain(model, failures)) from failures[0][1]
@@ -214,8 +219,22 @@ def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
     for route, error in failures:
         first_line = str(error).strip().partition("\n")[0]
         lines.append(f"  {route.__doc__} {type(error).__name__}: {first_line}")
-    lines.append("Usually a branch on data or an operator without a fake kernel explains both.")
+    lines.append("Usually a branch on data or an operator without a fake kernel explains it.")
+    if failures[-1][0] is not with_values:
+        lines.append(
+            "With its weights in memory, whole and on no meta device, the model can be traced even so."
+        )
     return "\n".join(lines)
+
+
+class _UnknownSizeError(Exception):
+    """A tensor's size is known at run time only."""
+
+
+def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if has_free_unbacked_symbols(tensors_of(node.meta.get("val"))):
+            raise _UnknownSizeError(f"the size of {node.name} ({node.target}) depends on data")
 
 
 @contextlib.contextmanager

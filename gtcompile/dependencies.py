@@ -42,6 +42,8 @@ class BackwardCosts:
     """FLOPs per training step of what the loss needs, whatever is trained."""
     shared_work: tuple[SharedWork, ...]
     """The backward, one entry per distinct set of parameters, fewest parameters first."""
+    follows_values: bool = False
+    """Whether the forward branches on data, and these are the costs of the way that this batch takes."""
 
     @property
     def fqns(self) -> frozenset[str]:
@@ -99,16 +101,16 @@ class BackwardCosts:
     def __str__(self) -> str:
         full, forward = self.full_flops, self.forward_flops
         share = f"{forward / full:.1%}" if full else "all"
-        return (
-            f"{full:.4g} FLOPs a full step, {share} of them forward, {len(self.fqns)} selectable parameters"
-        )
+        way = ", the way this batch takes" if self.follows_values else ""
+        return f"{full:.4g} FLOPs a full step{way}, {share} of them forward, {len(self.fqns)} selectable parameters"
 
 
 def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> BackwardCosts:
     """The exact FLOPs of one training step of `model` for any trained set, at the shapes of one batch.
 
     Whatever `train_only` has frozen by now is part of a full step and can be selected; what the user froze is
-    not.
+    not. Where the forward branches on data they are the costs of the way that this batch takes, which needs
+    real weights.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; may be on the meta device, without weights.
@@ -145,6 +147,7 @@ def costs_of(joint: JointGraph) -> BackwardCosts:
         parameters=joint.parameters,
         forward_flops=forward_flops,
         shared_work=_in_order(backward),
+        follows_values=joint.follows_values,
     )
 
 

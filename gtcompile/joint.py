@@ -10,6 +10,8 @@ from torch import fx
 
 from gtcompile.errors import GraphContractError
 
+ONE_BATCH = "values of one batch"
+"""The source of a graph that holds for batches alone on which the model branches in the same way."""
 ParameterStatus = Literal["selectable", "frozen by user", "unused"]
 
 
@@ -64,6 +66,11 @@ class JointGraph:
     """How the graph was captured, for logs and reports."""
     provenance: tuple[str, ...] = ()
     """The passes that made it, in order."""
+
+    @property
+    def follows_values(self) -> bool:
+        """Whether branches and sizes are those that the values of one batch led to."""
+        return self.source == ONE_BATCH
 
     @property
     def outputs(self) -> tuple[fx.Node | None, ...]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         with fake:
             return _fake_twin(tensor, device, memo)
 
-    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), tensors_kept(model):
+    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), attributes_kept(model):
         yield
 
 
@@ -53,17 +53,20 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """The model's own tensors are back afterwards; a trace misplaces those of a module with two names."""
-    owners: list[MutableMapping[str, Any]] = []
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Modules have their own attributes back afterwards.
+
+    A forward may write to them what is only traced, and a trace misplaces the tensors of a module with two names.
+    """
+    kept = []
     for module in model.modules():
-        owners += module._parameters, module._buffers
-    kept = [(own, dict(own)) for own in owners]
+        kept += [(own, dict(own)) for own in (vars(module), module._parameters, module._buffers)]
     try:
         yield
     finally:
-        for own, tensors in kept:
-            own.update(tensors)
+        for own, attributes in kept:
+            own.clear()
+            own.update(attributes)
 
 
 def off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:

@@ -7,13 +7,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from gtcompile.joint import ONE_BATCH
+from gtcompile.known_values import ValuesMode
+from gtcompile.random_states import random_state, restore_random_state
 from gtcompile.torch_internals import (
+    FakeTensor,
     TracingContext,
     captured_as_compiled,
     dynamo_config,
     dynamo_graph_capture_for_export,
+    is_traceable_wrapper_subclass,
+    told_to_be_compiled,
     tracing,
 )
 
@@ -29,6 +36,15 @@ def routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
     if "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys():
         yield _without_cache
     yield _through_eager
+    if all(map(_has_values, (*model.parameters(), *model.buffers(), *batch.values()))):
+        yield with_values
+
+
+def _has_values(value: object) -> bool:
+    """Whether this is no tensor, or one that holds all its values here."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    return not (value.is_meta or isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value))
 
 
 def _through_dynamo(
@@ -57,7 +73,21 @@ def _through_eager(
     narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Operator by operator, as eager PyTorch runs."""
+    stack.enter_context(told_to_be_compiled())
     return narrowed(), "eager trace"
+
+
+def with_values(
+    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[nn.Module, str]:
+    """Operator by operator, with the values of this batch."""
+    module, mode, state = narrowed(), ValuesMode(), random_state()
+    stack.callback(mode.forget)
+    stack.enter_context(tracing(TracingContext(mode)))
+    stack.enter_context(told_to_be_compiled())
+    # AOTAutograd runs the forward twice: both times it must draw, and branch on, the same random numbers.
+    module.register_forward_pre_hook(lambda _module, _args: restore_random_state(state))
+    return module, ONE_BATCH
 
 
 @contextlib.contextmanager

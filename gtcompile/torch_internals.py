@@ -84,8 +84,12 @@ from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 # The classes of operators in a graph: those of aten, and those that call others.
 from torch._ops import HigherOrderOperator, OpOverload  # noqa: E402
 
-# Shapes without values: capture from a configuration alone.
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+# Shapes without values: capture from a configuration alone. What is copied within a fake mode would be fake.
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 
 # What operators are traced with.
 from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
@@ -94,8 +98,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 from torch.fx._graph_pickler import GraphPickler  # noqa: E402
 from torch.fx._graph_pickler import Options as GraphPicklerOptions  # noqa: E402
 
-# Sizes of fake tensors, in a process that has none yet.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_symbols  # noqa: E402
+# Sizes of fake tensors, in a process that has none yet; sizes that are symbols, and those that only a run tells.
+from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
+    ShapeEnv,
+    has_free_symbols,
+    has_free_unbacked_symbols,
+)
 
 # Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
@@ -130,6 +138,13 @@ def captured_as_compiled() -> Iterator[None]:
     """
     name = "torch._dynamo.functional_export._compiling_state_context"
     with mock.patch(name, contextlib.nullcontext, create=True):  # a torch without it says no such thing
+        yield
+
+
+@contextlib.contextmanager
+def told_to_be_compiled() -> Iterator[None]:
+    """Have `torch.compiler.is_compiling()` be true in models that are traced without Dynamo."""
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
         yield
 
 
@@ -168,12 +183,15 @@ __all__ = [
     "get_decompositions",
     "get_hash_for_files",
     "has_free_symbols",
+    "has_free_unbacked_symbols",
     "inductor_config",
     "inductor_state",
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "min_cut_rematerialization_partition",
     "no_autocast",
+    "told_to_be_compiled",
     "tracing",
     "tree_map",
+    "unset_fake_temporarily",
 ]

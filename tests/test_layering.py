@@ -17,8 +17,8 @@ FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in P
 """Where the packages lie: in the checkout, or in site-packages when a wheel is tested."""
 
 ORDER = [
-    *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "joint"),
-    *("flops", "originals", "routes", "capture"),
+    *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "random_states", "joint"),
+    *("flops", "known_values", "originals", "routes", "capture"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.split_convolutions", "passes.zero_tangents", "passes.hoisting"),
     *("passes.pipeline", "passes"),
@@ -58,7 +58,6 @@ ORDER = [
         "frozen_state",
         "data_parallel",
         "adaptive",
-        "random_states",
         "training_state",
         "complete_state",
         "trainer_settings",

@@ -1,0 +1,58 @@
+"""Fake tensors that know their values: what is traced with them may branch on data, and sizes may depend on it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gtcompile.torch_internals import FakeTensor, FakeTensorMode, tree_map, unset_fake_temporarily
+
+
+class ValuesMode(FakeTensorMode):
+    """Runs every operator on values: fake tensors are shaped by what comes out, and numbers are read off it.
+
+    So no operator needs a fake kernel. The values are copies, and kept here alone until `forget`; from then
+    on this is a fake mode like any other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._values: WeakTensorKeyDictionary | None = WeakTensorKeyDictionary()
+
+    def forget(self) -> None:
+        """Let all values go."""
+        self._values = None
+
+    def from_tensor(self, tensor: torch.Tensor, **settings: Any) -> FakeTensor:
+        """A fake tensor like this one, whose values are copied."""
+        fake = super().from_tensor(tensor, **settings)
+        if self._values is not None and fake not in self._values:
+            with unset_fake_temporarily():
+                self._values[fake] = tensor.detach().clone()
+        return fake
+
+    def dispatch(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run one operator on values."""
+        if self._values is None:
+            return super().dispatch(func, types, args, kwargs or {})
+        args, kwargs = tree_map(self._value, (tuple(args), dict(kwargs or {})))
+        return tree_map(self._known, func(*args, **kwargs))
+
+    def _value(self, argument: Any) -> Any:
+        assert self._values is not None
+        return self._values[argument] if isinstance(argument, FakeTensor) else argument
+
+    def _known(self, result: Any) -> Any:
+        if not isinstance(result, torch.Tensor):
+            return result
+        assert self._values is not None
+        fake = super().from_tensor(result)
+        self._values[fake] = result
+        return fake
