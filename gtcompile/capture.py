@@ -176,8 +176,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
 
     Dynamo captures the forward, as `torch.compile` would; where it meets a graph break, without the cache for
     generation that the model may fill. Else the forward is run on fake tensors and traced operator by
-    operator. Where that meets a branch on data, or an operator without a fake kernel, it is run on copies of the
-    weights and the batch: what is captured then is the way that this batch takes.
+    operator. Where that meets a branch on data, or an operator without a fake kernel, it is run on copies of
+    the weights and the batch: what is captured then is the way that this batch takes.
 
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
@@ -221,20 +221,18 @@ def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:
         lines.append(f"  {route.__doc__} {type(error).__name__}: {first_line}")
     lines.append("Usually a branch on data or an operator without a fake kernel explains it.")
     if failures[-1][0] is not with_values:
-        lines.append(
-            "With its weights in memory, whole and on no meta device, the model can be traced even so."
-        )
+        lines.append("Real weights, neither sharded nor on the meta device, would do: then it can be run.")
     return "\n".join(lines)
 
 
-class _UnknownSizeError(Exception):
+class UnknownSizeError(Exception):
     """A tensor's size is known at run time only."""
 
 
 def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if has_free_unbacked_symbols(tensors_of(node.meta.get("val"))):
-            raise _UnknownSizeError(f"the size of {node.name} ({node.target}) depends on data")
+            raise UnknownSizeError(f"the size of {node.name} ({node.target}) depends on data")
 
 
 @contextlib.contextmanager

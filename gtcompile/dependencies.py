@@ -102,7 +102,8 @@ class BackwardCosts:
         full, forward = self.full_flops, self.forward_flops
         share = f"{forward / full:.1%}" if full else "all"
         way = ", the way this batch takes" if self.follows_values else ""
-        return f"{full:.4g} FLOPs a full step{way}, {share} of them forward, {len(self.fqns)} selectable parameters"
+        selectable = f"{len(self.fqns)} selectable parameters"
+        return f"{full:.4g} FLOPs a full step{way}, {share} of them forward, {selectable}"
 
 
 def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> BackwardCosts:

@@ -1,4 +1,4 @@
-"""Fake tensors that know their values: what is traced with them may branch on data, and sizes may depend on it."""
+"""Fake tensors that know their values: what is traced with them may branch on data, as may sizes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,10 +26,12 @@ class ValuesMode(FakeTensorMode):
 
     def from_tensor(self, tensor: torch.Tensor, **settings: Any) -> FakeTensor:
         """A fake tensor like this one, whose values are copied."""
+        values, self._values = self._values, None  # what is done to shape it has none
         fake = super().from_tensor(tensor, **settings)
-        if self._values is not None and fake not in self._values:
+        self._values = values
+        if values is not None and fake not in values:
             with unset_fake_temporarily():
-                self._values[fake] = tensor.detach().clone()
+                values[fake] = tensor.detach().clone()
         return fake
 
     def dispatch(

@@ -56,7 +56,7 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Modules have their own attributes back afterwards.
 
-    A forward may write to them what is only traced, and a trace misplaces the tensors of a module with two names.
+    A forward may write to them what is only traced, and a trace misplaces tensors of a module with two names.
     """
     kept = []
     for module in model.modules():

@@ -98,7 +98,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 from torch.fx._graph_pickler import GraphPickler  # noqa: E402
 from torch.fx._graph_pickler import Options as GraphPicklerOptions  # noqa: E402
 
-# Sizes of fake tensors, in a process that has none yet; sizes that are symbols, and those that only a run tells.
+# Sizes of fake tensors, in a process that has none yet; which are symbols, and which only a run tells.
 from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
     ShapeEnv,
     has_free_symbols,

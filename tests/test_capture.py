@@ -179,13 +179,13 @@ def test_a_graph_break_falls_back_to_tracing_without_dynamo():
     assert costs == expected
 
 
-def test_a_branch_on_data_is_refused_with_both_reasons():
+def test_a_branch_on_data_is_refused_without_weights_with_both_reasons():
     class Branching(Regression):
         def forward(self, x, y):
             return super().forward(x, y) * (2 if x.sum() > 0 else 1)
 
     with pytest.raises(CaptureError, match="could not capture Branching as one graph") as raised:
-        capture(Branching(), make_batch())
+        capture(Branching().to("meta"), make_batch())
     reasons = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
     assert len(reasons) == 2
     assert "Dynamo" in reasons[0]
@@ -244,7 +244,8 @@ def test_nothing_changes_when_the_capture_fails():
             self.again = self.layers
 
         def forward(self, x, y):
-            return super().forward(x, y) if x.sum() > 0 else 2 * super().forward(x, y)
+            self.loss = super().forward(x, y)
+            raise RuntimeError("too warm")
 
     model = Failing()
     before = state_of(model)
@@ -252,6 +253,7 @@ def test_nothing_changes_when_the_capture_fails():
         capture(model, make_batch())
     after = state_of(model)
     assert all(same(before[key], after[key]) for key in before)
+    assert not hasattr(model, "loss")
 
 
 def test_a_capture_is_the_same_every_time():
@@ -341,6 +343,22 @@ def test_a_model_is_captured_as_it_is_compiled_and_not_as_it_is_exported():
     rows, width = batch["x"].flatten(0, -2).shape
     beside = 2 * rows * rows * width
     assert costs.forward_flops >= backward_costs(Regression(2), batch).forward_flops + beside
+
+
+def test_a_model_traced_without_dynamo_is_told_that_it_is_compiled():
+    class Aware(Regression):
+        def forward(self, x, y):
+            x = outside_of_dynamo(x)
+            if torch.compiler.is_compiling():
+                x = x @ torch.eye(x.shape[-1])
+            return super().forward(x, y)
+
+    model, batch = Aware(2), make_batch()
+    graph, compiled = capture(model, batch), torch.compile(model, backend="eager")
+    assert graph.source == "eager trace"
+    with count_flops() as counter:
+        compiled(**batch).backward()
+    assert counter.get_total_flops() == costs_of(graph).full_flops
 
 
 def test_only_what_takes_flops_is_kept_beside_the_loss():

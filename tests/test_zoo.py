@@ -6,6 +6,9 @@ import json
 import pytest
 import torch
 
+from gtcompile.adaptive import AdaptiveBackprop
+from gtcompile.blocks import compile_blocks
+from gtcompile.flops import count_flops
 from gtcompile.tools import zoo, zoo_check
 from gtcompile.tools.zoo_check import MODES, NO_BLOCKS, Checked, check
 from gtcompile.tools.zoo_models import disable_dropout, read_architectures
@@ -22,6 +25,22 @@ def test_gradients_and_flops_of_different_architectures_are_right(name, mode):
     checked = check(ARCHITECTURES[name], MODES[mode])
     assert checked.right, checked
     assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
+
+
+def test_a_model_that_branches_on_data_is_selected_for_and_trained():
+    architecture = ARCHITECTURES["FSMTForConditionalGeneration"]
+    model, batch = compile_blocks(architecture.build(), compiler="eager"), architecture.batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selection = AdaptiveBackprop(model, optimizer, budget_fraction=0.8).reselect([batch, batch])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        with count_flops() as counter:
+            model(**batch).loss.backward()
+        assert counter.get_total_flops() == selection.step_flops <= selection.budget_flops
+        optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == selection.trained
 
 
 @pytest.mark.long
