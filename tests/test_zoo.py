@@ -8,12 +8,14 @@ import torch
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.blocks import compile_blocks
+from gtcompile.capture import loss_of
 from gtcompile.flops import count_flops
 from gtcompile.tools import zoo, zoo_check
 from gtcompile.tools.zoo_check import MODES, NO_BLOCKS, Checked, check
-from gtcompile.tools.zoo_models import disable_dropout, read_architectures
+from gtcompile.tools.zoo_models import FURTHER, disable_dropout, example_input, read_architectures
 
 ARCHITECTURES = read_architectures()
+OTHERS = read_architectures(FURTHER)
 RIGHT = Checked(
     name="A", family="a", mode="whole-eager", regions=1, parameters=9, sets=3, flops_difference=0, seconds=1.0
 )
@@ -49,6 +51,51 @@ def test_a_model_that_branches_on_data_is_selected_for_and_trained():
 def test_gradients_of_every_third_architecture_are_right(name, mode):
     checked = check(ARCHITECTURES[name], MODES[mode])
     assert checked.right or checked.skipped or zoo_check.plain_failure(ARCHITECTURES[name]), checked
+
+
+@pytest.mark.parametrize("name", ["ViTMSNForImageClassification", "ErnieForSequenceClassification"])
+def test_models_of_other_kinds_are_right(name):
+    checked = check(OTHERS[name], MODES["blocks-eager"])
+    assert checked.right, checked
+    assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS)[::30])
+def test_models_of_other_kinds_build_and_train(name):
+    loss = loss_of(OTHERS[name].build()(**OTHERS[name].batch()))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_no_architecture_is_in_both_files():
+    assert not ARCHITECTURES.keys() & OTHERS.keys()
+    assert len({other.family for other in OTHERS.values()}) == len(OTHERS)
+
+
+def test_an_input_is_what_its_description_says():
+    integers = example_input({"shape": [2, 8], "integers": [3, 4]})
+    assert integers.shape == (2, 8)
+    assert set(integers.flatten().tolist()) == {3, 4}
+    normal = example_input({"shape": [1000], "normal": [5, 0.1]})
+    assert abs(normal.mean() - 5) < 0.1
+    assert example_input([[1, 2]]).tolist() == [[1, 2]]
+    assert example_input(True) is True
+
+
+def test_rounding_is_settled_in_double_precision_and_a_wrong_gradient_is_not(monkeypatch):
+    rounded = dataclasses.replace(RIGHT, gradient_difference=1e-3)
+    assert not rounded.right
+    assert dataclasses.replace(rounded, double_difference=1e-9).right
+    reference_gradients = zoo_check.reference_gradients
+    monkeypatch.setattr(
+        zoo_check,
+        "reference_gradients",
+        lambda m, b: {n: 2 * g for n, g in reference_gradients(m, b).items()},
+    )
+    wrong = dataclasses.replace(rounded, name="OPTForCausalLM")
+    settled = zoo_check.settle(ARCHITECTURES["OPTForCausalLM"], wrong)
+    assert settled.double_difference > 0.1
+    assert not settled.right
 
 
 def test_a_wrong_gradient_is_not_called_right(monkeypatch):

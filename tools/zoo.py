@@ -66,7 +66,8 @@ def table(results: Iterable[Checked]) -> str:
         flops = "" if r.flops_difference is None else str(r.flops_difference)
         gradients = f"{r.gradient_difference:.1e}" if r.sets else ""
         cells = (r.name, r.family, r.mode, r.regions, r.parameters, r.sets, gradients, flops, r.seconds)
-        remark = f"{right} {r.failure}".replace("|", "/").strip()
+        settled = "" if r.double_difference is None else f"(in double precision {r.double_difference:.1e})"
+        remark = f"{right} {settled} {r.failure}".replace("  ", " ").replace("|", "/").strip()
         lines.append(f"| {' | '.join(map(str, cells))} | {remark} |")
     return "\n".join(lines) + "\n"
 
