@@ -90,7 +90,7 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     Raises:
         ValueError: when they are neither one row of a mesh nor all processes.
     """
-    parameters = (sharded(p) for module in shards(model) for p in _parameters(module).values())
+    parameters = map(sharded, model.parameters())  # not of `shards`: a root's loss may be another module
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     if not meshes:
         return None

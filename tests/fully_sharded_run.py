@@ -1,14 +1,17 @@
 """Trains a fully sharded model on every rank, and a whole one alone, under torchrun; fails where they differ.
 
 `torchrun --nproc-per-node 2 -m tests.fully_sharded_run CASE`, words joined by dashes: `plain`, `eager` or
-`inductor`, then any of `accumulate`, `bf16`, `offload`, `hybrid` and `early` (compiled before it is sharded).
+`inductor`, then any of `accumulate`, `bf16`, `offload`, `hybrid`, `early` (compiled before it is sharded) and
+`root` (sharded as one, its loss a trainer's).
 """
 
+import contextlib
 import copy
 import random
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,7 @@ from gtcompile import (
 )
 from gtcompile.blocks import find_blocks
 from gtcompile.fully_sharded import local
+from gtcompile.trainer_loss import TrainerLoss
 from tests.data_parallel_run import build, draw
 from tests.models import captures, random_sets
 
@@ -55,7 +59,7 @@ class Collective:
 
 
 def shard(model: nn.Module, words: set[str]) -> nn.Module:
-    """Shard every block, then the rest."""
+    """Shard every block, then the rest, or all as one."""
     ranks = dist.get_world_size()
     shape = {"replicate": 2, "shard": ranks // 2} if "hybrid" in words else {"shard": ranks}
     settings = {"mesh": init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))}
@@ -63,9 +67,17 @@ def shard(model: nn.Module, words: set[str]) -> nn.Module:
         settings["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     if "offload" in words:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    for layer in model.layers:
+    for layer in () if "root" in words else model.layers:
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)
+
+
+def trainer_loss(model: nn.Module) -> TrainerLoss:
+    """The model's loss as a trainer computes it that changes nothing."""
+    trainer = SimpleNamespace(
+        compute_loss=lambda model, batch: model(**batch), compute_loss_context_manager=contextlib.nullcontext
+    )
+    return TrainerLoss(model, trainer)
 
 
 def prepare(words: set[str]) -> nn.Module:
@@ -109,7 +121,8 @@ def check_training(words: set[str]) -> None:
     close = {"rtol": 0.1, "atol": 0.02} if "bf16" in words else {"rtol": 1e-4, "atol": 1e-6}
     sent, model, alone = Collective("reduce_scatter"), prepare(words), build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    adaptive = AdaptiveBackprop(model, optimizer, 0.6)
+    own_loss = trainer_loss(model) if "root" in words else None
+    adaptive = AdaptiveBackprop(model, optimizer, 0.6, loss_module=own_loss)
     alone_optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
     costs = backward_costs(build(), draw(0, 0, ranks)[rank])
     sets, first = [], 0

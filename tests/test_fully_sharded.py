@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.dependencies import backward_costs
-from gtcompile.fully_sharded import link, sharded, whole
+from gtcompile.fully_sharded import group_of, link, sharded, whole
 from gtcompile.importance import measure_importance
 from gtcompile.trained import train_only
 from tests.data_parallel_run import build
+from tests.fully_sharded_run import trainer_loss
 from tests.models import Regression, make_batch, step
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -37,7 +38,7 @@ def run(case: str, ranks: int = 2) -> str:
             pytest.param(case, ranks, marks=pytest.mark.long)
             for case, ranks in [
                 *(("plain", 2), ("inductor", 2), ("eager-bf16", 2), ("eager-offload-early", 2)),
-                *(("eager", 3), ("plain-hybrid", 4)),
+                *(("eager", 3), ("plain-hybrid", 4), ("eager-root", 2)),
             ]
         ),
     ],
@@ -117,6 +118,12 @@ def test_a_sharded_model_trains_what_it_is_told_without_any_selection(model):
     step(model, make_batch())
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {n for n in dict(model.named_parameters()) if "layers.1." in n} | {"head.bias"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_module_with_the_parameters_of_a_sharded_root_has_its_group():
+    model = fully_shard(Regression(), mesh=init_device_mesh("cpu", (1,)))
+    assert group_of(trainer_loss(model)) is group_of(model) is not None
 
 
 @pytest.mark.parametrize("two_pass", [False, True])
