@@ -132,9 +132,9 @@ def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -
             module.reshard()
             stack.enter_context(_own_class(module))
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                stack.enter_context(_changed(hooks, _without_gathering))
+                stack.enter_context(changed(hooks, _without_gathering))
         for part in model.modules():
-            stack.enter_context(_changed(part._parameters, lambda own: _whole_twins(own, twin)))
+            stack.enter_context(changed(part._parameters, lambda own: _whole_twins(own, twin)))
         yield
 
 
@@ -165,7 +165,7 @@ def _own_class(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _changed(
+def changed(
     entries: MutableMapping[Any, Any], change: Callable[[dict[Any, Any]], dict[Any, Any]]
 ) -> Iterator[None]:
     """A dictionary with other entries within the block."""

@@ -22,8 +22,23 @@ def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         with fake:
             return _fake_twin(tensor, device, memo)
 
-    with fully_sharded.as_written(model, twin), blocks_uncompiled(model), attributes_kept(model):
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(fully_sharded.changed(module._forward_hooks, without_forcing))
+        stack.enter_context(fully_sharded.as_written(model, twin))
+        stack.enter_context(blocks_uncompiled(model))
+        stack.enter_context(attributes_kept(model))
         yield
+
+
+def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """Forward hooks but those by which transformers and PEFT have embeddings' outputs ask for a gradient.
+
+    Reentrant checkpointing needs them. Dynamo cannot trace them below frozen embeddings, and in what is
+    compiled nothing runs for their sake.
+    """
+    name = "make_inputs_require_grad"  # with an s in transformers
+    return {key: hook for key, hook in hooks.items() if name not in getattr(hook, "__name__", "")}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from gtcompile.originals import without_forcing
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,16 +23,15 @@ def check_trainer(trainer: Trainer, callback: type[TrainerCallback]) -> None:
 
 
 def repair_model(model: nn.Module) -> None:
-    """Take away the hook that makes embeddings' outputs ask for a gradient.
+    """Take away the hooks that make embeddings' outputs ask for a gradient; PEFT and TRL each put one there.
 
-    Reentrant checkpointing needs it; any other does not, and with it the backward would run through every
+    Reentrant checkpointing needs them; any other does not, and with them the backward would run through every
     frozen block below the deepest trained parameter.
     """
-    hooked = getattr(model, "_require_grads_hook", None) or getattr(model, "_require_grads_hooks", None)
-    disable = getattr(model, "disable_input_require_grads", None)
-    if hooked and disable is not None:
-        disable()
-        logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
+    for module in model.modules():
+        for key in module._forward_hooks.keys() - without_forcing(module._forward_hooks):
+            del module._forward_hooks[key]
+            logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
 
 
 def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:
