@@ -10,11 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.budgets import check_budget
-from gtcompile.capture import list_parameters, unwrap, without_replicas
+from gtcompile.capture import list_parameters, loss_of, unwrap, without_replicas
 from gtcompile.data_parallel import ranks_of
 from gtcompile.dependencies import BackwardCosts, backward_costs
-from gtcompile.errors import GTCompileError, some
+from gtcompile.errors import CaptureError, GTCompileError, some
 from gtcompile.frozen_state import FrozenState, Setting
+from gtcompile.gradient_stream import on_device
 from gtcompile.importance import check_batches, measure_importance
 from gtcompile.joint import names_of
 from gtcompile.restoration import restored
@@ -175,8 +176,18 @@ class AdaptiveBackprop:
         key = _shapes_in(batch)
         known = self._known_costs.get(key)
         if known is None or known.follows_values:
-            self._known_costs = {key: backward_costs(self._model, batch)}
+            try:
+                self._known_costs = {key: backward_costs(self._model, batch)}
+            except CaptureError:
+                self._check_loss(batch)
+                raise
         return self._known_costs[key]
+
+    @torch.no_grad()
+    def _check_loss(self, batch: Mapping[str, Any]) -> None:
+        """Let the model say what is wrong with the batch, where something is."""
+        device = next(self._model.parameters()).device
+        loss_of(self._model(**on_device(batch, device)))
 
     def _common_ground(self) -> dict[str, Any]:
         """What all ranks must have the same of."""

@@ -71,7 +71,7 @@ class GradientStream:
     def _forward_backward(self, batch: Mapping[str, Any], problems: list[NotFiniteError]) -> None:
         device = next(iter(self.names)).device
         with torch.enable_grad():
-            loss = loss_of(self.module(**_on_device(batch, device)))
+            loss = loss_of(self.module(**on_device(batch, device)))
         if not torch.isfinite(loss):
             problems.append(NotFiniteError(f"the loss is {loss.item()}"))
         self._agree_on(problems)
@@ -98,12 +98,12 @@ def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
         raise NotFiniteError(f"the gradient of {fqn} is not finite")
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
+def on_device(value: Any, device: torch.device) -> Any:
     """A batch, or anything nested in one, with its tensors on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _on_device(item, device) for key, item in value.items()}
+        return {key: on_device(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_on_device(item, device) for item in value)
+        return type(value)(on_device(item, device) for item in value)
     return value

@@ -1,5 +1,6 @@
 """Adaptive backpropagation in Hugging Face's trainers, as a callback."""
 
+import functools
 import inspect
 import itertools
 import logging
@@ -14,12 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 
 from gtcompile.adaptive import AdaptiveBackprop
 from gtcompile.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.budgets import check_budget
 from gtcompile.complete_state import complete_when_saved, forget_state_of_others, parameters_with_state
-from gtcompile.errors import GTCompileError
+from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.frozen_state import Setting, check_setting
 from gtcompile.trained import train_only
 from gtcompile.trainer_loss import TrainerLoss
@@ -109,7 +111,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse settings that would undo the callback while nothing has been done yet."""
-        check_trainer(self._find_trainer(), type(self))
+        trainer = self._find_trainer()
+        check_trainer(trainer, type(self))
+        self._guard(trainer)
         if args.world_size > 1:  # or frozen parameters would get gradients of zero, and train
             args.ddp_find_unused_parameters = True
 
@@ -120,9 +124,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
         Fires again without an end when `auto_find_batch_size` starts over.
         """
+        self._release()
         self._trainer = self._find_trainer()
         check_trainer(self._trainer, type(self))
-        self._release()
         model: nn.Module = kwargs["model"]
         repair_model(model)
         self._due, self._selected_at, self._steps, self._spent = True, -1, 0, 0.0
@@ -183,7 +187,6 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         if self._trainer is not None and self._steps:
             self._trainer.log({"adaptive/flops_fraction_spent": self._spent / self._steps})
         self._release()
-        self._trainer = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON types."""
@@ -206,15 +209,22 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         return self._model, self._trainer.optimizer
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
-        assert self._model is not None
-        assert self._trainer is not None
+        if self._model is None or self._trainer is None:
+            raise GTCompileError(
+                f"another training took this {type(self).__name__} over; give each trainer its own"
+            )
         self._model.train()  # as the step that follows; an evaluation may lie before it
         size = state.train_batch_size or args.train_batch_size
         seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
         drawn = _draw_batches(loader, self._terms["batches"], size, seed)
         trainer = self._trainer
-        batches = ({**trainer._prepare_inputs({**batch})} for batch in drawn)
-        selection = self.adaptive.reselect(batches)
+        batches = ({**trainer._prepare_inputs(batch)} for batch in drawn)
+        try:
+            selection = self.adaptive.reselect(batches)
+        except CaptureError as error:
+            raise CaptureError(
+                f"costs are those of the model's own loss on this trainer's batches: {error}"
+            ) from error
         self._selected_at = state.global_step
         logger.info("step %d: %s", state.global_step, selection)
         importance = {
@@ -234,7 +244,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     def _restore(self, state: TrainerState) -> None:
         """Continue from what a resumed trainer's state says, which it keeps by the callback's class name."""
-        stored: Any = state.stateful_callbacks or {}
+        stored: Any = state.stateful_callbacks
+        stored.setdefault(type(self).__name__, self.state())  # a checkpoint without it lacks what is saved
         saved = stored.get(type(self).__name__, {})
         saved = saved[0] if isinstance(saved, list) else saved
         progress = saved.get("attributes", {}).get("progress")
@@ -266,7 +277,21 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             train_only(self._model, None)
         if self._completion is not None:
             self._completion.remove()
-        self._model = self._completion = None
+        self._model = self._completion = self._trainer = None
+
+    def _guard(self, trainer: Trainer) -> None:
+        """Have a training that fails or is interrupted leave the model as one that ends; no event says so."""
+        train = trainer.train
+
+        @functools.wraps(train)
+        def guarded(*args: Any, **kwargs: Any) -> TrainOutput:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                if self._trainer is trainer:
+                    self._release()
+
+        trainer.train = guarded  # type: ignore[method-assign]
 
     def _find_trainer(self) -> Trainer:
         """The trainer this event comes from: it calls us, and hands us everything but itself.
@@ -285,17 +310,23 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         )
 
 
-def _draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Mapping[str, Any]]:
+def _draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[dict[str, Any]]:
     """`count` collated batches of up to `size` examples of the loader's data set.
 
     Raises:
-        ValueError: with fewer examples than batches.
+        ValueError: with fewer examples than batches, or for data that would be used up.
+        TypeError: when what the collator makes is no dictionary.
     """
     data = loader.dataset
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         length = len(data)
         chosen = random.Random(seed).sample(range(length), min(length, count * size))
         examples = [data[index] for index in chosen]
+    elif iter(data) is iter(data):
+        raise ValueError(
+            f"{type(data).__name__}.__iter__ goes on where it was, and measuring importance would take "
+            f"examples from the training; have it begin anew at each call"
+        )
     else:
         examples = list(itertools.islice(iter(data), count * size))
     if len(examples) < count:
@@ -304,4 +335,11 @@ def _draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Map
         )
     share = min(size, len(examples) // count)
     for start in range(0, count * share, share):
-        yield loader.collate_fn(examples[start : start + share])
+        batch = loader.collate_fn(examples[start : start + share])
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"expected the trainer's collator to make a dictionary that the model takes, got a "
+                f"{type(batch).__name__}; trainers that make their batches later, as TRL's GRPOTrainer does, "
+                f"are not supported"
+            )
+        yield {**batch}

@@ -102,9 +102,8 @@ def train(folder, *callbacks, model=None, data=None, resume=None, trainer_settin
         model=model,
         args=make_args(folder, **changes),
         train_dataset=data,
-        eval_dataset=data[:4],
         callbacks=list(callbacks),
-        **(trainer_settings or {}),
+        **({"eval_dataset": make_data()[:4]} | (trainer_settings or {})),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -265,8 +264,63 @@ def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):
 
 def test_batches_of_which_the_model_itself_computes_no_loss_are_refused(tmp_path):
     data = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in make_data(8)]
-    with pytest.raises(CaptureError, match="could not capture LlamaForCausalLM"):
+    with pytest.raises(
+        CaptureError, match=r"own loss on this trainer.s batches: expected the model to return"
+    ):
         train(tmp_path, adaptive(), data=data, max_steps=1)
+
+
+def test_what_a_loss_counts_and_records_on_its_trainer_is_put_back_after_measuring(tmp_path):
+    class Counting(Trainer):
+        seen = 0
+
+        def compute_loss(self, model, inputs, **kwargs):
+            self.seen += 1
+            self.records["train"].append(self.seen)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = Counting(model=make_model(), args=make_args(tmp_path), train_dataset=make_data(4))
+    trainer.records = {"train": [1.0]}
+    own = gtcompile.trainer_loss.TrainerLoss(trainer.model, trainer)
+    assert own(**trainer.data_collator(make_data(2))).isfinite()
+    assert (trainer.seen, trainer.records) == (0, {"train": [1.0]})
+
+
+def test_data_that_measuring_would_use_up_are_refused(tmp_path):
+    class Once(torch.utils.data.IterableDataset):
+        rows = iter(make_data())
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(ValueError, match=r"Once\.__iter__ goes on where it was"):
+        train(tmp_path, adaptive(), data=Once(), max_steps=1)
+
+
+def test_batches_that_are_no_dictionary_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="a dictionary that the model takes, got a list"):
+        train(tmp_path, adaptive(), max_steps=1, trainer_settings={"data_collator": list})
+
+
+def test_a_training_that_is_interrupted_leaves_the_model_whole_for_the_next(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, adaptive(), Interrupt(), model=model, max_steps=2)
+    assert not uses_compiled_code(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert trained_parameters(model) == set(dict(model.named_parameters()))
+
+
+def test_a_checkpoint_of_a_training_without_the_callback_is_gone_on_from(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, **settings)
+    witness = Witness()
+    train(tmp_path, adaptive(), witness, resume=str(tmp_path / "checkpoint-1"), **settings)
+    assert len(witness.steps) == 1
 
 
 def test_evaluation_during_training_and_grouping_by_length_work(tmp_path):
