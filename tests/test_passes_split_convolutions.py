@@ -69,7 +69,9 @@ def test_values_and_flops_stay_the_same(kind):
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_the_weight_gradient_becomes_a_leaf(kind):
     joint = joint_with(kind)
-    names = {slot: name for slot, name in enumerate(joint.slots) if name and joint.gradients[slot] is not None}
+    names = {
+        slot: name for slot, name in enumerate(joint.slots) if name and joint.gradients[slot] is not None
+    }
     hoist = {slot for slot, name in names.items() if name.startswith("layers.")}
     whole, split = (
         hoist_weight_gradients(backward, keep=set(names) - hoist, hoist=hoist)
