@@ -16,6 +16,13 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names of parameters as they are; sets in one order in every worker."""
+    if isinstance(val, (list, set)) and val and all(isinstance(item, str) for item in val):
+        return " ".join(sorted(val))
+    return None
+
+
 @pytest.fixture(autouse=True)
 def fresh_torch() -> Iterator[None]:
     """No captures of earlier tests, whose number Dynamo limits, and the same random numbers every time."""

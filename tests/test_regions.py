@@ -219,7 +219,6 @@ class TwoOutputs(nn.Module):
         (["right.bias"], {"right.bias"}),
         (["*.bias"], {"left.bias", "right.bias"}),
     ],
-    ids=str,
 )
 def test_an_output_that_depends_on_nothing_trained_ends_the_backward(variants, trained, names):
     model, x = TwoOutputs(), torch.randn(3, 4)

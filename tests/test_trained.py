@@ -35,7 +35,6 @@ NAMES = {f"layers.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
         (("layers.1.bias", "layers.1.bias"), {"layers.1.bias"}),
         (iter(["layers.1.bias"]), {"layers.1.bias"}),
     ],
-    ids=str,
 )
 def test_patterns_match_whole_names_in_shell_style(patterns, trained):
     model = Regression()
