@@ -1,8 +1,10 @@
-# `make demo` and `make test` set up everything they need in .venv and run; TORCH=2.12 tests another supported torch.
+# `make demo` and `make test` set up everything they need in .venv and run; TORCH=2.12 tests another supported torch,
+# WORKERS is how many processes share the tests.
 
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv$(TORCH)
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint typecheck clean
@@ -11,7 +13,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m gtcompile.tools.demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -m "not long" -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -q
