@@ -30,14 +30,14 @@ SUBJECT_HELP = (
     "Hub id, directory (a config is enough), demo, module:function, or the output folder of finetune."
 )
 EXPORT_HELP = "Hub id, directory with weights, demo, module:function, or the output folder of finetune."
-DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or the path of a .jsonl file."
+DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or a .jsonl, .json or .csv file."
 
 Dataset = Annotated[str, _option(DATASET_HELP)]
 DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]
 Budget = Annotated[float, _option("Share of a full step's FLOPs that may be spent, forward included.")]
 Tokenizer = Annotated[str | None, _option("Another tokenizer, or bytes for one token per byte.")]
-SourceField = Annotated[str | None, _option("Field of a .jsonl file to read. Default: source.")]
-TargetField = Annotated[str | None, _option("Field of a .jsonl file to answer with. Default: target.")]
+SourceField = Annotated[str | None, _option("Field of a file to read. Default: source.")]
+TargetField = Annotated[str | None, _option("Field of a file to answer with. Default: target.")]
 TrainSplit = Annotated[str | None, _option("Split to learn from, or a share such as valid[:80%].")]
 MaxLength = Annotated[int, _option("Tokens of a sequence at most; batches are as long as the data needs.")]
 BatchSize = Annotated[int, _option("Examples per step.")]

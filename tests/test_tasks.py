@@ -1,5 +1,6 @@
 """Datasets become examples, and bad ones are refused."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtcompile.tools.formats import END, FORMATS, Example
-from gtcompile.tools.readers import SplitSlice, parse_split, read_folder, read_json
+from gtcompile.tools.readers import SplitSlice, parse_split, read_file, read_folder
 from gtcompile.tools.tasks import load_task, merge_references
 
 Write = Callable[[str, list[dict[str, Any]]], Path]
@@ -140,14 +141,66 @@ def test_an_unknown_dataset_lists_the_known(name: str) -> None:
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(ValueError, match="line 2: not JSON"):
-        read_json(tmp_path / "x.jsonl")
+        read_file(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}'])
 def test_a_file_of_anything_but_objects_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="expected JSON objects"):
-        read_json(tmp_path / "x.json")
+        read_file(tmp_path / "x.json")
+
+
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=2, max_size=4
+    ),
+    mark=st.sampled_from(["utf-8", "utf-8-sig"]),
+)
+def test_a_file_of_any_kind_gives_back_any_text(
+    texts: list[str], mark: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    records = [{"source": text, "target": text} for text in texts]
+    folder = tmp_path_factory.mktemp("own")
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "x.jsonl").write_bytes(lines.encode(mark))
+    (folder / "x.json").write_bytes(json.dumps(records, ensure_ascii=False).encode(mark))
+    with (folder / "x.csv").open("w", encoding=mark, newline="") as file:
+        rows = csv.DictWriter(file, ["source", "target"])
+        rows.writeheader()
+        rows.writerows(records)
+    assert [read_file(folder / f"x.{kind}") for kind in ("jsonl", "json", "csv")] == [records] * 3
+
+
+def test_a_file_that_is_not_in_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes('{"a": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.jsonl: expected text in UTF-8, got byte 0xe9"):
+        read_file(tmp_path / "x.jsonl")
+
+
+def test_rows_with_too_much_are_refused_and_with_too_little_lack_the_field(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("source,target\na,b\nc\n")
+    assert read_file(tmp_path / "x.csv") == [{"source": "a", "target": "b"}, {"source": "c"}]
+    (tmp_path / "x.csv").write_text("source,target\na,b\nc,d,e\n")
+    with pytest.raises(ValueError, match=r"x\.csv, line 3: the row has more fields"):
+        read_file(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text('source,target,"b\n')
+    with pytest.raises(ValueError, match=r"x\.csv, line 1: not comma-separated rows"):
+        read_file(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_file_of_one_of_these_kinds_is_a_dataset_and_an_empty_one_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    text = {"jsonl": '{"source": "a", "target": "b"}\n' * 2, "csv": "source,target\na,b\na,b\n"}
+    text["json"] = json.dumps([{"source": "a", "target": "b"}] * 2)
+    path = tmp_path / f"own.{kind}"
+    path.write_text(text[kind])
+    assert load_task(str(path)).train == (Example("a", ("b",)),)
+    path.write_text("[]" if kind == "json" else "")
+    with pytest.raises(ValueError, match=rf"own\.{kind} holds no record"):
+        load_task(str(path))
 
 
 def test_limits_take_the_first_examples_of_each_split() -> None:

@@ -1,5 +1,7 @@
 """Read the records of one split of a dataset from files or from the hub."""
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv")
+"""Of the files that `read_file` reads."""
 
 _SLICE = re.compile(r"(?P<split>[\w.-]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
 
@@ -54,20 +58,49 @@ def parse_split(text: str) -> SplitSlice:
     return parsed
 
 
-def read_json(path: Path) -> list[Record]:
-    """Read a file of one JSON object per line (`.jsonl`) or one list of objects (`.json`).
+def read_file(path: Path) -> list[Record]:
+    """Read a file of one JSON object per line (`.jsonl`), one list of objects (`.json`), or rows (`.csv`).
 
     Raises:
-        ValueError: naming the file, and the line where there is one, that is not JSON or not an object.
+        ValueError: naming the file, and the line where there is one, that is not what its name says.
     """
+    if path.suffix == ".csv":
+        return _read_rows(path)
     if path.suffix == ".json":
-        records = _parse(path.read_text("utf-8"), str(path))
+        records = _parse(_text_of(path), str(path))
     else:
-        lines = path.read_text("utf-8").splitlines()
+        lines = _text_of(path).split(
+            "\n"
+        )  # alone ends a line: texts may hold other separators, such as U+2028
         records = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected JSON objects, one per record")
     return records
+
+
+def _read_rows(path: Path) -> list[Record]:
+    """The rows of a file with commas between and a first row of names; what a row lacks is no field of it."""
+    rows = csv.DictReader(io.StringIO(_text_of(path), newline=""), restkey="", strict=True)
+    try:
+        return [_filled(row, f"{path}, line {rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num + 1}: not comma-separated rows: {error}") from error
+
+
+def _filled(row: dict[str, Any], where: str) -> Record:
+    if "" in row:
+        raise ValueError(f"{where}: the row has more fields than the first row has names")
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#04x}"
+        ) from error
 
 
 def _parse(text: str, where: str) -> Any:
@@ -94,7 +127,7 @@ def read_folder(folder: Path, split: str, *, dataset: str) -> list[Record]:
             f"{dataset} in {folder} has no {split!r} split; it has {', '.join(found) or 'none'}. "
             f"Name another with --train-split or --eval-split; a share of one is written valid[:80%]."
         )
-    return _with_labels(read_json(found[split]), folder / f"{split}-labels.lst")
+    return _with_labels(read_file(found[split]), folder / f"{split}-labels.lst")
 
 
 def _with_labels(records: list[Record], labels: Path) -> list[Record]:

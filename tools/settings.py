@@ -27,15 +27,15 @@ class Settings:
     model: str
     """Hub id, local directory, or `demo`."""
     dataset: str
-    """A known dataset or the path of a `.jsonl` file."""
+    """A known dataset or the path of a `.jsonl`, `.json` or `.csv` file."""
     tokenizer: str | None = None
     """Hub id or directory of another tokenizer, or `bytes`; None takes the model's own."""
     data_dir: str | None = None
     """Folder with the dataset's files; None loads from the hub."""
     source_field: str | None = None
-    """Field of a JSON-lines file to read; None takes `source`."""
+    """Field of a file to read; None takes `source`."""
     target_field: str | None = None
-    """Field of a JSON-lines file to answer with; None takes `target`."""
+    """Field of a file to answer with; None takes `target`."""
     train_split: str | None = None
     """Split to learn from, or a share such as `valid[:80%]`; None takes the usual one."""
     eval_split: str | None = None

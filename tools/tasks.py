@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gtcompile.tools.demo_data import summarisation_examples
 from gtcompile.tools.formats import FORMATS, Example, TaskFormat, read_fields, summarisation
-from gtcompile.tools.readers import Record, numbered, parse_split, read_folder, read_hub, read_json
+from gtcompile.tools.readers import SUFFIXES, Record, numbered, parse_split, read_file, read_folder, read_hub
 
 DEMO_COUNTS = {"train": 1024, "test": 128}
 """Examples of the demo's splits; both are generated, so any number could be had."""
@@ -37,13 +37,13 @@ def load_task(
     fields: tuple[str | None, str | None] = (None, None),
     limits: tuple[int | None, int | None] = (None, None),
 ) -> Task:
-    """Load a dataset by name, or a JSON-lines file.
+    """Load a dataset by name, or a file of your own.
 
     Args:
-        dataset: one of `FORMATS`, or the path of a `.jsonl` file.
+        dataset: one of `FORMATS`, or the path of a `.jsonl`, `.json` or `.csv` file.
         data_dir: folder with the authors' files, or a folder of such folders; None loads from the hub.
         splits: training and evaluation split, or shares of one such as `valid[:80%]`; None takes the usual.
-        fields: source and target field of a JSON-lines file; None takes `source` and `target`.
+        fields: source and target field of such a file; None takes `source` and `target`.
         limits: at most this many training and evaluation examples, the first of each split; None takes all.
 
     Raises:
@@ -71,10 +71,10 @@ def _origin(
     """The format of a dataset, its usual splits, and how a split is read."""
     known = FORMATS.get(dataset)
     if known is None:
-        return _json_lines(dataset, fields)
+        return _own_file(dataset, fields)
     if any(fields):
         raise ValueError(
-            f"--source-field and --target-field are for JSON-lines files; {dataset} has its own fields"
+            f"--source-field and --target-field are for files of your own; {dataset} has its own fields"
         )
     if dataset == "demo":
         return known, known.file_splits, _generate
@@ -83,25 +83,26 @@ def _origin(
     return known, known.hub_splits, lambda split: read_hub(split, load_arguments=known.hub)
 
 
-def _json_lines(
+def _own_file(
     dataset: str, fields: tuple[str | None, str | None]
 ) -> tuple[TaskFormat, tuple[str, str], Callable[[str], list[Record]]]:
     path = Path(dataset)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix not in SUFFIXES or not path.is_file():
         raise ValueError(
-            f"expected one of {', '.join(FORMATS)} or a .jsonl file that exists as dataset, got {dataset!r}"
+            f"expected one of {', '.join(FORMATS)} or a file that exists ({', '.join(SUFFIXES)}) as dataset, "
+            f"got {dataset!r}"
         )
     source, target = fields[0] or "source", fields[1] or "target"
     known = summarisation(path.name, lambda record: read_fields(record, source, target), 64)
-    records = read_json(path)
+    records = read_file(path)
+    if not records:
+        raise ValueError(f"{path} holds no record")
     return known, ("all[:90%]", "all[90%:]"), lambda split: _only_split(records, split)
 
 
 def _only_split(records: list[Record], split: str) -> list[Record]:
     if split != "all":
-        raise ValueError(
-            f"a JSON-lines file has one split, all; got {split!r}. A share of it is written all[:90%]."
-        )
+        raise ValueError(f"a file has one split, all; got {split!r}. A share of it is written all[:90%].")
     return records
 
 
