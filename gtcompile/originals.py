@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import nn
 
 from gtcompile import fully_sharded
 from gtcompile.torch_internals import FakeTensorMode
+
+_COLLECTIONS = (dict, OrderedDict, defaultdict, list, set, deque)
+"""Attributes of these very types are put back with what was in them; others keep what they hold."""
 
 
 @contextlib.contextmanager
@@ -69,19 +73,48 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Modules have their own attributes back afterwards.
+    """Modules and their classes have their own attributes back afterwards, and collections what was in them.
 
-    A forward may write to them what is only traced, and a trace misplaces tensors of a module with two names.
+    A forward may write to them what is only traced, register hooks or put another module in a place, and a
+    trace misplaces tensors of a module with two names.
     """
-    kept = []
-    for module in model.modules():
-        kept += [(own, dict(own)) for own in (vars(module), module._parameters, module._buffers)]
+    modules = list(model.modules())
+    classes = {kind for module in modules for kind in type(module).__mro__} - {*nn.Module.__mro__}
+    kept: dict[int, tuple[Any, list[Any]]] = {}
+    for owner in (*modules, *classes):
+        _keep(vars(owner).values(), kept)
+    own = [(vars(module), dict(vars(module))) for module in modules]
+    of_classes = [(kind, dict(vars(kind))) for kind in classes]
     try:
         yield
     finally:
-        for own, attributes in kept:
-            own.clear()
-            own.update(attributes)
+        for attributes, values in own:
+            attributes.clear()
+            attributes.update(values)
+        for kind, values in of_classes:
+            _restore_class(kind, values)
+        for collection, items in kept.values():
+            collection.clear()
+            (collection.update if hasattr(collection, "update") else collection.extend)(items)
+
+
+def _keep(values: Iterable[Any], kept: dict[int, tuple[Any, list[Any]]]) -> None:
+    """Note by identity what is in each of the built-in collections, and in those in them."""
+    todo = list(values)
+    while todo:
+        found = todo.pop()
+        if type(found) in _COLLECTIONS and id(found) not in kept:
+            is_mapping = isinstance(found, dict)
+            kept[id(found)] = found, list(found.items() if is_mapping else found)
+            todo.extend(found.values() if is_mapping else found)
+
+
+def _restore_class(kind: type, values: Mapping[str, Any]) -> None:
+    for name in vars(kind).keys() - values.keys():
+        delattr(kind, name)
+    for name, value in values.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
 
 
 def off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:

@@ -1,11 +1,15 @@
 """Capturing models: meta device, tied and frozen weights, graph breaks, refusals, and nothing changed."""
 
+import contextlib
 import copy
 import dataclasses
 import logging
+from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from gtcompile.blocks import compile_blocks
@@ -254,6 +258,85 @@ def test_nothing_changes_when_the_capture_fails():
     after = state_of(model)
     assert all(same(before[key], after[key]) for key in before)
     assert not hasattr(model, "loss")
+
+
+class Restless(Regression):
+    """Changes itself and its class in every forward, in the ways it is told, and may fail afterwards."""
+
+    calls = 0
+    seen: ClassVar = []
+
+    def __init__(self, changes, fails):
+        super().__init__()
+        self.changes, self.fails, self.notes = changes, fails, {"losses": [], "names": {"first"}}
+        self.part = nn.Linear(2, 2)
+
+    def forward(self, x, y):
+        loss = super().forward(outside_of_dynamo(x), y)
+        for change in self.changes:
+            CHANGES[change](self, loss)
+        if self.fails:
+            raise RuntimeError("too warm")
+        return loss
+
+
+CHANGES = {
+    "attribute": lambda model, loss: setattr(model, "last", loss),
+    "collections": lambda model, loss: (model.notes["losses"].append(loss), model.notes["names"].add("new")),
+    "flag and hooks": lambda model, loss: (
+        setattr(model, "hooked", True),
+        model.part.register_forward_hook(lambda *_: None, with_kwargs=True),
+        model.register_forward_pre_hook(lambda *_: None),
+    ),
+    "another module": lambda model, loss: setattr(model, "part", nn.Linear(2, 2)),
+    "a new module": lambda model, loss: model.add_module("more", nn.Linear(2, 2)),
+    "class": lambda model, loss: (setattr(Restless, "calls", loss), Restless.seen.append(loss)),
+    "new in class": lambda model, loss: setattr(Restless, "device", loss.device),
+}
+
+
+def collections_of(owner: object) -> dict[str, object]:
+    """What modules or classes hold, by identity, collections with their items."""
+    return {
+        name: (id(value), str(value) if isinstance(value, (dict, list, set)) else None)
+        for name, value in vars(owner).items()
+    }
+
+
+@given(st.sets(st.sampled_from(sorted(CHANGES))), st.booleans())
+@settings(max_examples=8)
+def test_whatever_a_forward_writes_to_its_modules_and_classes_is_undone_after_a_capture(changes, fails):
+    model = Restless(sorted(changes), fails)
+    owners = [*model.modules(), Restless]
+    before = [collections_of(owner) for owner in owners]
+    with pytest.raises(CaptureError, match="too warm") if fails else contextlib.nullcontext():
+        capture(model, make_batch())
+    assert [collections_of(owner) for owner in owners] == before
+
+
+def test_a_model_that_puts_hooks_on_itself_when_it_first_runs_can_run_after_a_failed_capture():
+    """As transformers does to collect router logits."""
+
+    class Collecting(Regression):
+        fails = True
+
+        def forward(self, x, y):
+            if not hasattr(self, "collected"):
+                self.collected = []
+                self.layers[0].register_forward_hook(lambda _m, _i, output: self.collected.append(output))
+            self.collected.clear()
+            loss = super().forward(x, y)
+            if self.fails:
+                raise RuntimeError("too warm")
+            return loss + self.collected[0].mean()
+
+    model, batch = Collecting(), make_batch()
+    with pytest.raises(CaptureError, match="too warm"):
+        capture(model, batch)
+    model.fails = False
+    expected = copy.deepcopy(model)(**batch)
+    assert capture(model, batch).live
+    assert torch.equal(model(**batch), expected)
 
 
 def test_a_capture_is_the_same_every_time():
