@@ -69,9 +69,7 @@ def read_file(path: Path) -> list[Record]:
     if path.suffix == ".json":
         records = _parse(_text_of(path), str(path))
     else:
-        lines = _text_of(path).split(
-            "\n"
-        )  # alone ends a line: texts may hold other separators, such as U+2028
+        lines = _text_of(path).split("\n")  # not splitlines: a text may hold U+2028 and the like
         records = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected JSON objects, one per record")
