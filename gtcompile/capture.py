@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gtcompile.asked import ZERO, forget_zero
 from gtcompile.errors import CaptureError
 from gtcompile.flops import has_flops
-from gtcompile.joint import JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
+from gtcompile.joint import ASKED, JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
 from gtcompile.originals import as_written, compiled_blocks, off_meta
 from gtcompile.random_states import random_state, restore_random_state
 from gtcompile.routes import routes, with_values
@@ -257,7 +258,7 @@ def _returned_beside(model: nn.Module) -> Iterator[list[Any]]:
 
 
 def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str) -> JointGraph:
-    canonical = names_of(parameters)
+    canonical = names_of(parameters) | {ZERO: ASKED}
     descriptors = module.graph.output_node().meta["desc"]
     forward_outputs = count_forward_outputs(descriptors)
     slots = tuple(
@@ -266,10 +267,18 @@ def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], sour
         else None
         for desc in descriptors[forward_outputs:]
     )
+    for zero in [node for node in module.graph.find_nodes(op="placeholder") if _is_zero(node)]:
+        forget_zero(zero)
     joint = JointGraph(module=module, forward_outputs=forward_outputs, slots=slots, source=source)
     joint = _keep_costly_outputs(joint)
     verify(joint)
     return dataclasses.replace(joint, parameters=tuple(_mark_unused(p, joint.live) for p in parameters))
+
+
+def _is_zero(placeholder: fx.Node) -> bool:
+    """Whether this is what was added to the activations that ask for a gradient."""
+    meaning = placeholder.meta.get("desc")
+    return isinstance(meaning, ParamAOTInput) and meaning.target == ZERO
 
 
 def _keep_costly_outputs(joint: JointGraph) -> JointGraph:

@@ -18,7 +18,7 @@ from gtcompile.budgets import smallest_budget
 from gtcompile.capture import capture, unwrap
 from gtcompile.errors import CaptureError
 from gtcompile.flops import node_flops, output_flops, register_missing_formulas
-from gtcompile.joint import JointGraph, Parameter, names_of
+from gtcompile.joint import ASKED, JointGraph, Parameter, names_of
 from gtcompile.restoration import everything_trainable
 
 
@@ -164,10 +164,14 @@ def dependency_graph(joint: JointGraph) -> "nx.DiGraph[fx.Node]":
 
 
 def parameters_needing(joint: JointGraph) -> dict[fx.Node, frozenset[str]]:
-    """Per node the parameters whose gradient cannot be computed without it."""
+    """Per node the parameters whose gradient cannot be computed without it.
+
+    Activations that the model itself has ask for a gradient get one with every parameter's.
+    """
     graph = dependency_graph(joint)
     names = sorted(joint.live)
     bit = {name: 1 << index for index, name in enumerate(names)}
+    bit[ASKED] = (1 << len(names)) - 1
     needed = dict.fromkeys(graph, 0)
     for slot, gradient in zip(joint.slots, joint.gradients, strict=True):
         if slot is not None and gradient is not None:

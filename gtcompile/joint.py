@@ -12,6 +12,8 @@ from gtcompile.errors import GraphContractError
 
 ONE_BATCH = "values of one batch"
 """The source of a graph that holds for batches alone on which the model branches in the same way."""
+ASKED = "activations that ask for a gradient"
+"""The slot of the activations that the model itself has ask for one: computed whatever is trained."""
 ParameterStatus = Literal["selectable", "frozen by user", "unused"]
 
 
@@ -59,7 +61,8 @@ class JointGraph:
     forward_outputs: int
     """How many leading outputs belong to the forward; the gradient slots follow."""
     slots: tuple[str | None, ...]
-    """Per gradient slot the name of the input it is the gradient of; None for an input that never has one."""
+    """Per gradient slot the name of the input it is the gradient of; None for an input that never has one.
+    One may be `ASKED`, which stands for no input."""
     parameters: tuple[Parameter, ...] = ()
     """Every parameter of the model, in registration order; empty for a region of one."""
     source: str = ""
@@ -86,7 +89,8 @@ class JointGraph:
     def live(self) -> frozenset[str]:
         """Names of the inputs whose gradient this graph computes."""
         pairs = zip(self.slots, self.gradients, strict=True)
-        return frozenset(name for name, gradient in pairs if name is not None and gradient is not None)
+        named = (name for name, gradient in pairs if name is not None and gradient is not None)
+        return frozenset(named) - {ASKED}
 
     def forward_nodes(self) -> frozenset[fx.Node]:
         """Nodes some forward output needs: they run whatever is trained."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from gtcompile.asked import trace_what_asks
 from gtcompile.joint import ONE_BATCH
 from gtcompile.known_values import ValuesMode
 from gtcompile.random_states import random_state, restore_random_state
@@ -74,14 +75,14 @@ def _through_eager(
 ) -> tuple[nn.Module, str]:
     """Operator by operator, as eager PyTorch runs."""
     stack.enter_context(told_to_be_compiled())
-    return narrowed(), "eager trace"
+    return trace_what_asks(narrowed()), "eager trace"
 
 
 def with_values(
     narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Operator by operator, with the values of this batch."""
-    module, mode, state = narrowed(), ValuesMode(), random_state()
+    module, mode, state = trace_what_asks(narrowed()), ValuesMode(), random_state()
     stack.callback(mode.forget)
     stack.enter_context(tracing(TracingContext(mode)))
     stack.enter_context(told_to_be_compiled())

@@ -127,6 +127,7 @@ def _check(architecture: Architecture, mode: Mode, dtype: torch.dtype, result: C
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     model.zero_grad()
     run = mode.compile(model)
+    torch.manual_seed(SEED)
     costs, reason = _costs(run, batch)
     captured = dynamo_counters["stats"]["unique_graphs"]
     worst, loss_difference, flops = 0.0, 0.0, 0
