@@ -21,7 +21,7 @@ from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
 from gtcompile.side_work import has_side_work
 from gtcompile.specialized import SpecializedVariants
-from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
+from gtcompile.torch_internals import FakeTensor, TracingContext, has_symbolic_numbers, tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,20 @@ class Region:
         hoisted = options.variants == "hoisted"
         self._frozen = self._compile_frozen() if hoisted else None  # so that later sets compile nothing
         self._side_work: bool | None = None if len(self._output_sources) > 1 else False
+        if has_symbolic_numbers(self._tracing_context.fake_mode):
+            self._compile_now(example_inputs)
+
+    def _compile_now(self, inputs: Sequence[Any]) -> None:
+        """Compile for what is trained while Dynamo still listens.
+
+        A Python number that changes is a symbol to Dynamo. Where the graph computes nothing with it, but branched on
+        it, AOTAutograd asks for another capture, with the number's value.
+        """
+        live = self._live(inputs) if self._differentiable else NOTHING
+        if not live:
+            self._frozen = self._compile_frozen()
+        elif isinstance(self._variants, SpecializedVariants):
+            self._variants.compile(live)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the variant for what is trained now among `inputs`."""

@@ -50,6 +50,10 @@ class SpecializedVariants:
         """Run the region so that its backward computes the live gradients alone."""
         return self._variant(live)(*inputs)
 
+    def compile(self, live: Live) -> None:
+        """Make the variant for these gradients, unless it is there."""
+        self._variant(live)
+
     @property
     def kept(self) -> int:
         """How many variants there are now."""

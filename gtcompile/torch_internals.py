@@ -111,6 +111,9 @@ from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 # Tells tensors that are made of other tensors: AOTAutograd flattens them, each into several inputs.
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: E402
 
+# Which symbols stand for numbers that are no sizes.
+from torch.utils._sympy.symbol import SymT, symbol_is_type  # noqa: E402
+
 # Applies a function to the leaves of nested tuples, lists and dictionaries.
 from torch.utils._pytree import tree_map  # noqa: E402
 
@@ -127,6 +130,12 @@ no_autocast = torch._C._DisableAutocast
 def compiled_code_stands_aside() -> bool:
     """Whether calls of compiled code run eagerly for now."""
     return eval_frame._stance.stance == "force_eager"
+
+
+def has_symbolic_numbers(mode: FakeTensorMode | None) -> bool:
+    """Whether Dynamo took floating-point numbers of Python for symbols in what it traced with this mode."""
+    env = mode.shape_env if mode else None
+    return env is not None and any(symbol_is_type(symbol, SymT.FLOAT) for symbol in env.backed_var_to_val)
 
 
 @contextlib.contextmanager
@@ -184,6 +193,7 @@ __all__ = [
     "get_hash_for_files",
     "has_free_symbols",
     "has_free_unbacked_symbols",
+    "has_symbolic_numbers",
     "inductor_config",
     "inductor_state",
     "is_traceable_wrapper_subclass",

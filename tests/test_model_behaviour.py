@@ -159,6 +159,35 @@ def test_training_leaves_what_eager_freezing_leaves(way, build):
     assert_same_training(way, build, loop)
 
 
+class BranchingOnANumber(nn.Module):
+    """One way scales by a number read off the data, the other does not use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.sum().item()
+        x = self.first(x)
+        x = 2 * x if total > 0 else total * x.tanh()
+        return self.last(x).square().mean()
+
+
+@pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+def test_a_branch_on_a_number_that_changes_at_every_step_is_trained(variants):
+    options = {"compiler": "eager", "variants": variants}
+    model = BranchingOnANumber()
+    run = torch.compile(model, backend="gtcompile", options=options)
+    sets = [selectable(model), {"first.weight"}, {"last.weight"}]
+    for number in range(9):
+        train_only(run, sets[number // 3])
+        inputs = {"x": (-1) ** number * torch.rand(3, WIDTH)}
+        model.zero_grad()
+        run(**inputs).backward()
+        assert_same_gradients(model, reference_gradients(run, inputs))
+
+
 @AS_A_WHOLE
 def test_the_backward_ends_where_nothing_before_a_graph_break_is_trained(way):
     model, batch = Broken(ResidualMLP), make_batch()

@@ -75,7 +75,7 @@ def _nodes(
     joint = inspection.joint
     work, paths, forward = work_by_node(joint), module_paths(joint), joint.forward_nodes()
     slots = zip(joint.slots, joint.gradients, strict=True)
-    gradients = {node: number[slot] for slot, node in slots if node is not None and slot in number}
+    gradients = {node: number[slot] for slot, node in slots if node and slot and slot in number}
     index = {node: i for i, node in enumerate(joint.module.graph.nodes) if node.op != "output"}
     return [
         [

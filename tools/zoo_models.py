@@ -42,8 +42,9 @@ class Architecture:
         if getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0
         torch.manual_seed(0)
-        model: PreTrainedModel = getattr(transformers, self.name)(config)
-        return model.to(dtype).train()
+        model: Any = getattr(transformers, self.name)(config)
+        trained: PreTrainedModel = model.to(dtype).train()
+        return trained
 
     def batch(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """The model's inputs, the same every time."""
