@@ -88,8 +88,8 @@ class Region:
     def _compile_now(self, inputs: Sequence[Any]) -> None:
         """Compile for what is trained while Dynamo still listens.
 
-        A Python number that changes is a symbol to Dynamo. Where the graph computes nothing with it, but branched on
-        it, AOTAutograd asks for another capture, with the number's value.
+        A Python number that changes is a symbol to Dynamo. Where the graph computes nothing with it, having
+        branched on it, AOTAutograd asks for another capture, with the number's value.
         """
         live = self._live(inputs) if self._differentiable else NOTHING
         if not live:

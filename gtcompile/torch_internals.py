@@ -111,11 +111,11 @@ from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
 # Tells tensors that are made of other tensors: AOTAutograd flattens them, each into several inputs.
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: E402
 
-# Which symbols stand for numbers that are no sizes.
-from torch.utils._sympy.symbol import SymT, symbol_is_type  # noqa: E402
-
 # Applies a function to the leaves of nested tuples, lists and dictionaries.
 from torch.utils._pytree import tree_map  # noqa: E402
+
+# Which symbols stand for numbers that are no sizes.
+from torch.utils._sympy.symbol import SymT, symbol_is_type  # noqa: E402
 
 # FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
 from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
