@@ -54,7 +54,8 @@ class AdaptiveBackprop:
         frozen_state: what becomes of the optimizer's state of a parameter while it is frozen: "keep" it, move
             it to host memory ("cpu"), or "drop" it and start anew.
         loss_module: computes the loss that training really uses, with the model's parameters under the
-            model's names. Importance is measured through it, and costs where the model returns no loss.
+            model's names. Importance is measured through it; costs are those of the model's own loss, which
+            batches must contain the labels for.
 
     Raises:
         ValueError: a budget outside (0, 1], a pattern that matches nothing, or a `DistributedDataParallel`

@@ -245,8 +245,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _restore(self, state: TrainerState) -> None:
         """Continue from what a resumed trainer's state says, which it keeps by the callback's class name."""
         stored: Any = state.stateful_callbacks
-        stored.setdefault(type(self).__name__, self.state())  # a checkpoint without it lacks what is saved
-        saved = stored.get(type(self).__name__, {})
+        saved = stored.setdefault(type(self).__name__, self.state())  # its own for a checkpoint without it
         saved = saved[0] if isinstance(saved, list) else saved
         progress = saved.get("attributes", {}).get("progress")
         if state.global_step == 0 or progress is None or progress["adaptive"] is None:

@@ -495,24 +495,76 @@ def test_a_peft_model_works_in_a_plain_loop():
     gtcompile.uncompile_blocks(model)
 
 
-def test_a_plain_loop_with_accelerate_trains_what_is_selected():
+def accelerated_loop(folder, compile_when, resume=False):
+    """Eight steps that select anew at 0 and 4; saved once, right after the second selection."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = gtcompile.compile_blocks(make_model(), compiler="eager")
+    model = make_model(0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loader = torch.utils.data.DataLoader(make_data(8), batch_size=2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    loader = torch.utils.data.DataLoader(make_data(16), batch_size=2)
+    if compile_when == "before":
+        gtcompile.compile_blocks(model, compiler="eager")
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    if compile_when == "after":
+        gtcompile.compile_blocks(model, compiler="eager")
     own = gtcompile.AdaptiveBackprop(model, optimizer, 0.6)
+    accelerator.register_for_checkpointing(own)
     batches = list(loader)
-    for _ in range(2):
-        selection = own.reselect(batches[:2])
-        for batch in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**batch).loss)
-                assert selection.trained == {n for n, p in model.named_parameters() if p.grad is not None}
+    if resume:
+        accelerator.load_state(folder / "state")
+    for number, batch in list(enumerate(batches))[4 if resume else 0 :]:
+        if number in (0, 4) and not resume:
+            own.reselect(batches[:2])
+        if number == 4 and not resume:
+            accelerator.save_state(folder / "state")
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            gradients = {n for n, p in model.named_parameters() if p.grad is not None}
+            assert gradients == own.selection.trained
+            if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return accelerator.unwrap_model(model), accelerator.get_state_dict(model)
+
+
+@pytest.mark.parametrize("compile_when", ["before", "after"])
+def test_a_plain_loop_with_accelerate_trains_saves_and_goes_on(tmp_path, compile_when):
+    model, saved = accelerated_loop(tmp_path, compile_when)
+    assert list(saved) == list(make_model().state_dict())
+    model.save_pretrained(tmp_path / "model", state_dict=saved)
+    assert_same_weights(weights(LlamaForCausalLM.from_pretrained(tmp_path / "model")), weights(model))
+    again, _ = accelerated_loop(tmp_path, compile_when, resume=True)
+    assert_same_weights(weights(again), weights(model))
+
+
+def train_in_half_precision(folder, *callbacks):
+    """With a scale too large for the first steps, which are skipped; accelerate scales on accelerators alone."""
+    trainer = Trainer(
+        model=make_model(),
+        args=make_args(folder, fp16=True, max_steps=6, weight_decay=0.1, max_grad_norm=0.5),
+        train_dataset=make_data(),
+        callbacks=list(callbacks),
+    )
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**36, backoff_factor=2.0**-7)
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_that_scales_gradients_in_half_precision_skips_and_trains_as_with_eager_freezing(tmp_path):
+    witness, before = Witness(), weights(make_model())
+    trainer = train_in_half_precision(tmp_path, adaptive(), witness)
+    sets = [trained for trained, _ in witness.steps]
+    assert [gradients for _, gradients in witness.steps] == sets
+    moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
+    assert trainer.accelerator.scaler.get_scale() < 2.0**36
+    assert set() < moved <= frozenset().union(*sets)
+    replayed = train_in_half_precision(tmp_path, Replay(sets))
+    assert trainer.accelerator.scaler.get_scale() == replayed.accelerator.scaler.get_scale()
+    torch.testing.assert_close(weights(trainer.model), weights(replayed.model), rtol=1e-3, atol=1e-3)
 
 
 def test_the_sequence_to_sequence_trainer_takes_the_callback(tmp_path):
