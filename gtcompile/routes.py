@@ -21,6 +21,7 @@ from gtcompile.torch_internals import (
     dynamo_config,
     dynamo_graph_capture_for_export,
     is_traceable_wrapper_subclass,
+    reentrant_checkpoints_passed_over,
     told_to_be_compiled,
     tracing,
 )
@@ -74,7 +75,7 @@ def _through_eager(
     narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Operator by operator, as eager PyTorch runs."""
-    stack.enter_context(told_to_be_compiled())
+    stack.enter_context(_as_compiled())
     return trace_what_asks(narrowed()), "eager trace"
 
 
@@ -85,10 +86,17 @@ def with_values(
     module, mode, state = trace_what_asks(narrowed()), ValuesMode(), random_state()
     stack.callback(mode.forget)
     stack.enter_context(tracing(TracingContext(mode)))
-    stack.enter_context(told_to_be_compiled())
+    stack.enter_context(_as_compiled())
     # AOTAutograd runs the forward twice: both times it must draw, and branch on, the same random numbers.
     module.register_forward_pre_hook(lambda _module, _args: restore_random_state(state))
     return module, ONE_BATCH
+
+
+@contextlib.contextmanager
+def _as_compiled() -> Iterator[None]:
+    """What Dynamo would see to, where it is not asked."""
+    with told_to_be_compiled(), reentrant_checkpoints_passed_over():
+        yield
 
 
 @contextlib.contextmanager

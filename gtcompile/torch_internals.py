@@ -6,7 +6,8 @@ here, before any of these imports can fail in a less helpful way; `GTCOMPILE_ANY
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -117,6 +118,9 @@ from torch.utils._pytree import tree_map  # noqa: E402
 # Which symbols stand for numbers that are no sizes.
 from torch.utils._sympy.symbol import SymT, symbol_is_type  # noqa: E402
 
+# What a reentrant checkpoint runs as.
+from torch.utils.checkpoint import CheckpointFunction  # noqa: E402
+
 # FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
 from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
 
@@ -154,6 +158,20 @@ def captured_as_compiled() -> Iterator[None]:
 def told_to_be_compiled() -> Iterator[None]:
     """Have `torch.compiler.is_compiling()` be true in models that are traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
+        yield
+
+
+@contextlib.contextmanager
+def reentrant_checkpoints_passed_over() -> Iterator[None]:
+    """Have reentrant checkpoints call what they hold; only a real backward can go through such a checkpoint.
+
+    Dynamo takes them for what they hold too.
+    """
+
+    def call(function: Callable[..., Any], _preserve_random_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    with mock.patch.object(CheckpointFunction, "apply", call):
         yield
 
 
@@ -200,6 +218,7 @@ __all__ = [
     "mark_dynamic",
     "min_cut_rematerialization_partition",
     "no_autocast",
+    "reentrant_checkpoints_passed_over",
     "told_to_be_compiled",
     "tracing",
     "tree_map",

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gtcompile.blocks import compile_blocks
 from gtcompile.capture import (
@@ -24,6 +25,7 @@ from gtcompile.capture import (
 from gtcompile.dependencies import backward_costs, costs_of
 from gtcompile.errors import CaptureError
 from gtcompile.flops import count_flops
+from gtcompile.joint import ONE_BATCH
 from gtcompile.originals import blocks_uncompiled
 from tests.graphs import text_of
 from tests.models import POOL, Recipe, Regression, make_batch, random_sets
@@ -442,6 +444,23 @@ def test_a_model_traced_without_dynamo_is_told_that_it_is_compiled():
     with count_flops() as counter:
         compiled(**batch).backward()
     assert counter.get_total_flops() == costs_of(graph).full_flops
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("of_values", [False, True])
+def test_a_checkpoint_that_dynamo_cannot_trace_costs_what_it_holds(of_values, reentrant):
+    """Below it nothing asks for a gradient: eager PyTorch has the input do so, by a hook set aside here."""
+
+    class Checkpointed(Regression):
+        def forward(self, x, y):
+            if of_values:
+                assert x.sum().item() == x.sum().item()
+            return checkpoint(super().forward, outside_of_dynamo(x), y, use_reentrant=reentrant)
+
+    graph, plain = capture(Checkpointed(2), make_batch()), capture(Regression(2), make_batch())
+    assert graph.source == (ONE_BATCH if of_values else "eager trace")
+    assert graph.live == plain.live
+    assert costs_of(graph).full_flops == costs_of(plain).full_flops
 
 
 def test_only_what_takes_flops_is_kept_beside_the_loss():

@@ -554,7 +554,7 @@ def train_in_half_precision(folder, *callbacks):
     return trainer
 
 
-def test_a_trainer_that_scales_gradients_in_half_precision_skips_and_trains_as_with_eager_freezing(tmp_path):
+def test_a_trainer_that_scales_gradients_skips_and_trains_as_with_eager_freezing(tmp_path):
     witness, before = Witness(), weights(make_model())
     trainer = train_in_half_precision(tmp_path, adaptive(), witness)
     sets = [trained for trained, _ in witness.steps]
