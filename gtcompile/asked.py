@@ -76,4 +76,6 @@ class _Asking(TorchFunctionMode):
         return tensor
 
     def _sum(self, argument: Any) -> Any:
-        return self._sums.get(argument, argument) if isinstance(argument, torch.Tensor) else argument
+        """The sum for an activation; a parameter that a forward makes asks as it is made, and is none."""
+        is_activation = isinstance(argument, torch.Tensor) and not isinstance(argument, nn.Parameter)
+        return self._sums.get(argument, argument) if is_activation else argument

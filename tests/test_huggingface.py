@@ -541,7 +541,7 @@ def test_a_plain_loop_with_accelerate_trains_saves_and_goes_on(tmp_path, compile
 
 
 def train_in_half_precision(folder, *callbacks):
-    """With a scale too large for the first steps, which are skipped; accelerate scales on accelerators alone."""
+    """Half precision, its scale too large for the first steps, which are skipped."""
     trainer = Trainer(
         model=make_model(),
         args=make_args(folder, fp16=True, max_steps=6, weight_decay=0.1, max_grad_norm=0.5),
