@@ -212,7 +212,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
         except Exception as error:  # torch raises many types; each is reported if all ways fail
             failures.append((route, error))
             logger.info("capture %s failed: %s", route.__doc__, error)
-    raise CaptureError(_explain(model, failures)) from failures[0][1]
+    without_values = failures[-1][0] is not with_values
+    raise CaptureError(_explain(model, failures), without_values=without_values) from failures[0][1]
 
 
 def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:

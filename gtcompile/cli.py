@@ -199,13 +199,15 @@ def inspect(
         )
         _quiet()
         if dataset is None:
-            result = inspection.inspect_model(model, budget, **shape, importances=importances)
+            result = inspection.inspect_model(
+                model, budget, **shape, importances=importances, progress=Console(stderr=True)
+            )
         else:
             share = inspection.DEFAULT_BUDGET if budget is None else budget
             run = Settings(
                 model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
-            result = inspection.inspect_dataset(run, importances)
+            result = inspection.inspect_dataset(run, importances, Console(stderr=True))
         inspection_outputs.put_out(inspection_outputs.output_console(), result, wanted)
 
 

@@ -8,7 +8,15 @@ class GTCompileError(Exception):
 
 
 class CaptureError(GTCompileError):
-    """The model could not be captured as a joint graph; the message says what the user can change."""
+    """The model could not be captured as a joint graph; the message says what the user can change.
+
+    Attributes:
+        without_values: whether the weights had no values, with which it could be run.
+    """
+
+    def __init__(self, message: str, *, without_values: bool = False) -> None:
+        super().__init__(message)
+        self.without_values = without_values
 
 
 class GraphContractError(GTCompileError):

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, T5Config
+from rich.console import Console
+from torch import nn
+from transformers import FSMTConfig, FSMTForConditionalGeneration, LlamaConfig, T5Config
 
+from gtcompile.capture import capture
+from gtcompile.dependencies import costs_of
 from gtcompile.errors import BudgetError
-from gtcompile.tools.inspection import Inspection, inspect_shape
+from gtcompile.tools import run_report
+from gtcompile.tools.inspection import Inspection, Traced, inspect_shape, inspection_of_run
+from gtcompile.tools.models import model_with_values
+from gtcompile.tools.progress import Reporter
+from gtcompile.tools.run_record import RunRecord
+from gtcompile.tools.trainees import random_batch
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +109,90 @@ def test_no_weights_are_made(config_only: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("torch.nn.init.normal_", lambda tensor, *_, **__: made.append(tensor) or tensor)
     inspect(config_only)
     assert all(tensor.device == torch.device("meta") for tensor in made)
+
+
+def branching(folder: Path, *, weights: bool) -> str:
+    """An encoder-decoder that asks, at every call, whether its attention mask masks anything."""
+    config = FSMTConfig(
+        src_vocab_size=20,
+        tgt_vocab_size=20,
+        langs=["en", "de"],
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        max_position_embeddings=32,
+    )
+    (FSMTForConditionalGeneration(config) if weights else config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_model_that_branches_on_data_is_run_with_the_weights_it_has(tmp_path: Path, weights: bool) -> None:
+    name, console = branching(tmp_path, weights=weights), Console(record=True)
+    shape = {"batch_size": 2, "length": 6, "target_length": 6}
+    result = inspect_shape(name, 0.9, **shape, importances=None, progress=console)
+    whose = f"the weights of {name}" if weights else "random weights"
+    assert result.values == f"{whose} and random tokens"
+    assert f"run once with {whose}" in console.export_text(clear=False).replace("\n", "")
+    assert result.lines()[0].startswith("the forward branches on data")
+    model, _ = model_with_values(name, FSMTConfig.from_pretrained(name))
+    costs = costs_of(capture(model, random_batch(model, **shape)))
+    assert result.costs.full_flops == costs.full_flops
+
+
+class Sign(nn.Module):
+    """Which layer runs depends on the sign of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(4, 4), nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.wide(x) if x.sum() > 0 else self.narrow(x)).square().mean()
+
+
+def selected_with(model: nn.Module, x: torch.Tensor, path: Path) -> RunRecord:
+    """A run that selected everything, by the costs of this batch."""
+    costs = costs_of(capture(model, {"x": x}))
+    selection = {
+        "importance": {},
+        "importance_bound": None,
+        "epoch": 0,
+        "trained": sorted(costs.fqns),
+        "selectable": len(costs.fqns),
+        "step_flops": costs.full_flops,
+        "budget_flops": costs.full_flops,
+        "full_flops": costs.full_flops,
+    }
+    settings = {"batch_shape": "2 x 4", "epochs": 1}
+    return RunRecord(path=path, settings=settings, selections=[selection], metrics=[], summary=None)
+
+
+def test_the_report_of_a_run_follows_the_batch_of_every_selection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, written = Sign(), []
+    monkeypatch.setattr(run_report, "write_report", lambda inspection, path: written.append(inspection))
+    report = run_report.RunReport(tmp_path, Reporter(Console(quiet=True)))
+    for sign in (1, -1):
+        x = sign * torch.ones(2, 4)
+        run = selected_with(model, x, tmp_path)
+        monkeypatch.setattr(run_report, "read_run", lambda path, run=run: run)
+        report.write(model, {"x": x})
+        assert written[-1].costs.full_flops == run.selections[-1]["full_flops"]
+    assert written[0].selection.trained.isdisjoint(written[1].selection.trained)
+
+
+def test_a_run_on_a_graph_that_goes_another_way_says_so_and_keeps_its_numbers(tmp_path: Path) -> None:
+    model = Sign()
+    run = selected_with(model, torch.ones(2, 4), tmp_path)
+    other = Traced(capture(model, {"x": -torch.ones(2, 4)}), "another batch")
+    inspection = inspection_of_run(run, other, "Sign")
+    assert inspection.selection.step_flops == run.selections[-1]["step_flops"]
+    assert not inspection.selection.trained  # none of the layers that the run trained is used here
+    assert "another batch" in inspection.lines()[0]
+    assert inspection.rows()

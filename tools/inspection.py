@@ -2,29 +2,32 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from gtcompile.budgets import written_budget
 from gtcompile.capture import capture
 from gtcompile.dependencies import BackwardCosts, costs_of
+from gtcompile.errors import CaptureError
 from gtcompile.explanations import saved_bytes
 from gtcompile.joint import JointGraph
 from gtcompile.selection import Selection, select_parameters
 from gtcompile.tools.factories import call_factory, is_factory, language_model
-from gtcompile.tools.models import model_on_meta
+from gtcompile.tools.models import model_on_meta, model_with_values
 from gtcompile.tools.places import block_of_parameter
 from gtcompile.tools.preparation import prepare
 from gtcompile.tools.run_record import RunRecord, is_run, read_run
 from gtcompile.tools.settings import Settings
+from gtcompile.tools.trainees import random_batch
 
 Batch = Mapping[str, Any]
+RANDOM_TOKENS = "random tokens and the weights of "
 DEFAULT_BUDGET = 0.5
 """Where none is asked for; a run has its own."""
 
@@ -51,6 +54,8 @@ class Inspection:
     """The best for these importances, or what a run trained last."""
     run: RunRecord | None = None
     """The run that was inspected."""
+    values: str | None = None
+    """Whose values decide which way the forward takes; None where it takes the same for all."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One per parameter, in registration order.
@@ -128,6 +133,7 @@ class Inspection:
             "model": self.model,
             "architecture": self.architecture,
             "batch": self.batch,
+            "values": self.values,
             "importance_origin": self.importance_origin,
             **self.totals(),
             "blocks": self.blocks(),
@@ -137,7 +143,9 @@ class Inspection:
     def lines(self) -> list[str]:
         """What the figures stand for, in words."""
         least = self.costs.full_flops, self.costs.cheapest_step_flops
+        way = f"the forward branches on data; all of this is of the way it takes with {self.values}"
         return [
+            *([way] if self.values else []),
             f"FLOPs of one training step on batches of {self.batch}, 2 per multiply-add",
             f"smallest budget that trains anything: {written_budget(*least)}",
             f"importance: {self.importance_origin}",
@@ -153,6 +161,7 @@ def inspect_model(
     length: int,
     target_length: int,
     importances: Path | None,
+    progress: Console | None = None,
 ) -> Inspection:
     """Plan for a model however it is named, or tell what a run trained.
 
@@ -163,6 +172,7 @@ def inspect_model(
         length: input tokens per row.
         target_length: answer tokens per row, for an encoder-decoder.
         importances: `selections.json` of a run of this model; None takes the run's own, or a stand-in.
+        progress: told where weights are needed after all.
 
     Raises:
         ValueError, GTCompileError: the model is not there or cannot be captured, or the budget is too small.
@@ -172,69 +182,146 @@ def inspect_model(
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     if is_run(Path(model)):
-        return inspect_run(Path(model), budget, importances)
+        return inspect_run(Path(model), budget, importances, progress=progress)
     wanted = DEFAULT_BUDGET if budget is None else budget
     if is_factory(model):
         made, batch = call_factory(model)
         if batch is not None:
-            return _inspect(model, made, batch, described_shapes(batch), wanted, importances)
-        language = language_model(model, made)
-        batch, told = _batch_for(language, **shape), _told(language, **shape)
-        return _inspect(model, language, batch, told, wanted, importances)
-    return inspect_shape(model, wanted, **shape, importances=importances)
+            told, values = described_shapes(batch), "the weights and the batch of " + model
+        else:
+            made = language_model(model, made)
+            batch, told, values = random_batch(made, **shape), _told(made, **shape), RANDOM_TOKENS + model
+        if isinstance(made, PreTrainedModel):
+            made.config.use_cache = False
+        traced = Traced(capture(made, batch), values)
+        return _plan(traced, model, type(made).__name__, told, wanted, importances)
+    return inspect_shape(model, wanted, **shape, importances=importances, progress=progress)
 
 
 def inspect_shape(
-    model: str, budget: float, *, batch_size: int, length: int, target_length: int, importances: Path | None
+    model: str,
+    budget: float,
+    *,
+    batch_size: int,
+    length: int,
+    target_length: int,
+    importances: Path | None,
+    progress: Console | None = None,
 ) -> Inspection:
-    """Plan for batches of a given shape; no weights are loaded. Arguments are those of `inspect_model`.
+    """Plan for batches of a given shape. Arguments are those of `inspect_model`.
+
+    No weights are loaded, unless the forward branches on data.
 
     Raises:
         ValueError, GTCompileError: as for `inspect_model`.
     """
     shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
     made = model_on_meta(model)
-    return _inspect(model, made, _batch_for(made, **shape), _told(made, **shape), budget, importances)
+    traced = _trace(model, made, _batch_for(made, **shape), lambda: random_batch(made, **shape), progress)
+    return _plan(traced, model, type(made).__name__, _told(made, **shape), budget, importances)
 
 
-def inspect_dataset(settings: Settings, importances: Path | None) -> Inspection:
-    """Plan for the batches that a run with these settings would have; no weights are loaded.
+def inspect_dataset(
+    settings: Settings, importances: Path | None, progress: Console | None = None
+) -> Inspection:
+    """Plan for the batches that a run with these settings would have.
+
+    No weights are loaded, unless the forward branches on data: then what holds for the first example is told.
 
     Raises:
         ValueError, GTCompileError: as for a run.
     """
     prepared = prepare(settings, weights=False)
-    batch = prepared.collate(prepared.examples[:1])
-    shape = prepared.collate.shape
-    return _inspect(settings.model, prepared.language.model, batch, shape, settings.budget, importances)
+    made, batch = prepared.language.model, prepared.collate(prepared.examples[: settings.batch_size])
+    traced = _trace(settings.model, made, batch, None, progress)
+    return _plan(
+        traced, settings.model, type(made).__name__, prepared.collate.shape, settings.budget, importances
+    )
 
 
-def inspect_run(path: Path, budget: float | None = None, importances: Path | None = None) -> Inspection:
+def inspect_run(
+    path: Path,
+    budget: float | None = None,
+    importances: Path | None = None,
+    progress: Console | None = None,
+) -> Inspection:
     """What a run trained and what it cost, from its folder; with a budget, a plan for its importances.
 
     Raises:
         ValueError: the folder is of another version, or its model is another than the one captured now.
     """
     run = read_run(path)
-    model = model_on_meta(run.model)
-    model.config.use_cache = False
-    inspection = inspection_of_run(run, capture(model, run.batch()), type(model).__name__)
+    made, batch = model_on_meta(run.model), run.batch()
+    (rows, length), (_, columns) = batch["input_ids"].shape, batch["labels"].shape
+    shape = {"batch_size": rows, "length": length, "target_length": columns}
+    traced = _trace(run.model, made, batch, lambda: random_batch(made, **shape), progress)
+    inspection = inspection_of_run(run, traced, type(made).__name__)
     if budget is None and importances is None:
         return inspection
     source = path / "selections.json" if importances is None else importances
     wanted = float(run.settings["budget"]) if budget is None else budget
-    return _plan(inspection.joint, str(path), inspection.architecture, run.shape, wanted, source, run)
+    return _plan(traced, str(path), inspection.architecture, run.shape, wanted, source, run)
 
 
-def inspection_of_run(run: RunRecord, joint: JointGraph, architecture: str) -> Inspection:
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A joint graph, and whose values it follows, if any."""
+
+    joint: JointGraph
+    """As captured, every gradient live."""
+    origin: str
+    """Whose values it was captured with, in words."""
+
+    @property
+    def values(self) -> str | None:
+        """Whose values decided which way the forward took; None where it takes the same for all."""
+        return self.origin if self.joint.follows_values else None
+
+
+def _trace(
+    name: str,
+    made: PreTrainedModel,
+    batch: Batch,
+    tokens: Callable[[], Batch] | None,
+    progress: Console | None,
+) -> Traced:
+    """The joint graph of a model without weights; where its forward branches on data, with weights.
+
+    Args:
+        name: of the model, to find its weights by.
+        made: on the meta device.
+        batch: of the shape wanted.
+        tokens: makes a batch of that shape with random tokens; None where `batch` has real ones.
+        progress: told where weights are needed.
+    """
+    made.config.use_cache = False
+    try:
+        return Traced(capture(made, batch), "no values")
+    except CaptureError as error:
+        if not error.without_values:
+            raise
+        reason = str(error).partition("\n")[0]
+    model, weights = model_with_values(name, made.config)
+    if progress is not None:
+        progress.print(f"{reason} without values: run once with {weights}", highlight=False, soft_wrap=True)
+    values = f"{weights} and " + ("the first examples" if tokens is None else "random tokens")
+    return Traced(capture(model, batch if tokens is None else tokens()), values)
+
+
+def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Inspection:
     """What a run trained last, on the graph of its model.
+
+    Where the forward branches on data the graph need not go the way of the batch that the run selected with.
 
     Raises:
         ValueError: the graph's FLOPs are not those that the run recorded.
     """
-    costs, last = costs_of(joint), run.selections[-1]
+    joint, last = traced.joint, run.selections[-1]
+    costs = costs_of(joint)
     trained = frozenset(last["trained"])
-    if trained - costs.fqns or costs.step_flops(trained) != last["step_flops"]:
+    if joint.follows_values:
+        trained &= costs.fqns
+    elif trained - costs.fqns or costs.step_flops(trained) != last["step_flops"]:
         raise ValueError(
             f"the model captured now takes other FLOPs than the run in {run.path} recorded: it was written "
             f"with another version of gtcompile, torch or transformers. Inspect {run.path / 'model'} instead"
@@ -262,6 +349,7 @@ def inspection_of_run(run: RunRecord, joint: JointGraph, architecture: str) -> I
         importance_origin=origin,
         selection=selection,
         run=run,
+        values=traced.values,
     )
 
 
@@ -282,16 +370,8 @@ def _told(model: PreTrainedModel, *, batch_size: int, length: int, target_length
     return f"{batch_size} x {length} tokens{answer}"
 
 
-def _inspect(
-    name: str, model: nn.Module, batch: Batch, shape: str, budget: float, importances: Path | None
-) -> Inspection:
-    if isinstance(model, PreTrainedModel):
-        model.config.use_cache = False
-    return _plan(capture(model, batch), name, type(model).__name__, shape, budget, importances)
-
-
 def _plan(
-    joint: JointGraph,
+    traced: Traced,
     name: str,
     architecture: str,
     shape: str,
@@ -299,7 +379,7 @@ def _plan(
     importances: Path | None,
     run: RunRecord | None = None,
 ) -> Inspection:
-    costs = costs_of(joint)
+    costs = costs_of(traced.joint)
     importance = uniform_importance(costs) if importances is None else read_importance(importances, costs)
     origin = (
         "not known without a run; every element of every parameter counts the same"
@@ -310,12 +390,13 @@ def _plan(
         model=name,
         architecture=architecture,
         batch=shape,
-        joint=joint,
+        joint=traced.joint,
         costs=costs,
         importance=importance,
         importance_origin=origin,
         selection=select_parameters(costs, importance, budget),
         run=run,
+        values=traced.values,
     )
 
 

@@ -80,13 +80,36 @@ def load_model(name: str) -> PreTrainedModel:
     if name == DEMO:
         return load_demo()[0]
     config = load_config(name)
-    if Path(name).is_dir() and not any(file for kind in WEIGHTS for file in Path(name).glob(kind)):
+    if _lacks_weights(name):
         raise ValueError(
             f"{name!r} has a configuration and no weights: expected {' or '.join(WEIGHTS)} beside it; "
             f"gtcompile inspect and bench need none"
         )
     model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
     return model
+
+
+def model_with_values(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
+    """A model that can be run, in training mode, float32, on the CPU, and whose weights it has, in words.
+
+    Args:
+        name: hub id, local directory, or `demo`.
+        config: of the model; a local directory without weights gives random ones, always the same.
+
+    Raises:
+        ValueError: it could not be loaded.
+    """
+    if name != DEMO and not _lacks_weights(name):
+        model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
+        return model.train(), f"the weights of {name}"
+    torch.manual_seed(0)
+    made: PreTrainedModel = _auto_class(config).from_config(config, dtype=torch.float32)
+    return made.train(), "random weights"
+
+
+def _lacks_weights(name: str) -> bool:
+    """Whether a name is a local directory without weights."""
+    return Path(name).is_dir() and not any(file for kind in WEIGHTS for file in Path(name).glob(kind))
 
 
 def load_config(name: str) -> PretrainedConfig:

@@ -26,7 +26,7 @@ def report_data(inspection: Inspection) -> dict[str, Any]:
     return {
         "model": inspection.model,
         "architecture": inspection.architecture,
-        "batch": inspection.batch,
+        "batch": _told(inspection),
         "origin": inspection.importance_origin,
         "totals": inspection.totals(),
         "parameters": [
@@ -91,6 +91,12 @@ def _nodes(
         ]
         for node in index
     ]
+
+
+def _told(inspection: Inspection) -> str:
+    """The batch in words, and which way the forward takes where it branches on data."""
+    way = f"; the forward branches on data, and is shown as it runs with {inspection.values}"
+    return inspection.batch + (way if inspection.values else "")
 
 
 def _plans(inspection: Inspection, number: Mapping[str, int]) -> list[dict[str, Any]]:

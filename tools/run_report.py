@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from gtcompile.capture import capture
-from gtcompile.joint import JointGraph
 from gtcompile.restoration import everything_trainable
-from gtcompile.tools.inspection import inspection_of_run
+from gtcompile.tools.inspection import Traced, inspection_of_run
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.report import write_report
 from gtcompile.tools.run_record import read_run
@@ -18,7 +17,7 @@ FILE = "report.html"
 
 
 class RunReport:
-    """Writes `report.html` of a run; the model is captured once.
+    """Writes `report.html` of a run; the model is captured once, or anew where it branches on data.
 
     Args:
         folder: of the run.
@@ -27,7 +26,7 @@ class RunReport:
 
     def __init__(self, folder: Path, reporter: Reporter) -> None:
         self._folder, self._reporter = folder, reporter
-        self._joint: JointGraph | None = None
+        self._traced: Traced | None = None
 
     def write(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
         """Replace the report by one of what the folder holds now.
@@ -36,10 +35,10 @@ class RunReport:
             module: the model, with or without compiled blocks; nothing in it changes.
             batch: any of the run's.
         """
-        if self._joint is None:
+        if self._traced is None or self._traced.values:
             with everything_trainable(module):
-                self._joint = capture(module, batch)
-        inspection = inspection_of_run(read_run(self._folder), self._joint, type(module).__name__)
+                self._traced = Traced(capture(module, batch), "the weights and a batch at its last change")
+        inspection = inspection_of_run(read_run(self._folder), self._traced, type(module).__name__)
         try:
             write_report(inspection, self._folder / FILE)
         except OSError as error:
