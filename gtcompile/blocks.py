@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-import itertools
+import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -22,6 +23,7 @@ from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_em
 from gtcompile.originals import uncompile_block
 from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 
+logger = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
 """What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
@@ -69,33 +71,67 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
         )
     modules = [_submodule(model, name) for name in names]
     first = FirstForward(model, modules)
-    backends: dict[type[nn.Module], Backend] = {}
-    seen: dict[type[nn.Module], set[int | str]] = {}
+    kinds: dict[type[nn.Module], Kind] = {}
     own_code = {type(block): CodeCopies() for block in modules}
     for block in modules:
-        backend = backends.setdefault(type(block), _limited(make_backend(parsed), type(block)))
-        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=backend, **_LIMIT)
-        block.forward = BlockForward(block, compiled, seen.setdefault(type(block), set()), first)
+        kind = kinds.setdefault(type(block), Kind(type(block), make_backend(parsed)))
+        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind.capture, **_LIMIT)
+        block.forward = BlockForward(block, compiled, kind, first)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
-    trained.enter_region(inside)
+    trained.expect_region(inside)
     trained.leave_to_eager(p for p in model.parameters() if p not in inside)
     watch_embeddings(model)
     return model
 
 
-def _limited(backend: Backend, kind: type[nn.Module]) -> Backend:
-    """A backend that refuses to capture one class of blocks again and again."""
-    captures = itertools.count(1)
+class Kind:
+    """What the compiled blocks of one class share.
 
-    def limited(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if next(captures) > CAPTURES:
+    Args:
+        block_class: theirs.
+        backend: compiles what Dynamo captures of them.
+    """
+
+    def __init__(self, block_class: type[nn.Module], backend: Backend) -> None:
+        self.differentiable: set[int | str] = set()
+        """Inputs, by position or name, that required a gradient once."""
+        self._class, self._backend = block_class, backend
+        self._captures, self._calls = 0, 0
+        self._eager = weakref.WeakSet[nn.Module]()
+
+    def capture(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph that Dynamo captured, unless it captures again and again.
+
+        Raises:
+            CaptureError: it does.
+        """
+        self._captures += 1
+        if self._captures > CAPTURES:
             raise CaptureError(
-                f"Dynamo captured {kind.__name__} {CAPTURES} times and needs to again: something is "
+                f"Dynamo captured {self._class.__name__} {CAPTURES} times and needs to again: something is "
                 f'different at every call, often a shape or a number. TORCH_LOGS="recompiles" says what.'
             )
-        return backend(graph, example_inputs)
+        return self._backend(graph, example_inputs)
 
-    return limited
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether Dynamo has captured nothing of these blocks, though they ran."""
+        return not self._captures and self._calls > 0
+
+    def called(self, block: nn.Module) -> None:
+        """Note that a block has run; where Dynamo passes over it, its parameters are eager code's."""
+        self._calls += 1
+        if not self.runs_eagerly:
+            return
+        if self._calls == 1:
+            logger.warning(
+                "%s runs eagerly: Dynamo captured nothing of it, often for a branch on data in a loop "
+                "(TORCH_LOGS=graph_breaks). Gradients and FLOPs are as planned, only nothing is faster.",
+                self._class.__name__,
+            )
+        if block not in self._eager:
+            self._eager.add(block)
+            trained.leave_to_eager(block.parameters())
 
 
 def uncompile_blocks(model: nn.Module) -> nn.Module:
@@ -186,14 +222,14 @@ class BlockForward:
         self,
         block: nn.Module,
         compiled: Callable[..., Any],
-        differentiable: set[int | str],
+        kind: Kind,
         first: FirstForward,
     ) -> None:
         self.eager = block.forward
         self.compiled = compiled
         self.first = first
         self._block = block
-        self._differentiable = differentiable
+        self._kind = kind
         self._decided: dict[int | str, bool] = {}
         self._generation = -1
 
@@ -205,7 +241,9 @@ class BlockForward:
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
         self.first.called(self._block)
         with _RAISED:
-            return self.compiled(*args, **kwargs)
+            output = self.compiled(*args, **kwargs)
+        self._kind.called(self._block)
+        return output
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
         """What copies and pickles hold instead."""
@@ -215,7 +253,7 @@ class BlockForward:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         if value.requires_grad:
-            self._differentiable.add(key)
+            self._kind.differentiable.add(key)
             return value if is_cut(value) or needs_gradient(value) else cut(value)
         return cut(value) if self._cuts(key) else value
 
@@ -224,7 +262,8 @@ class BlockForward:
         if self._generation != trained.generation():
             self._generation = trained.generation()
             self._decided.clear()
-        return self._decided.setdefault(key, key in self._differentiable)
+        cuts = key in self._kind.differentiable and not self._kind.runs_eagerly
+        return self._decided.setdefault(key, cuts)
 
 
 def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:

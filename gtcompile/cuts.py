@@ -52,10 +52,3 @@ def ask(tensor: torch.Tensor) -> torch.Tensor:
 def is_cut(tensor: torch.Tensor) -> bool:
     """Whether this is a leaf that `cut` made."""
     return tensor.grad_fn is None and tensor in _cuts
-
-
-def wants_gradient(value: object) -> bool:
-    """Whether a region's backward must hand a gradient to this input."""
-    if not isinstance(value, torch.Tensor) or not value.requires_grad:
-        return False
-    return not is_cut(value)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile import trained
@@ -20,6 +21,7 @@ REENTRANT = "CheckpointFunctionBackward"
 """What autograd calls the node of a reentrant checkpoint."""
 _embedded = WeakTensorKeyDictionary()  # the keys: what embeddings returned without a history
 _WANTED = "gtcompile.wanted"  # in an autograd node's metadata: whether something trained is upstream
+_ASKED = "gtcompile.asked"  # the same, where whatever Python differentiates counts as something trained
 
 
 def watch_embeddings(model: nn.Module) -> None:
@@ -52,6 +54,23 @@ def needs_gradient(tensor: torch.Tensor) -> bool:
     return known is not False
 
 
+def wants_gradient(value: object) -> bool:
+    """Whether a region's backward must hand a gradient to this input.
+
+    What eager code between the regions of one block made of a cut has a history, and yet wants none.
+    """
+    if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return False
+    if value.grad_fn is None:
+        return not is_cut(value)
+    if isinstance(value.grad_fn, BackwardCFunction):  # another region's, most of the time
+        return True
+    metadata = _metadata(value.grad_fn)
+    if _ASKED not in metadata:
+        metadata[_ASKED] = _reaches_wanted(value.grad_fn, opaque=BackwardCFunction)
+    return bool(metadata[_ASKED])
+
+
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -79,12 +98,14 @@ def _leaf_wants(leaf: torch.Tensor) -> bool:
     return leaf not in _embedded and not is_cut(leaf)
 
 
-def _reaches_wanted(start: torch.autograd.graph.Node) -> bool:
+def _reaches_wanted(start: torch.autograd.graph.Node, opaque: type | tuple[()] = ()) -> bool:
+    """Whether a history has anything that wants a gradient, or a node of a kind that may hide it."""
     todo, seen = [start], {start}
     while todo:
         node = todo.pop()
         leaf = getattr(node, "variable", None)
-        hidden = node.name() == REENTRANT  # parameters of what is recomputed are no part of the history
+        # parameters of what is recomputed are no part of the history
+        hidden = node.name() == REENTRANT or isinstance(node, opaque)
         if hidden or _metadata(node).get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
             return True
         parents = {parent for parent, _ in node.next_functions if parent is not None} - seen

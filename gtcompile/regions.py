@@ -12,8 +12,9 @@ from torch import fx, nn
 from gtcompile import trained
 from gtcompile.autograd_nodes import places_among_gradients, region_node
 from gtcompile.capture import refuse_subclasses
-from gtcompile.cuts import ask, end, keeps_asking, wants_gradient
+from gtcompile.cuts import ask, end, keeps_asking
 from gtcompile.errors import GraphContractError
+from gtcompile.forced_leaves import wants_gradient
 from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.joint import ancestors

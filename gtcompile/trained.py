@@ -22,7 +22,7 @@ from gtcompile.joint import names_of
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
-_outside = WeakIdKeyDictionary()  # the keys: parameters of compiled models that eager code alone uses
+_outside = WeakIdKeyDictionary()  # the keys: parameters of compiled models that eager code alone used so far
 _generation = itertools.count(1)
 _current_generation = 0
 
@@ -154,6 +154,16 @@ def enter_region(parameters: Iterable[nn.Parameter]) -> None:
             parameter.requires_grad_(True)
 
 
+def expect_region(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that a region may compute these parameters' gradients: until one does they look trained to Dynamo.
+
+    Those that eager code turns out to use, of blocks that Dynamo does not capture, are frozen as such then.
+    """
+    for parameter in map(sharded, parameters):
+        if parameter in _frozen:
+            parameter.requires_grad_(True)
+
+
 def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:
     """Note that eager code alone uses these parameters of a model otherwise compiled."""
     for parameter in map(sharded, parameters):
@@ -231,3 +241,4 @@ def _drop_stray_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
     if sharded(parameter) not in _in_region:
         sharded(parameter).requires_grad_(False)
+        _outside[sharded(parameter)] = True

@@ -685,3 +685,64 @@ def test_in_each_stack_only_the_block_where_the_backward_ends_runs_without_its_c
         assert len(by_operators) == len(set(by_operators)), "blocks of a stack share their plans"
         most.add(len(by_operators))
     assert most == {1, 2}
+
+
+class MaskedRows(nn.Module):
+    """Two layers with a graph break between: only some rows go through them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.outer(self.inner(x[x[:, 0] > 0] * 2)), x])
+
+
+class PassedOver(nn.Module):
+    """A branch on data in a loop, for which Dynamo passes over the whole block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        added = torch.zeros_like(x)
+        for sign, expert in zip((1, -1), self.experts, strict=True):
+            chosen = sign * x[:, 0] > 0
+            if chosen.any():
+                added[chosen] = expert(x[chosen])
+        return x + added
+
+
+class Tower(nn.Module):
+    """Three such blocks above a layer that is not compiled."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("kind", [MaskedRows, PassedOver])
+def test_frozen_blocks_that_run_eagerly_in_part_or_whole_take_what_is_predicted(kind, caplog):
+    model, batch = Tower(kind), {"x": torch.randn(6, 4)}
+    compile_blocks(model, compiler="eager")
+    costs = backward_costs(model, batch)
+    names = sorted(costs.fqns)
+    for trained in (names, ["first.bias"], names[-1:], names[:3], names[-3:], names):
+        train_only(model, trained)
+        expected = reference_gradients(model, batch)
+        model.zero_grad()
+        with count_flops() as counter:
+            model(**batch).backward()
+        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert_same_gradients(model, expected)
+    said = [record.message for record in caplog.records if "runs eagerly" in record.message]
+    assert len(said) == (kind is PassedOver)

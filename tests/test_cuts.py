@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from gtcompile.cuts import cut, end, is_cut, keep_asking, keeps_asking, wants_gradient
+from gtcompile.cuts import cut, end, is_cut, keep_asking, keeps_asking
+from gtcompile.forced_leaves import wants_gradient
 
 
 @pytest.fixture

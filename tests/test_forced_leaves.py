@@ -5,7 +5,9 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from gtcompile.blocks import compile_blocks
+from gtcompile.cuts import cut
 from gtcompile.flops import count_flops
+from gtcompile.forced_leaves import wants_gradient
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.trained import train_only
 
@@ -95,3 +97,24 @@ def test_inputs_that_ask_for_a_gradient_still_get_it():
     model(inputs_embeds=embedded, labels=batch()["labels"]).loss.backward()
     assert embedded.grad is not None
     assert embedded.grad.abs().sum() > 0
+
+
+class Opaque(torch.autograd.Function):
+    """A function of Python's, which may differentiate what it does not show."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_what_is_computed_of_cuts_alone_wants_no_gradient():
+    leaf, parameter = cut(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    assert not wants_gradient(leaf[leaf > 0] * 2)
+    assert wants_gradient(leaf * parameter)
+    assert wants_gradient(Opaque.apply(leaf) + 1)
+    assert wants_gradient(torch.ones(3, requires_grad=True) * 2)
+    assert not wants_gradient(torch.ones(3))
