@@ -159,6 +159,42 @@ def test_training_leaves_what_eager_freezing_leaves(way, build):
     assert_same_training(way, build, loop)
 
 
+class TiedOutside(nn.Module):
+    """A region's weight is looked up in by code that Dynamo leaves to eager PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 9, bias=False)
+
+    @torch.compiler.disable
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.head.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return nn.functional.cross_entropy(self.head(x), ids)
+
+
+@pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+def test_a_frozen_weight_of_a_region_that_eager_code_uses_too_has_no_backward(variants):
+    model, inputs = TiedOutside(), {"ids": torch.arange(4)}
+    costs = backward_costs(model, inputs)
+    options = {"compiler": "eager", "variants": variants}
+    run = torch.compile(model, backend="gtcompile", options=options)
+    for trained in ({"layers.2.weight"}, {"head.weight", "layers.1.bias"}, {"layers.1.weight"}):
+        train_only(run, trained)
+        for _ in range(2):  # in the first it is seen that the weight asks for a gradient elsewhere
+            model.zero_grad()
+            with count_flops() as counter:
+                run(**inputs).backward()
+        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert_same_gradients(model, reference_gradients(run, inputs))
+
+
 class BranchingOnANumber(nn.Module):
     """One way scales by a number read off the data, the other does not use it."""
 
