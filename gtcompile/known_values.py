@@ -1,12 +1,42 @@
 """Fake tensors that know their values: what is traced with them may branch on data, as may sizes."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile.torch_internals import FakeTensor, FakeTensorMode, tree_map, unset_fake_temporarily
+
+
+class NumbersOfLists(TorchFunctionMode):
+    """Has `torch.tensor` read the numbers of tensors in a list by an operator: else it reads their memory."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
+            args, kwargs = (_numbers(args[0]), *args[1:]), _type_of(args[0]) | kwargs
+        return func(*args, **kwargs)
+
+
+def _numbers(nested: Any) -> Any:
+    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, nested)
+
+
+def _type_of(nested: Any) -> dict[str, torch.dtype]:
+    """The type that the tensors in a list have together; nothing where there is none."""
+    found: list[torch.dtype] = []
+    tree_map(lambda leaf: found.append(leaf.dtype) if isinstance(leaf, torch.Tensor) else None, nested)
+    return {"dtype": functools.reduce(torch.promote_types, found)} if found else {}
 
 
 class ValuesMode(FakeTensorMode):

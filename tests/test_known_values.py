@@ -73,6 +73,11 @@ def by_expert(linear, x):
     return torch.cat([linear(few), linear(linear(many))])
 
 
+def from_list(linear, x):
+    counts = torch.tensor([(x[:, 0] > 0).sum(), (x[:, 1] > 0).sum()])
+    return linear(linear(x)) if counts.sum() > ROWS else linear(x)
+
+
 def sometimes(linear, x):
     twice = torch.rand(()).item() + random.random() + np.random.rand() > 1.5
     return linear(linear(x)) if twice else linear(x)
@@ -84,6 +89,7 @@ LAYERS = {
     "mask": lambda: Layer(lambda linear, x: linear(x[x[:, 0] > 0])),
     "nonzero": lambda: Layer(lambda linear, x: linear(x[(x[:, 0] > 0).nonzero().squeeze(1)])),
     "sizes": lambda: Layer(by_expert),
+    "a tensor of a list of tensors": lambda: Layer(from_list),
     "random numbers": lambda: Layer(sometimes),
     "no fake kernel": lambda: Layer(lambda linear, x: linear(positive_rows(x))),
 }
