@@ -187,7 +187,7 @@ def test_a_frozen_weight_of_a_region_that_eager_code_uses_too_has_no_backward(va
     run = torch.compile(model, backend="gtcompile", options=options)
     for trained in ({"layers.2.weight"}, {"head.weight", "layers.1.bias"}, {"layers.1.weight"}):
         train_only(run, trained)
-        for _ in range(2):  # in the first it is seen that the weight asks for a gradient elsewhere
+        for _ in range(2):  # a region learns in the first what is differentiated
             model.zero_grad()
             with count_flops() as counter:
                 run(**inputs).backward()
