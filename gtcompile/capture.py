@@ -24,6 +24,7 @@ from gtcompile.random_states import random_state, restore_random_state
 from gtcompile.routes import routes, with_values
 from gtcompile.torch_internals import (
     GradAOTOutput,
+    InputMutationAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
     aot_export_joint_with_descriptors,
@@ -283,19 +284,27 @@ def _is_zero(placeholder: fx.Node) -> bool:
 
 
 def _keep_costly_outputs(joint: JointGraph) -> JointGraph:
-    """Drop what is returned beside the loss, but for what takes FLOPs that the loss does not need.
+    """Put the loss first, and drop all beside it but what takes FLOPs that the loss does not need.
 
-    Changes the graph in place, for nobody has seen it yet.
+    What a forward writes to its inputs comes before the loss in what AOTAutograd traces. Changes the graph in
+    place, for nobody has seen it yet.
     """
     graph, output = joint.module.graph, joint.module.graph.output_node()
-    loss, *beside = joint.outputs[: joint.forward_outputs]
+    descriptors = output.meta["desc"]
+    first = next(i for i, desc in enumerate(descriptors) if not isinstance(desc, InputMutationAOTOutput))
+    outputs = _moved_to_front(joint.outputs, first)
+    loss, *beside = outputs[: joint.forward_outputs]
     of_loss = ancestors([loss])  # type: ignore[list-item]
     costly = [any(map(has_flops, ancestors([node]) - of_loss)) if node else False for node in beside]
     kept = [True, *costly, *(True for _ in joint.gradients)]
-    output.args = (tuple(itertools.compress(joint.outputs, kept)),)
-    output.meta["desc"] = list(itertools.compress(output.meta["desc"], kept))
+    output.args = (tuple(itertools.compress(outputs, kept)),)
+    output.meta["desc"] = list(itertools.compress(_moved_to_front(descriptors, first), kept))
     graph.eliminate_dead_code()
     return dataclasses.replace(joint, module=_renumbered(joint.module), forward_outputs=1 + sum(costly))
+
+
+def _moved_to_front(values: Sequence[Any], place: int) -> list[Any]:
+    return [values[place], *values[:place], *values[place + 1 :]]
 
 
 def _renumbered(module: fx.GraphModule) -> fx.GraphModule:

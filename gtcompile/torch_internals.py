@@ -62,6 +62,7 @@ from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
     BufferAOTInput,
     GradAOTOutput,
+    InputMutationAOTOutput,
     ParamAOTInput,
     PlainAOTInput,
     TangentAOTInput,
@@ -187,6 +188,7 @@ __all__ = [
     "GraphPickler",
     "GraphPicklerOptions",
     "HigherOrderOperator",
+    "InputMutationAOTOutput",
     "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",

@@ -486,3 +486,21 @@ def test_nodes_have_the_same_names_whatever_is_returned_beside_the_loss():
 
     talkative, silent = (capture(model, make_batch()) for model in (Talkative(2), Regression(2)))
     assert text_of(talkative.module) == text_of(silent.module)
+
+
+class Writing(nn.Module):
+    """Writes to its batch and, by its norm, to buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x[x > 1] = 1
+        return self.linear(self.norm(x)).square().mean()
+
+
+def test_the_loss_comes_before_what_a_forward_writes_to_its_inputs():
+    joint = capture(Writing(), {"x": torch.randn(4, 3)})
+    assert joint.forward_outputs == 1
+    assert joint.outputs[0].meta["val"].shape == ()
