@@ -294,7 +294,7 @@ def _keep_costly_outputs(joint: JointGraph) -> JointGraph:
     first = next(i for i, desc in enumerate(descriptors) if not isinstance(desc, InputMutationAOTOutput))
     outputs = _moved_to_front(joint.outputs, first)
     loss, *beside = outputs[: joint.forward_outputs]
-    of_loss = ancestors([loss])  # type: ignore[list-item]
+    of_loss = ancestors([loss])
     costly = [any(map(has_flops, ancestors([node]) - of_loss)) if node else False for node in beside]
     kept = [True, *costly, *(True for _ in joint.gradients)]
     output.args = (tuple(itertools.compress(outputs, kept)),)
