@@ -129,7 +129,9 @@ def _finetune(
                 runs = (finetuning.finetune(run, folder, reporter, **how),)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt) or "interrupted"
-            reporter.say(f"{reason}; continue with the same command, --resume and --output {folder}")
+            kept = run_folder.RunFolder(folder).checkpoint.is_file()
+            how_on = f"continue with the same command, --resume and --output {folder}"
+            reporter.say(f"{reason}; {how_on if kept else 'there is no checkpoint to continue from yet'}")
             raise typer.Exit(130) from None
         summary.show(console, runs, folder)
 
@@ -296,6 +298,11 @@ def _errors_in_one_line() -> Iterator[None]:
         yield
     except (GTCompileError, ValueError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except BrokenPipeError:  # whoever read the output has gone
+        raise
+    except OSError as error:
+        typer.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
         raise typer.Exit(2) from error
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,13 +14,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    set_seed,
+)
 
 from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.tools import training
 from gtcompile.tools.finetuning import compare_with_full, finetune
+from gtcompile.tools.models import load_language_model
 from gtcompile.tools.preparation import Prepared, prepare
 from gtcompile.tools.progress import Reporter
+from gtcompile.tools.run_folder import RunFolder
 from gtcompile.tools.settings import Settings
 from gtcompile.tools.summary import Summary, comparison, notes, summary_from
 
@@ -221,6 +233,60 @@ def test_a_run_is_not_continued_with_other_settings(
         finetune(replace(settings, lr=0.5), finished[0], reporter(), resume=True)
 
 
+def test_a_run_is_not_continued_when_its_data_has_changed(settings: Settings, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(Path(settings.dataset).read_text())
+    run = replace(settings, dataset=str(data), method="full", max_eval_samples=1)
+    digest = prepare(run, weights=False).digest
+    write_run(tmp_path / "run", run, digest)
+    data.write_text(data.read_text().replace("number is 3", "number is 4"))
+    assert prepare(run, weights=False).digest != digest
+    with pytest.raises(ValueError, match="began with other examples"):
+        finetune(run, tmp_path / "run", reporter(), resume=True)
+
+
+def write_run(folder: Path, run: Settings, digest: str) -> None:
+    """A folder in which a run began, as far as `resume` looks before it loads a checkpoint."""
+    with closing(RunFolder(folder)) as begun:
+        begun.write_settings(run, {"examples": digest})
+
+
+def test_weights_that_the_checkpoint_lacks_are_told(settings: Settings, tmp_path: Path) -> None:
+    model = OPTForCausalLM.from_pretrained(settings.model)
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("layers.1.fc1.weight")}
+    model.save_pretrained(tmp_path / "lacking", state_dict=weights)
+    lacking = load_language_model(str(tmp_path / "lacking"))
+    assert lacking.begun_anew == ("model.decoder.layers.1.fc1.weight",)
+    assert load_language_model(settings.model).begun_anew == ()
+
+
+def test_weights_of_other_shapes_and_broken_files_are_refused_by_name(
+    settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(settings.model, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**config, "ffn_dim": 48}))
+    with pytest.raises(ValueError, match=r"fc1.* is \[32.* in the file and \[48.* by config.json"):
+        load_language_model(str(tmp_path / "own"))
+    weights = next((tmp_path / "own").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:9000])
+    with pytest.raises(ValueError, match=r"could not load the model of .*own"):
+        load_language_model(str(tmp_path / "own"))
+
+
+def test_an_answer_longer_than_an_encoder_decoders_positions_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 260}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 24}
+    BartForConditionalGeneration(BartConfig(**sizes, **heads, **widths)).save_pretrained(tmp_path / "bart")
+    run = replace(settings, model=str(tmp_path / "bart"), max_new_tokens=32)
+    with pytest.raises(ValueError, match="32 tokens is longer than the model's 24 positions"):
+        prepare(run)
+    assert prepare(replace(run, max_new_tokens=24)).collate.target_length <= 24
+
+
 def test_there_is_nothing_to_resume_in_an_empty_folder(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to resume"):
         finetune(settings, tmp_path, reporter(), resume=True)
@@ -281,6 +347,7 @@ def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Sett
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"lr": float("inf")}, "--lr: expected greater than 0 and finite, got inf"),
         ({"budget": 0.0}, r"--budget: expected in \(0, 1\], got 0.0"),
         ({"budget": float("nan")}, "--budget"),
         ({"activation_memory_budget": 1.5}, r"--activation-memory-budget: expected in \[0, 1\], got 1.5"),

@@ -1,5 +1,6 @@
 """A fine-tuning run from settings to summary, and the full run beside it."""
 
+import contextlib
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -7,6 +8,7 @@ from time import perf_counter
 import torch
 import transformers
 
+from gtcompile.errors import some
 from gtcompile.ranks import Ranks
 from gtcompile.restoration import restored, temporarily_training
 from gtcompile.tools.evaluation import generate_answers, score
@@ -53,13 +55,37 @@ def finetune(
             missing or does not fit.
         StoppedEarlyError: Ctrl-C; `resume` continues.
     """
-    folder = RunFolder(output, writes=ranks.rank == 0)
+    with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder:
+        return _finetune(
+            settings,
+            folder,
+            reporter,
+            resume=resume,
+            evaluate_before=evaluate_before,
+            log_to=log_to,
+            ranks=ranks,
+        )
+
+
+def _finetune(
+    settings: Settings,
+    folder: RunFolder,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    evaluate_before: bool,
+    log_to: str | None,
+    ranks: Ranks,
+) -> Summary:
+    output = folder.path
     trace = open_trace(log_to if folder.writes else None, output)
     finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
     if finished is not None:
         reporter.say(f"the run in {output} is finished")
         return finished
     prepared = prepare(settings, rank=ranks.rank)
+    if resume:
+        folder.check_same_examples(prepared.digest)
     _introduce(prepared, reporter)
     torch.compiler.reset()
     transformers.set_seed(settings.seed + ranks.rank)
@@ -165,11 +191,16 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
         return None
     folder.check_same_run(settings)
     values = folder.read_summary()
-    return None if values is None else summary_from(values)
+    if values is not None:
+        return summary_from(values)
+    folder.hold()
+    return None
 
 
 def _introduce(prepared: Prepared, reporter: Reporter) -> None:
     reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
+    if anew := prepared.language.begun_anew:
+        reporter.say(f"weights: the checkpoint lacks {some(anew)}, which begin at random")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
     reporter.say(f"data: {prepared.task}")
     reporter.say(

@@ -23,7 +23,7 @@ from gtcompile.tools.models import model_on_meta, model_with_values
 from gtcompile.tools.places import block_of_parameter
 from gtcompile.tools.preparation import prepare
 from gtcompile.tools.run_record import RunRecord, is_run, read_run
-from gtcompile.tools.settings import Settings
+from gtcompile.tools.settings import Settings, check_budget_option
 from gtcompile.tools.trainees import random_batch
 
 Batch = Mapping[str, Any]
@@ -181,6 +181,9 @@ def inspect_model(
     for name, value in shape.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    check_budget_option(budget)
+    if importances is not None:
+        measured_importance(importances)
     if is_run(Path(model)):
         return inspect_run(Path(model), budget, importances, progress=progress)
     wanted = DEFAULT_BUDGET if budget is None else budget
@@ -231,6 +234,8 @@ def inspect_dataset(
     Raises:
         ValueError, GTCompileError: as for a run.
     """
+    if importances is not None:
+        measured_importance(importances)
     prepared = prepare(settings, weights=False)
     made, batch = prepared.language.model, prepared.collate(prepared.examples[: settings.batch_size])
     traced = _trace(settings.model, made, batch, None, progress)
@@ -411,12 +416,26 @@ def read_importance(path: Path, costs: BackwardCosts) -> dict[str, float]:
     Raises:
         ValueError: the file is not that of an adaptive run of this model.
     """
-    try:
-        measured = json.loads(path.read_text("utf-8"))[-1]["importance"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not the selections.json of a run: {error}") from error
-    if not measured:
-        raise ValueError(f"{path} holds no importances; only a run with --method adaptive measures them")
+    measured = measured_importance(path)
     if unknown := sorted(measured.keys() - costs.fqns):
         raise ValueError(f"{path} is of another model: it names {unknown[0]}, which this one does not train")
     return {fqn: measured.get(fqn, 0.0) for fqn in sorted(costs.fqns)}
+
+
+def measured_importance(path: Path) -> dict[str, float]:
+    """What the last selection in a run's `selections.json` measured, by FQN.
+
+    Raises:
+        ValueError: the file is not that of an adaptive run.
+    """
+    try:
+        measured: dict[str, float] = json.loads(path.read_text("utf-8"))[-1]["importance"]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the selections.json of a run: expected a list of selections"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not the selections.json of a run: {error}") from error
+    if not measured:
+        raise ValueError(f"{path} holds no importances; only a run with --method adaptive measures them")
+    return measured

@@ -11,7 +11,7 @@ from gtcompile.errors import GTCompileError
 from gtcompile.explanations import compare_trained_sets, explain
 from gtcompile.tools.graph_exports import check_format, export_graph
 from gtcompile.tools.inspection import Inspection
-from gtcompile.tools.inspection_text import show, show_difference, show_why, trained_set
+from gtcompile.tools.inspection_text import check_order, show, show_difference, show_why, trained_set
 from gtcompile.tools.report import write_report
 
 WIDTH = 100
@@ -47,6 +47,7 @@ class Outputs:
         """
         if self.top < 0:
             raise ValueError(f"--top: expected at least 0, got {self.top}")
+        check_order(self.order)
         if self.export is not None:
             check_format(self.export)
         for option, path in (("--html", self.html), ("--export", self.export)):

@@ -72,14 +72,23 @@ def headline(inspection: Inspection) -> str:
     )
 
 
+def check_order(order: str) -> None:
+    """Refuse what parameters cannot be sorted by.
+
+    Raises:
+        ValueError: listing what they can be sorted by.
+    """
+    if order != "name" and order not in ORDERS:
+        raise ValueError(f"--sort: expected one of name, {', '.join(ORDERS)}, got {order!r}")
+
+
 def chosen_rows(inspection: Inspection, only: str | None, order: str) -> list[dict[str, Any]]:
     """Rows of the parameters that have these path segments, in this order.
 
     Raises:
         ValueError: none has, or the order is unknown.
     """
-    if order != "name" and order not in ORDERS:
-        raise ValueError(f"--sort: expected one of name, {', '.join(ORDERS)}, got {order!r}")
+    check_order(order)
     rows = inspection.rows()
     if only is not None:
         names = [row["parameter"] for row in rows]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,8 @@ class LanguageModel:
     """Has an end-of-sequence and a padding token."""
     tokenizer_origin: str
     """Where the tokenizer comes from, for the report."""
+    begun_anew: tuple[str, ...] = ()
+    """Parameters that the checkpoint lacks, so that they begin at random."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -65,10 +68,10 @@ def load_language_model(
         ValueError: the model or the tokenizer could not be loaded, or do not fit each other.
     """
     own = load_demo()[1] if name == DEMO else None
-    model = load_model(name) if weights else model_on_meta(name)
+    model, begun_anew = _load_weights(name) if weights else (model_on_meta(name), ())
     tokenizer, origin = _tokenizer(name, tokenizer_name, model.config, own)
     _complete(tokenizer, model)
-    return LanguageModel(model.train(), tokenizer, origin)
+    return LanguageModel(model.train(), tokenizer, origin, begun_anew)
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -77,16 +80,28 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         ValueError: it could not be loaded.
     """
+    return _load_weights(name)[0]
+
+
+def _load_weights(name: str) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model with its weights, and the names of those that its checkpoint lacks."""
     if name == DEMO:
-        return load_demo()[0]
+        return load_demo()[0], ()
     config = load_config(name)
     if _lacks_weights(name):
         raise ValueError(
             f"{name!r} has a configuration and no weights: expected {' or '.join(WEIGHTS)} beside it; "
             f"gtcompile inspect and bench need none"
         )
-    model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
-    return model
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, told = _load("model", name, _auto_class(config), config=config, **options)
+    if told["mismatched_keys"]:
+        fqn, saved, own = min(told["mismatched_keys"])
+        raise ValueError(
+            f"the weights of {name!r} do not fit its configuration: {fqn} is {list(saved)} in the file and "
+            f"{list(own)} by config.json"
+        )
+    return model, tuple(sorted(told["missing_keys"]))
 
 
 def model_with_values(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
@@ -176,7 +191,7 @@ def _looks_local(name: str) -> bool:
 def _load(what: str, name: str, auto_class: Any, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "config" in options and "Unrecognized configuration class" in str(error):
             raise ValueError(_not_a_language_model(name, options["config"], error)) from error
         reason = str(error).strip().partition("\n")[0]

@@ -15,6 +15,7 @@ from gtcompile.tools.models import load_model
 from gtcompile.tools.onnx_export import Batch, Export, export_onnx
 from gtcompile.tools.onnx_step import OptimizerName, Update
 from gtcompile.tools.run_record import is_run, read_run
+from gtcompile.tools.settings import check_budget_option
 from gtcompile.tools.trainees import random_batch
 
 
@@ -55,6 +56,7 @@ def export(
     for option, count in (("batch-size", batch_size), ("length", length), ("target-length", target_length)):
         if count < 1:
             raise ValueError(f"--{option}: expected at least 1, got {count}")
+    check_budget_option(budget)
     check_writable("--onnx", path)
     model, batch = _model_and_batch(name, batch_size, length, target_length)
     trained: Sequence[str] | frozenset[str] | None = train

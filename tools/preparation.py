@@ -1,11 +1,14 @@
 """Settings to a model, encoded examples and the one shape of the run: all that can fail before training."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gtcompile.tools.batches import Collator, Encoded, Encoder, collator_for, epoch_order
+from gtcompile.tools.causality import check_causal
 from gtcompile.tools.models import LanguageModel, load_language_model
 from gtcompile.tools.settings import Compiler, Settings
 from gtcompile.tools.tasks import Task, load_task
@@ -60,6 +63,15 @@ class Prepared:
             rank=self.rank,
             ranks=settings.processes,
         )
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is learned and answered, as token ids: another file or tokenizer gives another."""
+        tokens = hashlib.sha256()
+        for example in (*self.examples, *self.prompts):
+            for part in (example.prompt, example.answer):
+                tokens.update(array("q", (len(part), *part)).tobytes())
+        return tokens.hexdigest()
 
     @property
     def real_tokens(self) -> float:
@@ -118,6 +130,8 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
         batch_size=settings.batch_size,
         limit=encode.max_length,
     )
+    if weights and not language.encoder_decoder:
+        check_causal(language.model, examples[0].prompt + examples[0].answer)
     return Prepared(
         settings=settings,
         task=task,
@@ -146,8 +160,14 @@ def _length_limit(settings: Settings, language: LanguageModel, max_new_tokens: i
     Raises:
         ValueError: there is no room for a prompt beside the answer.
     """
-    positions = getattr(language.model.config, "max_position_embeddings", None) or settings.max_length
+    known = getattr(language.model.config, "max_position_embeddings", None)
+    positions = known or max(settings.max_length, max_new_tokens)
     limit = min(settings.max_length, positions)
+    if language.encoder_decoder and max_new_tokens > positions:
+        raise ValueError(
+            f"an answer of {max_new_tokens} tokens is longer than the model's {positions} positions; "
+            f"lower --max-new-tokens"
+        )
     if not language.encoder_decoder and limit - max_new_tokens < 16:
         raise ValueError(
             f"{limit} tokens leave no room for a prompt beside an answer of {max_new_tokens}; "

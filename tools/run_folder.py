@@ -1,9 +1,11 @@
 """The folder a run writes: settings, metrics, selections, checkpoint, model and summary."""
 
 import json
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gtcompile.tools.checkpoints import (
     load_checkpoint,
@@ -14,6 +16,14 @@ from gtcompile.tools.checkpoints import (
 )
 from gtcompile.tools.models import LanguageModel
 from gtcompile.tools.settings import Settings
+
+if sys.platform == "win32":  # which knows no such locks
+    fcntl = None
+else:
+    import fcntl
+
+LOCK = ".lock"
+"""File that the process which writes to a folder has locked; it stays, empty."""
 
 
 class RunFolder:
@@ -30,6 +40,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
+        self._lock: IO[str] | None = None
 
     def check_new(self) -> None:
         """Refuse a path where something is.
@@ -46,6 +57,37 @@ class RunFolder:
                 f"the output folder {self.path} is not empty. "
                 f"Choose another --output, or continue the run in it with --resume."
             )
+        self._check_writable()
+
+    def _check_writable(self) -> None:
+        place = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()
+        except OSError as error:
+            raise ValueError(
+                f"the output {self.path} cannot be written: {place}: {error.strerror}"
+            ) from error
+
+    def hold(self) -> None:
+        """Keep other processes from writing to the folder, until `close` or the end of this one.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        if not self.writes or fcntl is None:
+            return
+        self._lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"another process is writing to the output folder {self.path}") from error
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def check_same_run(self, settings: Settings) -> None:
         """Refuse to continue a run with other settings.
@@ -60,15 +102,36 @@ class RunFolder:
         if differences:
             raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
 
+    def check_same_examples(self, digest: str) -> None:
+        """Refuse to continue a run on other examples.
+
+        Args:
+            digest: of the examples; runs of older versions kept none.
+
+        Raises:
+            ValueError: the run began with others.
+        """
+        began = json.loads((self.path / "run.json").read_text("utf-8")).get("examples", digest)
+        if began != digest:
+            raise ValueError(
+                f"the run in {self.path} began with other examples: data or tokenizer have changed since"
+            )
+
     def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
         """Begin the folder.
 
         Args:
             settings: the run's.
-            batch: what `described_batch` says of its batches.
+            batch: what `described_batch` says of its batches, and the digest of its examples.
+
+        Raises:
+            ValueError: another process began a run here.
         """
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.hold()
+            if (self.path / "run.json").exists():
+                raise ValueError(f"another run was begun in {self.path} meanwhile; choose another --output")
             write_json(self.path / "run.json", {**settings.as_dict(), **batch})
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:

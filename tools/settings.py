@@ -1,5 +1,6 @@
 """Everything a fine-tuning run depends on."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,11 +85,11 @@ class Settings:
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             _expect(value is None or value >= 1, name, "at least 1", value)
-        _expect(0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
+        check_budget_option(self.budget)
         share = self.activation_memory_budget
         _expect(0 <= share <= 1, "activation_memory_budget", "in [0, 1]", share)
-        _expect(self.lr > 0, "lr", "greater than 0", self.lr)
-        _expect(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _expect(0 < self.lr < math.inf, "lr", "greater than 0 and finite", self.lr)
+        _expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
         _expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
         _expect(self.method in get_args(Method), "method", f"one of {_listed(Method)}", self.method)
         _expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
@@ -120,6 +121,15 @@ class Settings:
             for field in fields(self)
             if saved.get(field.name) != own[field.name]
         ]
+
+
+def check_budget_option(budget: float | None) -> None:
+    """Refuse a `--budget` that is no share, before any work.
+
+    Raises:
+        ValueError: it is outside (0, 1].
+    """
+    _expect(budget is None or 0 < budget <= 1, "budget", "in (0, 1]", budget)
 
 
 def _expect(condition: bool, name: str, expected: str, value: object) -> None:

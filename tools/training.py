@@ -121,7 +121,9 @@ class Training:
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             described = described_batch(batches[0], self.prepared.collate.shape)
-            self.folder.write_settings(self.prepared.settings, described)
+            self.folder.write_settings(
+                self.prepared.settings, {**described, "examples": self.prepared.digest}
+            )
         self.selections.append({"epoch": self.epoch, **plan.as_dict(), **measured})
         self.folder.write_selections(self.selections)
         self.save()
