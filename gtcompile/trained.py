@@ -22,6 +22,7 @@ from gtcompile.joint import names_of
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
+_expected = WeakIdKeyDictionary()  # the keys: parameters of compiled blocks, whether or not these have run
 _outside = WeakIdKeyDictionary()  # the keys: parameters of compiled models that eager code alone used so far
 _generation = itertools.count(1)
 _current_generation = 0
@@ -160,6 +161,7 @@ def expect_region(parameters: Iterable[nn.Parameter]) -> None:
     Those that eager code turns out to use, of blocks that Dynamo does not capture, are frozen as such then.
     """
     for parameter in map(sharded, parameters):
+        _expected[parameter] = True
         if parameter in _frozen:
             parameter.requires_grad_(True)
 
@@ -186,8 +188,8 @@ def enter_shards(model: nn.Module) -> None:
 def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
     """Forget that parameters belong to regions or to the eager rest: their model is not compiled any more."""
     for parameter in map(sharded, parameters):
-        _in_region.pop(parameter, None)
-        _outside.pop(parameter, None)
+        for known in (_in_region, _expected, _outside):
+            known.pop(parameter, None)
 
 
 def uses_compiled_code(model: nn.Module) -> bool:
@@ -216,7 +218,8 @@ def _is_outside(parameter: nn.Parameter, compiled: bool) -> bool:
     """Whether eager code alone uses a parameter of a model that is compiled or is not."""
     if parameter in _in_region:
         return False
-    return not compiled or parameter in _outside or not parameter.requires_grad
+    expected = compiled or parameter in _expected  # whatever was put around the block since
+    return not expected or parameter in _outside or not parameter.requires_grad
 
 
 def _freeze(parameter: nn.Parameter, *, outside: bool) -> None:
