@@ -22,6 +22,7 @@ from gtcompile.torch_internals import (
     dynamo_graph_capture_for_export,
     is_traceable_wrapper_subclass,
     reentrant_checkpoints_passed_over,
+    settings_not_logged,
     told_to_be_compiled,
     tracing,
 )
@@ -106,7 +107,7 @@ def _static_and_quiet() -> Iterator[None]:
     loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
     ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
     settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
-    with settings, captured_as_compiled(), warnings.catch_warnings():
+    with settings, settings_not_logged(), captured_as_compiled(), warnings.catch_warnings():
         # Side effects (a cached rotary table, say) stay in the forward: there is none to replay them in.
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield

@@ -47,6 +47,7 @@ from torch._decomp import get_decompositions  # noqa: E402
 
 # Marks a size of an example as one that may change.
 from torch._dynamo import mark_dynamic  # noqa: E402
+from torch._dynamo import utils as dynamo_utils  # noqa: E402
 
 # The backend route: AOTAutograd over a graph that Dynamo captured.
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
@@ -156,6 +157,16 @@ def captured_as_compiled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def settings_not_logged() -> Iterator[None]:
+    """Have Dynamo keep its settings out of its log of compilations.
+
+    torch 2.11 cannot write `ignore_logging_functions`, and prints a traceback after every capture.
+    """
+    with mock.patch.object(dynamo_utils, "_get_dynamo_config_for_logging", return_value=None):
+        yield
+
+
+@contextlib.contextmanager
 def told_to_be_compiled() -> Iterator[None]:
     """Have `torch.compiler.is_compiling()` be true in models that are traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
@@ -221,6 +232,7 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "no_autocast",
     "reentrant_checkpoints_passed_over",
+    "settings_not_logged",
     "told_to_be_compiled",
     "tracing",
     "tree_map",
