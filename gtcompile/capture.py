@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -311,8 +312,12 @@ def _renumbered(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph with its names numbered without gaps: then a node has one name in all reports."""
     graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
     twin: dict[fx.Node, fx.Node] = {}
+    inputs: Counter[str] = Counter()
     for node in module.graph.nodes:
-        name = node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
+        name = re.sub(r"_\d+$", "", node.name)
+        if node.op == "placeholder":
+            inputs[name] += 1
+            name = f"{name}_{inputs[name]}"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), twin.__getitem__)
         twin[node] = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         twin[node].meta = node.meta

@@ -47,6 +47,8 @@ from torch._decomp import get_decompositions  # noqa: E402
 
 # Marks a size of an example as one that may change.
 from torch._dynamo import mark_dynamic  # noqa: E402
+
+# Where Dynamo writes its log of compilations.
 from torch._dynamo import utils as dynamo_utils  # noqa: E402
 
 # The backend route: AOTAutograd over a graph that Dynamo captured.

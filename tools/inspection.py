@@ -307,6 +307,7 @@ def _trace(
             raise
         reason = str(error).partition("\n")[0]
     model, weights = model_with_values(name, made.config)
+    model.config.use_cache = False
     if progress is not None:
         progress.print(f"{reason} without values: run once with {weights}", highlight=False, soft_wrap=True)
     values = f"{weights} and " + ("the first examples" if tokens is None else "random tokens")

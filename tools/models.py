@@ -109,14 +109,13 @@ def model_with_values(name: str, config: PretrainedConfig) -> tuple[PreTrainedMo
 
     Args:
         name: hub id, local directory, or `demo`.
-        config: of the model; a local directory without weights gives random ones, always the same.
+        config: of a model in a local directory without weights, which gets random ones, always the same.
 
     Raises:
         ValueError: it could not be loaded.
     """
-    if name != DEMO and not _lacks_weights(name):
-        model: PreTrainedModel = _load("model", name, _auto_class(config), config=config, dtype=torch.float32)
-        return model.train(), f"the weights of {name}"
+    if not _lacks_weights(name):
+        return load_model(name).train(), f"the weights of {name}"
     torch.manual_seed(0)
     made: PreTrainedModel = _auto_class(config).from_config(config, dtype=torch.float32)
     return made.train(), "random weights"
