@@ -49,7 +49,7 @@ def needs_gradient(tensor: torch.Tensor) -> bool:
     if tensor.grad_fn is None:
         return _leaf_wants(tensor)
     known = _metadata(tensor.grad_fn).get(_WANTED)  # a checkpointed block asks again
-    if known is None and (keeps_asking() or any(leaf.requires_grad for leaf in _embedded)):
+    if known is None and (keeps_asking() or _is_forced_leaf_alive()):
         known = _metadata(tensor.grad_fn)[_WANTED] = _reaches_wanted(tensor.grad_fn)
     return known is not False
 
@@ -90,6 +90,11 @@ def _notice(_module: nn.Module, _inputs: object, output: object) -> None:
         return
     if torch.is_grad_enabled() and output.grad_fn is None:
         _embedded[output] = True
+
+
+def _is_forced_leaf_alive() -> bool:
+    # the length first: every block asks, and walking over weak references takes longer than all the rest
+    return len(_embedded) > 0 and any(leaf.requires_grad for leaf in _embedded)
 
 
 def _leaf_wants(leaf: torch.Tensor) -> bool:

@@ -18,7 +18,13 @@ from gtcompile.partitions import HoistingPartitioner
 from gtcompile.parts import InductorParts, resumable_compilation, without_donation
 from gtcompile.plans import Plan, PlanOptions, Plans
 from gtcompile.region_graph import Live, input_name
-from gtcompile.torch_internals import aot_autograd, compile_fx, compile_fx_inner, current_autograd_node
+from gtcompile.torch_internals import (
+    aot_autograd,
+    compile_fx,
+    compile_fx_inner,
+    current_autograd_node,
+    innermost_fn,
+)
 
 PLAN = "gtcompile.plan"
 """Key of the plan in the metadata of a region's autograd node."""
@@ -60,7 +66,8 @@ class HoistedVariants:
         partitioner = HoistingPartitioner(memory_budget)
         with without_donation():
             compile_region = self._generate_code if compiler == "inductor" else self._take_operators
-            self._code = compile_region(graph, example_inputs, partitioner)
+            code = compile_region(graph, example_inputs, partitioner)
+        self._code = innermost_fn(code)  # regions run where Dynamo is disabled already
         if partitioner.partition is None:
             raise NoBackwardError
         self._tangents = partitioner.partition.tangents

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,6 +56,7 @@ class RegionOptions:
 LIVE_SETS_KEPT = 256
 """Sets of live gradients a region remembers to have checked; the oldest is forgotten."""
 NOTHING: Live = frozenset()
+_hooks_of = operator.attrgetter("_backward_hooks")
 
 
 class Region:
@@ -67,6 +69,7 @@ class Region:
         tensors = [
             i for i in positions if isinstance(example_inputs[i], torch.Tensor) and i not in self._parameters
         ]
+        self._parameters_among = pick(self._parameters)
         self._activations = [i for i in tensors if example_inputs[i].requires_grad]
         self._differentiable = torch.is_grad_enabled() and any(map(requires_grad, example_inputs))
         self._tracing_context = TracingContext.get()
@@ -153,11 +156,10 @@ class Region:
 
     def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
         """The inputs, with stand-ins for frozen parameters with hooks, which autograd calls with None."""
-        hooked = [i for i in self._parameters if inputs[i]._backward_hooks and i not in live]
-        if not hooked:
+        if not any(map(_hooks_of, self._parameters_among(inputs))):
             return inputs
         replaced = list(inputs)
-        for i in hooked:
+        for i in (i for i in self._parameters if inputs[i]._backward_hooks and i not in live):
             replaced[i] = inputs[i].detach().requires_grad_(inputs[i].requires_grad)
         return replaced
 
@@ -214,10 +216,11 @@ class Region:
             self._lives.clear()
             self._generation = trained.generation()
         wanted = [i for i in self._activations if wants_gradient(inputs[i])]
-        key = (*wanted, *map(id, [inputs[i] for i in self._parameters]))
+        parameters = self._parameters_among(inputs)
+        key = (*wanted, *map(id, parameters))
         live = self._lives.get(key)
         if live is None:
-            trained.enter_region(inputs[i] for i in self._parameters)
+            trained.enter_region(parameters)
             live = frozenset(i for i in self._parameters if trained.is_trained(inputs[i])).union(wanted)
             self._lives[key] = live
         return live
@@ -236,6 +239,13 @@ def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
             detached[i] = end(outputs[i])
     return detached
+
+
+def pick(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that takes the values at some positions of a sequence, faster than a comprehension."""
+    if len(positions) < 2:  # of which `itemgetter` makes no tuple
+        return lambda values: [values[i] for i in positions]
+    return operator.itemgetter(*positions)
 
 
 def requires_grad(value: object) -> bool:

@@ -54,6 +54,9 @@ from torch._dynamo import utils as dynamo_utils  # noqa: E402
 # The backend route: AOTAutograd over a graph that Dynamo captured.
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
+# What a function wraps for which Dynamo is disabled.
+from torch._dynamo.eval_frame import innermost_fn  # noqa: E402
+
 # Dynamo: the error it raises on what it cannot capture, and counters of its captures.
 from torch._dynamo.exc import TorchDynamoException  # noqa: E402
 
@@ -229,6 +232,7 @@ __all__ = [
     "has_symbolic_numbers",
     "inductor_config",
     "inductor_state",
+    "innermost_fn",
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "min_cut_rematerialization_partition",

@@ -628,7 +628,7 @@ def test_whatever_is_trained_first_nothing_is_captured_afterwards(family, first)
     expected = reference_gradients(model, batch)
     with count_flops() as counter:
         step(model, batch)
-    assert_same_gradients(model, expected, rtol=1e-6, atol=1e-7)
+    assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
     assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
     seen = captures()
     step(model, batch)  # the same set once more, outside of the first forward
@@ -636,7 +636,7 @@ def test_whatever_is_trained_first_nothing_is_captured_afterwards(family, first)
         train_only(model, trained)
         expected = reference_gradients(model, batch)
         step(model, batch)
-        assert_same_gradients(model, expected, rtol=1e-6, atol=1e-7)
+        assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
     assert captures() == seen
 
 
@@ -680,7 +680,7 @@ def test_in_each_stack_only_the_block_where_the_backward_ends_runs_without_its_c
         by_operators.clear()
         with count_flops() as counter:
             step(model, batch)
-        assert_same_gradients(model, expected, rtol=1e-6, atol=1e-7)
+        assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
         assert counter.get_total_flops() == costs.step_flops(trained)
         assert len(by_operators) == len(set(by_operators)), "blocks of a stack share their plans"
         most.add(len(by_operators))

@@ -179,8 +179,9 @@ def test_contenders_take_turns_and_prepare_untimed() -> None:
         )
         for name in "ab"
     }
-    times = alternate(contenders, 2, CPU)
-    assert order == ["prepare a", "a", "prepare b", "b", "prepare b", "b", "prepare a", "a"]
+    times = alternate(contenders, 2, CPU, runs=2)
+    turn = {name: [f"prepare {name}", name, name] for name in "ab"}
+    assert order == [*turn["a"], *turn["b"], *turn["b"], *turn["a"]]
     assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
 
 

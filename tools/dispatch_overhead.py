@@ -12,6 +12,8 @@ from gtcompile.tools.rivals import Workload
 
 CALLS = 2000
 """Calls of which the fastest counts: what else runs on the machine only ever adds."""
+CALLS_PER_TURN = 200
+"""Of one block before the other's turn."""
 WARM_UP = 5
 """Calls before those timed: removing the hook, say, may have Dynamo look again."""
 
@@ -47,15 +49,14 @@ class Dispatch:
 
 
 def measure_dispatch(workload: Workload, calls: int = CALLS) -> Dispatch:
-    """Time calls of a block of the workload's kind at the smallest size."""
+    """Time calls of a block of the workload's kind at the smallest size; random numbers are generated."""
     tiny = replace(workload, layers=2, hidden=64, vocabulary=64, rows=1, length=4)
-    plain, hoisted = tiny.model(), compile_blocks(tiny.model())
+    plain, hoisted = tiny.model(), compile_blocks(tiny.model(), random="compiler")
     for name in find_blocks(plain):
         block = plain.get_submodule(name)
         block.forward = torch.compile(block.forward)
-    return Dispatch(
-        plain=_fastest(_call_of(plain, tiny), calls), hoisted=_fastest(_call_of(hoisted, tiny), calls)
-    )
+    blocks = {name: _call_of(model, tiny) for name, model in (("plain", plain), ("hoisted", hoisted))}
+    return Dispatch(**_fastest(blocks, calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class _Call:
     named: Mapping[str, object]
 
     def input(self) -> torch.Tensor:
-        """The hidden states, as if another block had computed them."""
+        """The hidden states with a history, as if eager code had computed them."""
         return self.hidden * 1
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -91,17 +92,26 @@ def _call_of(model: nn.Module, workload: Workload) -> _Call:
     return given[0]
 
 
-def _fastest(call: _Call, calls: int) -> CallTimes:
-    for _ in range(WARM_UP):
-        call(call.input()).sum().backward()
-    return CallTimes(
-        forward_us=min(_forward_seconds(call) for _ in range(calls)) * 1e6,
-        backward_us=min(_backward_seconds(call) for _ in range(calls)) * 1e6,
-    )
+def _fastest(blocks: Mapping[str, _Call], calls: int) -> dict[str, CallTimes]:
+    """Of each block, in turns."""
+    for call in blocks.values():
+        for _ in range(WARM_UP):
+            call(call.input()).sum().backward()
+    forward: dict[str, list[float]] = {name: [] for name in blocks}
+    backward: dict[str, list[float]] = {name: [] for name in blocks}
+    for done in range(0, calls, CALLS_PER_TURN):
+        for name, call in blocks.items():
+            turn = range(min(CALLS_PER_TURN, calls - done))
+            forward[name].append(min(_forward_seconds(call) for _ in turn))
+            backward[name].append(min(_backward_seconds(call) for _ in turn))
+    return {
+        name: CallTimes(forward_us=min(forward[name]) * 1e6, backward_us=min(backward[name]) * 1e6)
+        for name in blocks
+    }
 
 
 def _forward_seconds(call: _Call) -> float:
-    hidden = call.input()
+    hidden = call(call.hidden)  # as in a model, where another block has computed them
     start = time.perf_counter()
     output = call(hidden)
     taken = time.perf_counter() - start

@@ -69,9 +69,9 @@ class Contender:
 
 
 def alternate(
-    contenders: Mapping[Key, Contender], rounds: int, device: torch.device
+    contenders: Mapping[Key, Contender], rounds: int, device: torch.device, runs: int = 1
 ) -> dict[Key, list[float]]:
-    """Wall seconds of each contender in each round.
+    """Wall seconds of each contender in each round, of the fastest of some runs.
 
     They take turns, every other round in reverse, so that what else happens on the machine falls on all of
     them.
@@ -81,7 +81,7 @@ def alternate(
     for _ in range(rounds):
         for key in order:
             contenders[key].prepare()
-            times[key].append(seconds(contenders[key].run, device))
+            times[key].append(min(seconds(contenders[key].run, device) for _ in range(runs)))
         order.reverse()
     return times
 

@@ -296,7 +296,7 @@ class Effort:
     slow_sets: int
     """New trained sets for those that compile."""
     rounds: int
-    """In which each trial of the steady state is timed once."""
+    """In which each trial of the steady state takes one turn."""
     seed: int
     """Of trained sets and importances."""
     depths: Sequence[int] = DEPTHS
