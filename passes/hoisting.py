@@ -228,8 +228,13 @@ def _leaf_module(
 
 
 def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
-    """What these outputs need of a backward graph, which after partitioning has no side effects."""
+    """What these outputs need of a backward graph, which after partitioning has no side effects.
+
+    Sizes are inputs of every part: guards that Inductor keeps with code on the disk are on such inputs alone.
+    """
+    placeholders = backward.graph.find_nodes(op="placeholder")
     needed = ancestors(node for node in outputs if node is not None)
+    needed |= {node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt)}
     graph = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
     for node in backward.graph.nodes:
@@ -237,7 +242,6 @@ def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part
             twin[node] = graph.node_copy(node, twin.__getitem__)
     result = graph.output(tuple(None if node is None else twin[node] for node in outputs))
     result.meta = dict(backward.graph.output_node().meta)
-    placeholders = backward.graph.find_nodes(op="placeholder")
     read = tuple(index for index, node in enumerate(placeholders) if node in needed)
     return Part(fx.GraphModule(backward, graph), read)
 

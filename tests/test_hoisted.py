@@ -386,6 +386,35 @@ def test_a_checkpointed_block_with_dropout_draws_the_same_again(compiler, reentr
         assert_same_gradients(model, expected, rtol=tolerance, atol=tolerance)
 
 
+class Shrinking(nn.Module):
+    """Blocks that each see a sequence a quarter as long as the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(4, 4, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv1d(4, 4, 4, stride=4), nn.GELU()) for _ in range(2))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden.square().mean()
+
+
+def test_sizes_that_code_from_the_disk_holds_for_are_guarded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    batch = {"inputs": torch.randn(2, 4, 319)}
+    for _ in range(2):  # the second time the code is there
+        forget_captures()
+        model = compile_blocks(Shrinking())
+        train_only(model, ["stem.*"])
+        for _ in range(2):
+            expected = reference_gradients(model, batch)
+            model(**batch).backward()
+            assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+            model.zero_grad()
+
+
 def test_the_compilers_own_random_numbers_can_be_asked_for():
     model, batch = Recipe(("dropout",) * 2).model(), make_batch()
     run = compiled(model, "inductor", random="compiler")
