@@ -20,7 +20,7 @@ from gtcompile.cuts import cut, is_cut
 from gtcompile.errors import CaptureError
 from gtcompile.first_forward import FirstForward
 from gtcompile.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
-from gtcompile.originals import uncompile_block
+from gtcompile.originals import compiled_forward, uncompile_block
 from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     """Undo `compile_blocks`: the model runs eagerly again, with the same parameters trained."""
     model = unwrap(model)
     for module in model.modules():
-        if isinstance(forward := vars(module).get("forward"), BlockForward):
+        if forward := compiled_forward(module):
             forward.first.forget()
             uncompile_block(module)
     unwatch_embeddings(model)
@@ -214,6 +214,8 @@ class BlockForward:
     it still looks as it did, and no guard fails. So is one that requires a gradient only because a forced
     leaf asks for it.
 
+    Retired it runs eagerly from then on, where a wrapper around it cannot let go of it.
+
     A copy of the block, deep or pickled, has the eager forward in its place: compiled code is bound to the
     parameters of this one.
     """
@@ -228,6 +230,7 @@ class BlockForward:
         self.eager = block.forward
         self.compiled = compiled
         self.first = first
+        self.retired = False
         self._block = block
         self._kind = kind
         self._decided: dict[int | str, bool] = {}
@@ -235,7 +238,7 @@ class BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        if not torch.is_grad_enabled() or compiled_code_stands_aside():
+        if self.retired or not torch.is_grad_enabled() or compiled_code_stands_aside():
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}

@@ -187,7 +187,7 @@ def inspect(
     }
     shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
     with _errors_in_one_line():
-        from gtcompile.tools import inspection, inspection_outputs
+        from gtcompile.tools import inspecting, inspection_outputs
 
         wanted = inspection_outputs.Outputs(
             only=only,
@@ -201,15 +201,15 @@ def inspect(
         )
         _quiet()
         if dataset is None:
-            result = inspection.inspect_model(
+            result = inspecting.inspect_model(
                 model, budget, **shape, importances=importances, progress=Console(stderr=True)
             )
         else:
-            share = inspection.DEFAULT_BUDGET if budget is None else budget
+            share = inspecting.DEFAULT_BUDGET if budget is None else budget
             run = Settings(
                 model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
-            result = inspection.inspect_dataset(run, importances, Console(stderr=True))
+            result = inspecting.inspect_dataset(run, importances, Console(stderr=True))
         inspection_outputs.put_out(inspection_outputs.output_console(), result, wanted)
 
 

@@ -48,27 +48,49 @@ def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
 @contextlib.contextmanager
 def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
     """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
-    compiled = {block: vars(block)["forward"] for block in compiled_blocks(model)}
-    for module in compiled:
+    outermost = {block: vars(block)["forward"] for block in compiled_blocks(model)}
+    ours = [compiled_forward(block) for block in outermost]
+    for module in outermost:
         uncompile_block(module)
     try:
         yield
     finally:
-        for module, forward in compiled.items():
+        for module, forward in outermost.items():
             module.forward = forward
+        for compiled in ours:
+            compiled.retired = False
 
 
 def uncompile_block(block: nn.Module) -> None:
-    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's."""
-    eager = vars(block)["forward"].eager
+    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's.
+
+    Where somebody has put a wrapper around it since, the wrapper stays, around what runs eagerly.
+    """
+    compiled = compiled_forward(block)
+    if vars(block)["forward"] is not compiled:
+        compiled.retired = True
+        return
     del block.forward
-    if block.forward != eager:
-        block.forward = eager
+    if block.forward != compiled.eager:
+        block.forward = compiled.eager
 
 
 def compiled_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules whose forward `compile_blocks` replaced."""
-    return [module for module in model.modules() if hasattr(vars(module).get("forward"), "compiled")]
+    return [module for module in model.modules() if compiled_forward(module) is not None]
+
+
+def compiled_forward(module: nn.Module) -> Any:
+    """The forward that `compile_blocks` gave a module, also behind what others put around it; None without.
+
+    Accelerate wraps a model's forward for mixed precision, and `functools.wraps` says what it wraps.
+    """
+    found, forward = None, vars(module).get("forward")
+    while forward is not None:
+        if hasattr(forward, "retired"):
+            found = forward  # the innermost: wrappers copy its attributes
+        forward = getattr(forward, "__wrapped__", None)
+    return None if found is None or found.retired else found
 
 
 @contextlib.contextmanager

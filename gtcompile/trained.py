@@ -19,6 +19,7 @@ from gtcompile import fully_sharded
 from gtcompile.capture import list_parameters, unwrap, without_replicas
 from gtcompile.fully_sharded import sharded, whole
 from gtcompile.joint import names_of
+from gtcompile.originals import compiled_forward
 
 _frozen = WeakIdKeyDictionary()  # parameter -> handle of the hook that drops stray gradients
 _in_region = WeakIdKeyDictionary()  # the keys: parameters whose gradients a compiled region computes
@@ -199,7 +200,7 @@ def uses_compiled_code(model: nn.Module) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this very module runs compiled code."""
-    return module._compiled_call_impl is not None or hasattr(module.forward, "compiled")
+    return module._compiled_call_impl is not None or compiled_forward(module) is not None
 
 
 def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:

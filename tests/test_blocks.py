@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -28,7 +29,7 @@ from gtcompile.plans import Plan, Plans
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.rivals import Compilations, compilations
 from gtcompile.torch_internals import TorchDynamoException
-from gtcompile.trained import train_only, trained_parameters
+from gtcompile.trained import train_only, trained_parameters, uses_compiled_code
 from tests.models import (
     RANDOM_LAYERS,
     WIDTH,
@@ -746,3 +747,32 @@ def test_frozen_blocks_that_run_eagerly_in_part_or_whole_take_what_is_predicted(
         assert_same_gradients(model, expected)
     said = [record.message for record in caplog.records if "runs eagerly" in record.message]
     assert len(said) == (kind is PassedOver)
+
+
+@pytest.mark.parametrize("blocks", [None, [""]])
+def test_compiled_blocks_are_found_behind_what_others_put_around_them(blocks):
+    model, batch = Stack([ResidualMLP() for _ in range(3)], tied=False), make_batch()
+    compile_blocks(model, blocks=blocks, compiler="eager")
+    compiled = [module for module in model.modules() if "forward" in vars(module)]
+    for module in compiled:  # as accelerate does it for mixed precision
+        module.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(module.forward))
+    trained = train_only(model, ["*1.*"])
+    for _ in range(2):
+        expected = reference_gradients(model, batch)
+        step(model, batch)
+        assert_same_gradients(model, expected)
+        model.zero_grad()
+    assert captures() > 0
+    assert set(selectable(model)) > trained
+    with pytest.raises(ValueError, match="compiled already"):
+        compile_blocks(model)
+    costs = backward_costs(model, batch)
+    uncompile_blocks(model)
+    assert not uses_compiled_code(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained == trained_parameters(model)
+    forget_captures()
+    with count_flops() as counter:
+        step(model, batch)
+    assert counter.get_total_flops() == costs.step_flops(trained)
+    assert_same_gradients(model, expected)
+    assert captures() == 0

@@ -13,7 +13,8 @@ from gtcompile.capture import capture
 from gtcompile.dependencies import costs_of
 from gtcompile.errors import BudgetError
 from gtcompile.tools import run_report
-from gtcompile.tools.inspection import Inspection, Traced, inspect_shape, inspection_of_run
+from gtcompile.tools.inspecting import Traced, inspect_shape, inspection_of_run
+from gtcompile.tools.inspection import Inspection
 from gtcompile.tools.models import model_with_values
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_record import RunRecord

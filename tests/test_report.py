@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, T5Config
 
 from gtcompile.explanations import alive_backward_nodes, explain
 from gtcompile.tools.finetuning import finetune
-from gtcompile.tools.inspection import inspect_run, inspect_shape
+from gtcompile.tools.inspecting import inspect_run, inspect_shape
 from gtcompile.tools.report import report_page, write_report
 from gtcompile.tools.settings import Settings
 from tests.test_finetuning import reporter

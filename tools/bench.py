@@ -17,7 +17,7 @@ from gtcompile.blocks import compile_blocks, find_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.selection import select_parameters
 from gtcompile.tools.flop_meter import count_step_flops
-from gtcompile.tools.inspection import read_importance
+from gtcompile.tools.known_importances import read_importance
 from gtcompile.tools.measurement import Spread, describe_machine, ratios, seconds, spread
 from gtcompile.tools.paper_models import draw_importance
 from gtcompile.tools.rivals import Rival, Trained, compilations, eager, plain_blocks

@@ -9,8 +9,8 @@ from torch import nn
 from gtcompile.dependencies import backward_costs
 from gtcompile.selection import select_parameters
 from gtcompile.tools.factories import call_factory, is_factory, language_model
-from gtcompile.tools.inspection import uniform_importance
 from gtcompile.tools.inspection_outputs import check_writable
+from gtcompile.tools.known_importances import uniform_importance
 from gtcompile.tools.models import load_model
 from gtcompile.tools.onnx_export import Batch, Export, export_onnx
 from gtcompile.tools.onnx_step import OptimizerName, Update

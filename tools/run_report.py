@@ -8,7 +8,7 @@ from torch import nn
 
 from gtcompile.capture import capture
 from gtcompile.restoration import everything_trainable
-from gtcompile.tools.inspection import Traced, inspection_of_run
+from gtcompile.tools.inspecting import Traced, inspection_of_run
 from gtcompile.tools.progress import Reporter
 from gtcompile.tools.report import write_report
 from gtcompile.tools.run_record import read_run
