@@ -139,9 +139,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+ROUNDED = {"recurrent": 1e-6}
+"""Models of which the last bits differ on some processors (seen on an AMD EPYC)."""
+
+
 @EVERY_WAY
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
-def test_training_leaves_what_eager_freezing_leaves(way, build):
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_leaves_what_eager_freezing_leaves(way, kind):
+    build = MODELS[kind]
     everything = selectable(build())
     sets = random_sets(everything, 2, seed=1)
 
@@ -156,7 +161,7 @@ def test_training_leaves_what_eager_freezing_leaves(way, build):
         run(**make_batch(9)).backward()
         return losses
 
-    assert_same_training(way, build, loop)
+    assert_same_training(way, build, loop, ROUNDED.get(kind, 0.0))
 
 
 class TiedOutside(nn.Module):

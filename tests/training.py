@@ -41,8 +41,17 @@ def freeze_eagerly(model: nn.Module, trained: Iterable[str] | None) -> None:
             parameter.grad = None
 
 
-def assert_same_training(way: Callable[[nn.Module], Any], build: Callable[[], nn.Module], loop: Loop) -> None:
-    """A loop leaves the same weights, gradients, buffers, random state and results behind, bit for bit."""
+def assert_same_training(
+    way: Callable[[nn.Module], Any], build: Callable[[], nn.Module], loop: Loop, tolerance: float = 0.0
+) -> None:
+    """A loop leaves the same weights, gradients, buffers, random state and results behind, bit for bit.
+
+    Args:
+        way: compiles a model.
+        build: makes it.
+        loop: trains it.
+        tolerance: absolute, where bits may differ.
+    """
     left = []
     for prepare, choose in ((way, train_only), (lambda model: model, freeze_eagerly)):
         torch.manual_seed(3)
@@ -54,4 +63,4 @@ def assert_same_training(way: Callable[[nn.Module], Any], build: Callable[[], nn
         left.append((tensors, gradients, result, torch.get_rng_state()))
     ours, theirs = left
     assert ours[1].keys() == theirs[1].keys(), ours[1].keys() ^ theirs[1].keys()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
