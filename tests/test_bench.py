@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, ViTConfig
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, ViTConfig
 from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
@@ -40,6 +40,10 @@ def perceptron() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def lonely() -> nn.Module:
     return Perceptron()
+
+
+def sized(width: int, /, depth: int = 2, *more: int, bias: bool, **rest: int) -> nn.Module:
+    raise AssertionError("called without its arguments")
 
 
 @pytest.fixture
@@ -191,3 +195,32 @@ def test_models_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
     assert "without --dtype" in refused("tests.test_bench:perceptron", "--dtype", "bfloat16")
     ViTConfig().save_pretrained(tmp_path)
     assert "cannot build a causal language model from the ViTConfig" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("command", [["bench"], ["inspect"], ["export", "--onnx", "step.onnx"]])
+def test_a_function_that_needs_arguments_is_refused_in_one_line(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "tests.test_bench:sized"])
+    assert result.exit_code == 2, result.output
+    (line,) = result.output.splitlines()
+    assert "called without arguments, but it needs width, bias;" in line
+
+
+@pytest.mark.parametrize("command", [["bench"], ["export", "--onnx", "step.onnx"]])
+def test_rows_beyond_positions_that_are_looked_up_are_refused_in_one_line(
+    tmp_path: Path, command: list[str]
+) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(**sizes, num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=8)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, [*command, str(tmp_path), "--length", "9"])
+    assert result.exit_code == 2, result.output
+    assert result.output == (
+        "error: OPTForCausalLM has 8 positions and does not run on 9 tokens; lower --length\n"
+    )
+    assert find_subject(str(tmp_path), CPU, **SHAPE).example["input_ids"].shape == (2, 8)
+
+
+def test_rows_beyond_positions_that_are_computed_are_measured(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=4).save_pretrained(tmp_path)
+    assert find_subject(str(tmp_path), CPU, **SHAPE).example["input_ids"].shape == (2, 8)

@@ -2,9 +2,10 @@
 
 import difflib
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
     The working directory is searched for the module as `python -m` would.
 
     Raises:
-        ValueError: no such module or function (names near ones), or the function returned something else.
+        ValueError: no such module or function (names near ones), arguments are needed, or no model came back.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -37,6 +38,12 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
         near = difflib.get_close_matches(function_name, dir(module), n=3)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise ValueError(f"{module_name} has no function {function_name!r}{hint}")
+    needed = _needed_arguments(function)
+    if needed:
+        raise ValueError(
+            f"expected {name} to be called without arguments, but it needs {', '.join(needed)}; name a "
+            f"function that calls it and returns the model"
+        )
     made = function()
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (batch is None or isinstance(batch, Mapping)):
@@ -45,6 +52,13 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
             f"got {type(made).__name__}"
         )
     return model, batch
+
+
+def _needed_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments without which a function cannot be called."""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
 def language_model(name: str, made: nn.Module) -> PreTrainedModel:

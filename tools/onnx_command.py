@@ -16,7 +16,7 @@ from gtcompile.tools.onnx_export import Batch, Export, export_onnx
 from gtcompile.tools.onnx_step import OptimizerName, Update
 from gtcompile.tools.run_record import is_run, read_run
 from gtcompile.tools.settings import check_budget_option
-from gtcompile.tools.trainees import random_batch
+from gtcompile.tools.trainees import check_length, random_batch
 
 
 def export(
@@ -78,4 +78,6 @@ def _model_and_batch(name: str, rows: int, length: int, target_length: int) -> t
     if batch is not None:
         return made.eval(), batch
     model = language_model(name, made)
-    return model.eval(), random_batch(model, batch_size=rows, length=length, target_length=target_length)
+    batch = random_batch(model, batch_size=rows, length=length, target_length=target_length)
+    check_length(model, batch)
+    return model.eval(), batch

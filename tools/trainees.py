@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gtcompile.capture import check_batch
+from gtcompile.restoration import restored
 from gtcompile.tools.factories import call_factory, is_factory, language_model
 from gtcompile.tools.models import model_with_random_weights
 
@@ -80,6 +81,7 @@ def find_subject(
     if batch is None:
         model = language_model(name, model)
         batch = random_batch(model, batch_size=batch_size, length=length, target_length=target_length)
+        check_length(model, batch)
         answer = f", {target_length} answer tokens" if model.config.is_encoder_decoder else ""
         shape = f"{batch_size} x {length} tokens{answer}"
     check_batch(model, batch)
@@ -107,3 +109,26 @@ def random_batch(
     ids = torch.randint(1, size, (batch_size, length))
     labels = ids if columns == length else torch.randint(1, size, (batch_size, columns))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.clone()}
+
+
+def check_length(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """See that a model runs on rows longer than its configuration's positions.
+
+    One row is tried: computed positions (rotary) go on, those that are looked up end. Nothing changes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[1], batch["labels"].shape[1])
+    if not isinstance(positions, int) or longest <= positions:
+        return
+    try:
+        with restored(model), torch.no_grad():
+            model(**{name: value[:1].to(model.device) for name, value in batch.items()})
+    except (IndexError, RuntimeError) as error:
+        lower = "--length or --target-length" if model.config.is_encoder_decoder else "--length"
+        raise ValueError(
+            f"{type(model).__name__} has {positions} positions and does not run on {longest} tokens; "
+            f"lower {lower}"
+        ) from error
