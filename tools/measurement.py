@@ -91,6 +91,11 @@ def ratios(times: Iterable[float], base: Iterable[float]) -> Spread:
     return spread(one / other for one, other in zip(times, base, strict=True))
 
 
+def fastest_ratio(times: Iterable[float], base: Iterable[float]) -> float:
+    """How many times as long one rival's fastest round took as another's: steadier on a busy machine."""
+    return min(times) / min(base)
+
+
 def verdict(value: float, target: float) -> str:
     """Whether a measurement keeps to its upper limit, said plainly."""
     return f"{'met' if value <= target else 'MISSED'} (at most {target:.3g})"
