@@ -8,11 +8,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gtcompile.packed_sequences import in_operators
 from gtcompile.torch_internals import FakeTensor, FakeTensorMode, tree_map, unset_fake_temporarily
 
 
-class NumbersOfLists(TorchFunctionMode):
-    """Has `torch.tensor` read the numbers of tensors in a list by an operator: else it reads their memory."""
+class NumbersByOperators(TorchFunctionMode):
+    """Has numbers in tensors read by an operator where torch reads their memory.
+
+    That is what `torch.tensor` does with tensors in a list, and what runs on packed sequences.
+    """
 
     def __torch_function__(
         self,
@@ -25,7 +29,7 @@ class NumbersOfLists(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
             args, kwargs = (_numbers(args[0]), *args[1:]), _type_of(args[0]) | kwargs
-        return func(*args, **kwargs)
+        return in_operators(func, args)(*args, **kwargs)
 
 
 def _numbers(nested: Any) -> Any:

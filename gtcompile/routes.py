@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from gtcompile.asked import trace_what_asks
 from gtcompile.joint import ONE_BATCH
-from gtcompile.known_values import NumbersOfLists, ValuesMode
+from gtcompile.known_values import NumbersByOperators, ValuesMode
 from gtcompile.random_states import random_state, restore_random_state
 from gtcompile.torch_internals import (
     FakeTensor,
@@ -88,7 +88,7 @@ def with_values(
     stack.callback(mode.forget)
     stack.enter_context(tracing(TracingContext(mode)))
     stack.enter_context(_as_compiled())
-    stack.enter_context(NumbersOfLists())
+    stack.enter_context(NumbersByOperators())
     # AOTAutograd runs the forward twice: both times it must draw, and branch on, the same random numbers.
     module.register_forward_pre_hook(lambda _module, _args: restore_random_state(state))
     return module, ONE_BATCH

@@ -131,6 +131,9 @@ from torch.utils.checkpoint import CheckpointFunction  # noqa: E402
 # FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
 from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
 
+# What the functions of `torch.nn.utils.rnn` call.
+pack_padded_sequence, pad_packed_sequence = torch._pack_padded_sequence, torch._pad_packed_sequence
+
 # The autograd node whose backward is running.
 current_autograd_node = torch._C._current_autograd_node
 

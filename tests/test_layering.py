@@ -18,7 +18,7 @@ FOLDERS = {package.__name__: Path(str(package.__file__)).parent for package in P
 
 ORDER = [
     *("errors", "budgets", "ranks", "torch_internals", "fully_sharded", "random_states", "joint"),
-    *("flops", "known_values", "originals", "asked", "routes", "capture"),
+    *("flops", "packed_sequences", "known_values", "originals", "asked", "routes", "capture"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.split_convolutions", "passes.zero_tangents", "passes.hoisting"),
     *("passes.pipeline", "passes"),
