@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from gtcompile.tools.settings import Compiler, Method, Settings
+from gtcompile.tools.terminal import say
 
 app = typer.Typer(
     help="Fine-tune language models within a FLOPs budget.", no_args_is_help=True, add_completion=False
@@ -241,7 +242,7 @@ def export(
             length=length,
             target_length=target_length,
         )
-        typer.echo(written)
+        say(Console(), str(written))
 
 
 @app.command()
@@ -255,7 +256,7 @@ def bench(
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 64,
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
     dtype: Annotated[str | None, _option("Weights in float32 or bfloat16. Default: float32.")] = None,
-    rounds: Annotated[int, _option("Times every step is timed; fewer than 5 say little.")] = 9,
+    rounds: Annotated[int, _option("Times every step is timed; fewer than 5 decide nothing.")] = 9,
     importances: Annotated[Path | None, _option("selections.json of a run. Default: random.")] = None,
     json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
 ) -> None:
@@ -297,12 +298,12 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (GTCompileError, ValueError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say(Console(stderr=True), f"error: {error}")
         raise typer.Exit(2) from error
     except BrokenPipeError:  # whoever read the output has gone
         raise
     except OSError as error:
-        typer.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+        say(Console(stderr=True), f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         raise typer.Exit(2) from error
 
 

@@ -102,7 +102,8 @@ def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path
     assert all(re.search(r"\d\.\d{3} \(\d\.\d{3}\) ", line) and len(line) <= 80 for line in table)
     assert all(re.search(r"\d\.\d\d \(\d+\.\d\d-\d+\.\d\d\)", table[row]) for row in (0, 2, 3))
     assert "…" not in result.stdout
-    assert "budget 0.5: " in result.stdout
+    assert "budget 0.5: undecided, " in result.stdout
+    assert "fewer than 5 rounds cannot tell what is faster; raise --rounds" in result.stdout
     assert " ms" not in result.stdout
     assert " M parameters in bfloat16, " in result.stdout
 
@@ -150,6 +151,12 @@ def test_a_copy_shares_the_weights_and_not_what_is_frozen(llama: Path) -> None:
 )
 def test_a_difference_counts_where_the_rounds_agree(ours: list[float], verdict: str) -> None:
     assert compare(ours, [2.0] * 9).startswith(verdict)
+
+
+@pytest.mark.parametrize("time", [1.0, 3.0])
+@pytest.mark.parametrize(("rounds", "decided"), [(1, False), (4, False), (5, True)])
+def test_a_few_rounds_decide_nothing_even_where_they_agree(time: float, rounds: int, decided: bool) -> None:
+    assert compare([time] * rounds, [2.0] * rounds).startswith("undecided, ") != decided
 
 
 def made_up(step: float, *, counted: int = 10) -> Bench:

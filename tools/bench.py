@@ -24,6 +24,7 @@ from gtcompile.tools.rivals import Rival, Trained, compilations, eager, plain_bl
 from gtcompile.tools.settings import Compiler
 from gtcompile.tools.steady_state import EAGER, HOISTED, PLAIN, SteadyState, Trial, time_steps
 from gtcompile.tools.step_memory import saved_bytes
+from gtcompile.tools.terminal import say
 from gtcompile.tools.trainees import Subject, find_subject
 from gtcompile.trained import train_only
 
@@ -39,12 +40,15 @@ SHORT_STEP = 0.02
 """Seconds; most of a shorter step is the calling of operators, which costs the same whatever is trained."""
 DISSENT = 9
 """One round in so many may say the opposite before a difference is called a tie (p < 0.05 at nine)."""
+DECIDING = 5
+"""Fewer rounds decide nothing, even where all say the same."""
 
 
 TOO_SHORT = (
     "these steps are short: most of one is the calling of operators, not their work, so this says little of "
     "larger ones; raise --batch-size or --length"
 )
+TOO_FEW = f"fewer than {DECIDING} rounds cannot tell what is faster; raise --rounds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +110,8 @@ class Bench:
                 lines.append(f"{what}: {counts}: the costs do not describe this model")
         new = f"first step with a new set: {self.new_sets} ordinary steps, {self.compiled} graphs compiled"
         short = spread(self.find(EAGER, 1.0).seconds).median < SHORT_STEP
-        return [*lines, new, *([TOO_SHORT] if short else [])]
+        few = len(self.find(EAGER, 1.0).seconds) < DECIDING
+        return [*lines, new, *([TOO_FEW] if few else []), *([TOO_SHORT] if short else [])]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -145,11 +150,13 @@ def _plain(values: Spread) -> dict[str, float]:
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Faster, slower or a tie, and by how much; from times of the same rounds.
 
-    A difference counts where no more than one round in nine says the opposite.
+    A difference counts where no more than one round in nine says the opposite, of at least `DECIDING`.
     """
     ratio, may_dissent = ratios(ours, theirs), len(ours) // DISSENT
     faster = sum(one < other for one, other in zip(ours, theirs, strict=True))
     slower = sum(one > other for one, other in zip(ours, theirs, strict=True))
+    if len(ours) < DECIDING:
+        return f"undecided, {ratio} of the time of"
     if len(ours) - faster <= may_dissent:
         return f"faster, {ratio} of the time of"
     if len(ours) - slower <= may_dissent:
@@ -255,7 +262,7 @@ def _announce(steady: SteadyState, rounds: int, device: torch.device, progress: 
     if progress is not None:
         each = seconds(functools.partial(steady.prepare, Trial(EAGER, 1.0)), device)
         steps = 2 * rounds * len(steady.trials)
-        progress.print(f"{steps} steps to take, about {steps * each / 60:.1f} minutes", highlight=False)
+        say(progress, f"{steps} steps to take, about {steps * each / 60:.1f} minutes")
 
 
 def _measure(steady: SteadyState, trial: Trial, predicted: int, times: Sequence[float]) -> Measured:
@@ -301,10 +308,9 @@ def show(console: Console, result: Bench) -> None:
         saved = f"{m.saved_bytes / full.saved_bytes:.2f}" if full.saved_bytes else str(m.saved_bytes)
         milliseconds = (f"{spread(m.seconds).median * 1e3:.1f}",) if result.timed else ()
         table.add_row(NAMES[m.trial.rival], f"{budget:.2f}", flops, *times, saved, *milliseconds)
-    console.print(result.subject, result.machine, sep="\n", highlight=False, soft_wrap=True)
-    console.print(f"trained sets: {result.sets}", highlight=False, soft_wrap=True)
+    say(console, result.subject, result.machine, f"trained sets: {result.sets}")
     console.print(table)
-    console.print(*result.verdicts(), sep="\n", highlight=False, soft_wrap=True)
+    say(console, *result.verdicts())
 
 
 def _short(values: Spread) -> str:

@@ -22,6 +22,7 @@ from gtcompile.tools.models import model_on_meta, model_with_values
 from gtcompile.tools.preparation import prepare
 from gtcompile.tools.run_record import RunRecord, is_run, read_run
 from gtcompile.tools.settings import Settings, check_budget_option
+from gtcompile.tools.terminal import say
 from gtcompile.tools.trainees import random_batch
 
 Batch = Mapping[str, Any]
@@ -186,7 +187,7 @@ def _trace(
     model, weights = model_with_values(name, made.config)
     model.config.use_cache = False
     if progress is not None:
-        progress.print(f"{reason} without values: run once with {weights}", highlight=False, soft_wrap=True)
+        say(progress, f"{reason} without values: run once with {weights}")
     values = f"{weights} and " + ("the first examples" if tokens is None else "random tokens")
     return Traced(capture(model, batch if tokens is None else tokens()), values)
 

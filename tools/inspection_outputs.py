@@ -13,6 +13,7 @@ from gtcompile.tools.graph_exports import check_format, export_graph
 from gtcompile.tools.inspection import Inspection
 from gtcompile.tools.inspection_text import check_order, show, show_difference, show_why, trained_set
 from gtcompile.tools.report import write_report
+from gtcompile.tools.terminal import say
 
 WIDTH = 100
 """Columns where there is no terminal that has a width."""
@@ -97,7 +98,7 @@ def put_out(console: Console, inspection: Inspection, wanted: Outputs) -> None:
     except OSError as error:
         raise GTCompileError(f"could not write {error.filename}: {error.strerror}") from error
     for path in written if not wanted.as_json else ():
-        console.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"written: {path}")
 
 
 def as_json(inspection: Inspection, wanted: Outputs) -> dict[str, object]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from gtcompile.errors import some
 from gtcompile.explanations import Difference, Explanation, compare_trained_sets, explain
 from gtcompile.tools.inspection import Inspection
+from gtcompile.tools.terminal import say
 from gtcompile.trained import match_patterns, near_names
 
 BAR, SHORT_BAR = 20, 10
@@ -46,10 +47,10 @@ def show(
         ValueError: no parameter has these segments, or the order is unknown.
     """
     rows = chosen_rows(inspection, only, order)
-    _say(console, headline(inspection))
+    say(console, headline(inspection))
     console.print(_costs(inspection))
-    _say(console, f"this plan: {inspection.selection}")
-    _say(
+    say(console, f"this plan: {inspection.selection}")
+    say(
         console,
         f"no set within the budget has more importance than {inspection.selection.importance_bound:.4g}\n",
     )
@@ -58,8 +59,7 @@ def show(
         chosen = [block for block in inspection.blocks() if block["block"] in shown]
         console.print(_blocks(chosen, SHORT_BAR if console.width < NARROW else BAR))
     console.print(_parameters(rows[: top or None], len(rows), order, shapes=console.width >= NARROW))
-    for line in inspection.lines():
-        _say(console, line)
+    say(console, *inspection.lines())
 
 
 def headline(inspection: Inspection) -> str:
@@ -239,8 +239,7 @@ def show_why(console: Console, inspection: Inspection, subject: str) -> None:
         ValueError: nothing is called that.
     """
     why = explain(inspection.joint, subject, inspection.selection.trained)
-    for line in (f"why {subject}?", *why_lines(why), ""):
-        _say(console, line)
+    say(console, f"why {subject}?", *why_lines(why), "")
 
 
 def why_lines(why: Explanation) -> list[str]:
@@ -271,8 +270,7 @@ def show_difference(console: Console, inspection: Inspection, before: str, after
         ValueError: as for `trained_set`.
     """
     sets = [trained_set(inspection, text) for text in (before, after)]
-    for line in difference_lines(compare_trained_sets(inspection.joint, *sets), before, after):
-        _say(console, line)
+    say(console, *difference_lines(compare_trained_sets(inspection.joint, *sets), before, after))
 
 
 def difference_lines(difference: Difference, before: str, after: str) -> list[str]:
@@ -296,7 +294,3 @@ def _way(path: Sequence[str]) -> str:
         else (*path[:LISTED], f"({len(path) - 2 * LISTED} more)", *path[-LISTED:])
     )
     return " > ".join(shown)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

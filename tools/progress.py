@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gtcompile.tools.policies import Plan
+from gtcompile.tools.terminal import say
 
 if TYPE_CHECKING:
     from gtcompile.tools.training import Training
@@ -31,7 +32,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     @contextlib.contextmanager
     def training(self, training: Training) -> Iterator[None]:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gtcompile.tools.terminal import say
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepComparison:
@@ -103,8 +105,7 @@ def comparison(run: Summary, full: Summary | None = None) -> Table:
 def show(console: Console, runs: Sequence[Summary], folder: Path) -> None:
     """Print a run, or a run and a full one, with what the figures stand for."""
     console.print(comparison(*runs))
-    for line in (*notes(runs), f"Written to {folder}."):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *notes(runs), f"Written to {folder}.")
 
 
 def _figures(run: Summary) -> dict[str, str]:
