@@ -53,6 +53,8 @@ def _eager_step(
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         loss = loss_of(model(**batch))
+        if not loss.requires_grad:  # none of them was used
+            return [None] * len(wanted)
         differentiate = _accumulated if _is_checkpointed_reentrantly(loss) else _handed_out
         return differentiate(loss, list(wanted.values()))
 

@@ -23,6 +23,7 @@ from gtcompile.tools.onnx_export import export_onnx
 from gtcompile.tools.onnx_step import Update
 from gtcompile.tools.onnx_training import train_in_onnx_runtime, train_in_torch
 from gtcompile.tools.run_record import described_batch
+from tests.models import Recipe, make_batch
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install gtcompile[onnx]")
 onnx = pytest.importorskip("onnx")
@@ -277,6 +278,43 @@ def test_a_run_is_exported_with_what_it_trained_last_at_its_own_shape(tmp_path, 
     onnx_command.export(str(tmp_path), tmp_path / "step.onnx", train=["*fc2*"])
     assert [options["trained"] for *_, options in asked] == [["model.decoder.layers.1.fc1.weight"], ["*fc2*"]]
     assert {tuple(value.shape) for value in asked[0][1].values()} == {(3, 7)}
+
+
+class Branching(torch.nn.Module):
+    """Goes one way where the sum of its batch is above a threshold, else another."""
+
+    def __init__(self, *, by_first: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.by_first = by_first
+
+    def forward(self, x):
+        decides = x[0, 0] if self.by_first else x.sum()
+        return (self.first(x) if decides > 0 else self.second(x)).square().mean()
+
+
+def test_the_file_of_a_model_that_branches_on_data_says_that_it_holds_for_one_way(tmp_path):
+    batch = {"x": torch.arange(8.0).view(2, 4)}
+    exported = export_onnx(Branching(), batch, tmp_path / "step.onnx")
+    assert exported.one_way
+    assert "holds for one way only" in str(exported)
+    assert "holds for one way only" in onnx.load(tmp_path / "step.onnx").doc_string
+
+
+@pytest.mark.parametrize("update", [None, Update(name="adamw")])
+def test_parameters_that_nothing_reads_are_no_inputs(update, tmp_path):
+    model = Recipe(("partly unused", "residual")).model().eval()
+    export = export_onnx(model, make_batch(), tmp_path / "step.onnx", update=update)
+    inputs = {value.name for value in onnx.load(export.path).graph.input}
+    assert "parameter.layers.0.linear.weight" in inputs
+    assert not any("never_called" in name for name in inputs)
+
+
+def test_a_branch_that_another_batch_takes_differently_is_named_as_the_cause(tmp_path):
+    batch = {"x": torch.tensor([[1.0] + [-1.0] * 11]).view(3, 4)}  # any reordering but few begins with -1
+    with pytest.raises(CaptureError, match=r"not written: .* branches on data"):
+        export_onnx(Branching(by_first=True), batch, tmp_path / "step.onnx")
+    assert not (tmp_path / "step.onnx").exists()
 
 
 def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path):

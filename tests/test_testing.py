@@ -50,6 +50,11 @@ def test_parameters_without_influence_have_no_reference():
     assert reference_gradients(model, make_batch(), trained).keys() == {"layers.0.linear.weight"}
 
 
+def test_a_loss_without_any_of_them_has_no_reference():
+    model = Recipe(("partly unused",)).model()
+    assert reference_gradients(model, make_batch(), ["layers.0.never_called.weight"]) == {}
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"no parameter is called layers.9.bias"):
         reference_gradients(Regression(2), make_batch(), ["layers.9.bias"])

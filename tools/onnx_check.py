@@ -22,6 +22,9 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 The second is for parameters like a bias of keys, whose gradient is nothing but rounding."""
 
+SHAPES = "constants made from the captured batch are the usual cause; try attn_implementation='eager'"
+"""Why a step that takes the same way for every batch is wrong for another one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -125,7 +128,9 @@ def compare(
             f"ONNX Runtime cannot run the exported step on a fresh batch, so it is not written: {reason}. "
             f"A shape fixed while it was captured is the usual cause; leave dynamic shapes out"
         ) from error
-    expected = reference_gradients(model, batch, trained)
+    parameters = dict(model.named_parameters())
+    found = reference_gradients(model, batch, trained)
+    expected = {fqn: found.get(fqn, torch.zeros_like(parameters[fqn])) for fqn in trained}
     with torch.no_grad():
         loss = loss_of(model(**batch)).item()
     largest = max((float(gradient.abs().max()) for gradient in expected.values()), default=0.0) or 1.0
@@ -140,8 +145,12 @@ def compare(
     return Agreement(loss_error, off[worst] / largest, worst, refused)
 
 
-def require(agreement: Agreement) -> Agreement:
+def require(agreement: Agreement, cause: str) -> Agreement:
     """The agreement itself, where it is one.
+
+    Args:
+        agreement: on a batch the export never saw.
+        cause: why they would differ, and what helps; the end of the message where they do.
 
     Raises:
         CaptureError: loss or gradients differ from eager's.
@@ -151,7 +160,7 @@ def require(agreement: Agreement) -> Agreement:
         raise CaptureError(
             f"the exported step differs from eager PyTorch on a fresh batch, so it is not written: "
             f"{agreement}; "
-            f"too far off: {named}{' and others' if len(agreement.refused) > 3 else ''}. "
-            f"Constants made from the captured batch are the usual cause; try attn_implementation='eager'."
+            f"too far off: {named}{' and others' if len(agreement.refused) > 3 else ''}; "
+            f"{cause}"
         )
     return agreement

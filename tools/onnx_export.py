@@ -15,7 +15,15 @@ from gtcompile.capture import capture, unwrap
 from gtcompile.errors import CaptureError
 from gtcompile.joint import JointGraph, names_of
 from gtcompile.passes.pipeline import restrict_gradients
-from gtcompile.tools.onnx_check import Agreement, Session, compare, fresh_batch, require, runtime_installed
+from gtcompile.tools.onnx_check import (
+    SHAPES,
+    Agreement,
+    Session,
+    compare,
+    fresh_batch,
+    require,
+    runtime_installed,
+)
 from gtcompile.tools.onnx_graph import lower, size_of, write
 from gtcompile.tools.onnx_step import TrainingStep, Update
 from gtcompile.torch_internals import mark_dynamic
@@ -24,6 +32,11 @@ from gtcompile.trained import match_patterns
 Batch = Mapping[str, torch.Tensor]
 FRESH = 1
 """Seed of the batch an export is compared on."""
+ONE_WAY = (
+    "the model branches on data, and the file holds for one way only, which its batch took with these "
+    "weights: where another batch, or the weights after some steps, would go another way, it is wrong"
+)
+"""What the reader of such a file must know; written into it as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +53,13 @@ class Export:
     """Of the model without its weights, which are inputs."""
     agreement: Agreement | None
     """With eager PyTorch on a fresh batch; None without ONNX Runtime to run it in."""
+    one_way: bool
+    """Whether the model branches on data: the file then takes the way of the exported batch with any."""
 
     def __str__(self) -> str:
         said = str(self.agreement) if self.agreement else "not run: install onnxruntime to compare with eager"
         size = f"{self.nodes} operators, {self.bytes / 1e6:.1f} MB, {len(self.trained)} trained parameters"
-        return f"{self.path}: {size}; {said}"
+        return f"{self.path}: {size}; {said}" + (f"\nnote: {ONE_WAY}" if self.one_way else "")
 
 
 def export_onnx(
@@ -86,10 +101,13 @@ def export_onnx(
         proto = _lowered(step, model, batch, dynamic=dynamic)
         if runtime_installed():
             another = fresh_batch(batch, FRESH, resize=dynamic)
-            agreement = require(compare(Session(proto), model, another, step.trained))
+            cause = ONE_WAY if joint.follows_values else SHAPES
+            agreement = require(compare(Session(proto), model, another, step.trained), cause)
         if update is not None:
             step = TrainingStep(joint, model, list(batch), update)
             proto = _lowered(step, model, batch, dynamic=dynamic)
+    if joint.follows_values:
+        proto.doc_string = ONE_WAY
     size = size_of(proto)  # before its constants go to a file of their own
     write(proto, path)
     return Export(
@@ -98,6 +116,7 @@ def export_onnx(
         nodes=len(proto.graph.node),
         bytes=size,
         agreement=agreement,
+        one_way=joint.follows_values,
     )
 
 

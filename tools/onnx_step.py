@@ -130,8 +130,11 @@ class TrainingStep(nn.Module):
         for node in self.graph.graph.find_nodes(op="placeholder"):
             kind, name = _source(node)
             if kind == "parameter":
+                if not node.users:
+                    self.graph.graph.erase_node(node)
+                    continue
                 name = canonical[name]
-                used |= {name} if node.users else set()
+                used.add(name)
             elif kind == "buffer":
                 self.register_buffer(_flat(name), model.get_buffer(name))
             elif kind == CONSTANT:
@@ -139,6 +142,7 @@ class TrainingStep(nn.Module):
             elif kind == "batch":
                 name = batch_names[int(name)]
             self._sources.append((kind, name))
+        self.graph.recompile()
         self.parameter_names = tuple(p.fqn for p in joint.parameters if p.fqn in used)
         read = {name for kind, name in self._sources if kind == "batch"}
         self.batch_names = tuple(name for name in batch_names if name in read)
