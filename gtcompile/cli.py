@@ -309,10 +309,12 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _quiet() -> None:
     """Keep the libraries' own progress bars and advice out of ours."""
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from transformers import OPTConfig
 from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
-from gtcompile.tools.inspection_text import DottedName, bar, has_segments
+from gtcompile.tools.inspection_text import DottedName, bar, has_segments, percentage
 
 SHAPE = ("--batch-size", 2, "--length", 8)
 
@@ -159,14 +159,20 @@ def test_a_report_that_cannot_be_written_loses_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device", "report.html")
+        raise OSError(28, "No space left on device", "/.report.html.a1b2")
 
     monkeypatch.setattr("os.replace", full_disk)
     result = run("inspect", model, *SHAPE, "--html", tmp_path / "report.html")
     assert result.exit_code == 2
     assert "plan by block" in result.stdout
-    assert "could not write" in result.stderr
+    assert f"could not write {tmp_path / 'report.html'}: No space left on device" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@given(share=st.floats(0, 1))
+def test_a_percentage_is_100_only_for_all_and_0_only_for_nothing(share: float) -> None:
+    assert (percentage(share) == "100%") == (share == 1)
+    assert (percentage(share) == "0%") == (share == 0)
 
 
 def test_a_bar_is_full_only_for_all_and_empty_only_for_nothing() -> None:

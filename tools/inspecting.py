@@ -222,7 +222,8 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
         importance=total,
         importance_bound=total if bound is None else bound,
     )
-    origin = f"measured in epoch {last['epoch'] + 1}" if importance else "not measured by this run"
+    measured = f"measured in epoch {last['epoch'] + 1}, where plans within the budget reach"
+    origin = measured if importance else "not measured by this run"
     return Inspection(
         model=str(run.path),
         architecture=architecture,

@@ -1,7 +1,9 @@
 """What `gtcompile inspect` prints and writes of one inspection."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +95,9 @@ def put_out(console: Console, inspection: Inspection, wanted: Outputs) -> None:
             show_difference(console, inspection, *wanted.diff)
     else:
         show(console, inspection, only=wanted.only, order=wanted.order, top=wanted.top)
-    try:
-        written = _write(inspection, wanted)
-    except OSError as error:
-        raise GTCompileError(f"could not write {error.filename}: {error.strerror}") from error
-    for path in written if not wanted.as_json else ():
-        say(console, f"written: {path}")
+    written = _write(inspection, wanted)
+    if not wanted.as_json:
+        say(console, *(f"written: {path}" for path in written))
 
 
 def as_json(inspection: Inspection, wanted: Outputs) -> dict[str, object]:
@@ -121,8 +120,19 @@ def _plain(value: object) -> dict[str, object]:
 def _write(inspection: Inspection, wanted: Outputs) -> tuple[Path, ...]:
     written: tuple[Path, ...] = ()
     if wanted.html is not None:
-        write_report(inspection, wanted.html)
+        with _naming(wanted.html):
+            write_report(inspection, wanted.html)
         written += (wanted.html,)
     if wanted.export is not None:
-        written += export_graph(inspection.joint, inspection.selection.trained, wanted.export)
+        with _naming(wanted.export):
+            written += export_graph(inspection.joint, inspection.selection.trained, wanted.export)
     return written
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors name the file asked for, not the temporary one that is written first."""
+    try:
+        yield
+    except OSError as error:
+        raise GTCompileError(f"could not write {path}: {error.strerror}") from error

@@ -149,7 +149,7 @@ def _blocks(blocks: Sequence[dict[str, Any]], length: int) -> Table:
             f"{block['elements']:,}",
             f"{block['dw_flops']:.3g}",
             f"{block['trained']}/{block['parameters']}",
-            f"{bar(share, length)} {share:4.0%}",
+            f"{bar(share, length)} {percentage(share):>4}",
         )
     return table
 
@@ -159,6 +159,11 @@ def bar(share: float, length: int = BAR) -> str:
     full = min(round(share * length), length if share >= 1 else length - 1)
     full = max(full, 1) if share > 0 else 0
     return "█" * full + "·" * (length - full)
+
+
+def percentage(share: float) -> str:
+    """A share in whole percent; like a bar, 100% is all of it and 0% none."""
+    return f"{share:.0%}" if share in (0.0, 1.0) else f"{min(max(share, 0.01), 0.99):.0%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +250,9 @@ def show_why(console: Console, inspection: Inspection, subject: str) -> None:
 def why_lines(why: Explanation) -> list[str]:
     """An explanation, one fact a line."""
     lines = [f"  {why}", f"  its own work: {why.flops:.4g} FLOPs a step"]
-    if why.path:
+    if len(why.path) == 1:
+        lines.append(f"  it is the gradient of {why.reached}")
+    elif why.path:
         verb = "read by" if why.needed_by else "would be read by"
         lines.append(f"  {verb}: {_way(why.path)} = gradient of {why.reached}")
     if len(why.chain) > 1:

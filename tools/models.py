@@ -194,7 +194,8 @@ def _load(what: str, name: str, auto_class: Any, **options: Any) -> Any:
         if "config" in options and "Unrecognized configuration class" in str(error):
             raise ValueError(_not_a_language_model(name, options["config"], error)) from error
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"could not load the {what} of {name!r}: {reason}") from error
+        here = "" if Path(name).exists() else f"; {Path(name).absolute()} does not exist either"
+        raise ValueError(f"could not load the {what} of {name!r}: {reason.rstrip('.')}{here}") from error
 
 
 def _tokenizer(

@@ -15,7 +15,7 @@ def say(console: Console, *lines: str) -> None:
         console: where to; only where it is a terminal is anything broken.
         *lines: sentences; their own line breaks and indentation are kept.
     """
-    for line in "\n".join(lines).split("\n"):
+    for line in "\n".join(lines).split("\n") if lines else ():
         text = _wrapped(line, console.width) if console.is_terminal else line
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
