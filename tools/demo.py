@@ -8,6 +8,7 @@ from gtcompile.tools.progress import Reporter
 from gtcompile.tools.run_folder import next_free_folder
 from gtcompile.tools.settings import Settings
 from gtcompile.tools.summary import show
+from gtcompile.tools.terminal import say
 
 SETTINGS = Settings(
     model="demo",
@@ -25,7 +26,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     console, folder = Console(), next_free_folder("demo")
-    show(console, compare_with_full(SETTINGS, folder, Reporter(console)), folder)
+    try:
+        runs = compare_with_full(SETTINGS, folder, Reporter(console))
+    except KeyboardInterrupt as interrupt:
+        say(console, f"{interrupt or 'interrupted'}; the next make demo starts anew, in a folder of its own")
+        raise SystemExit(130) from None
+    show(console, runs, folder)
 
 
 if __name__ == "__main__":

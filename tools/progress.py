@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LINES_PER_EPOCH = 8
 """Lines of progress where there is no terminal."""
+BAR = 10
+"""Columns of a live bar: with its counts and figures it fits into 80."""
 
 
 class Reporter:
@@ -59,14 +61,13 @@ class Reporter:
         done, plan = training.steps, training.selections[-1]
         full_flops = done * plan["full_flops"] * training.ranks.count
         spent = training.predicted_flops / full_flops
-        text = (
-            f"epoch {(done - 1) // per_epoch + 1}/{training.prepared.settings.epochs}  loss {loss:.3f}  "
-            f"{seconds:.2f} s/step  FLOPs {spent:.1%} of full  {len(plan['trained'])} parameters"
-        )
+        text = f"loss {loss:.3f}  {seconds:.2f} s/step  FLOPs {spent:.1%}"
         if self._live is not None:
             self._advance(done, text)
         elif done % max(1, per_epoch // LINES_PER_EPOCH) == 0 or done % per_epoch == 0:
-            self.say(f"step {done}/{training.total_steps}  {text}")
+            epoch = f"epoch {(done - 1) // per_epoch + 1}/{training.prepared.settings.epochs}"
+            parameters = f"{len(plan['trained'])} parameters"
+            self.say(f"step {done}/{training.total_steps}  {epoch}  {text} of full  {parameters}")
 
     @contextlib.contextmanager
     def _display(self, name: str, total: int) -> Iterator[None]:
@@ -75,7 +76,7 @@ class Reporter:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
