@@ -260,7 +260,8 @@ def why_lines(why: Explanation) -> list[str]:
     if why.needed_by:
         lines.append(f"  needed by: {some(sorted(why.needed_by), most=LISTED)}")
         frees = sorted(why.freed_flops.items(), key=lambda item: -item[1])[:LISTED]
-        lines += [f"    freezing {fqn} alone frees {flops:.4g} FLOPs" for fqn, flops in frees]
+        if len(why.needed_by) > 1:
+            lines += [f"    freezing {fqn} alone frees {flops:.4g} FLOPs" for fqn, flops in frees]
         goes = "eliminates it" if why.phase == "backward" else "lets it go after the forward"
         what = "that one" if len(why.needed_by) == 1 else f"all {len(why.needed_by)}"
         lines.append(f"    freezing {what} {goes} and frees {why.freed_together_flops:.4g} FLOPs")
