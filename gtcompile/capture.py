@@ -22,13 +22,14 @@ from gtcompile.flops import has_flops
 from gtcompile.joint import ASKED, JointGraph, Parameter, ParameterStatus, ancestors, names_of, verify
 from gtcompile.originals import as_written, compiled_blocks, off_meta
 from gtcompile.random_states import random_state, restore_random_state
-from gtcompile.routes import routes, with_values
+from gtcompile.routes import BY_DYNAMO, routes, with_values
 from gtcompile.torch_internals import (
     GradAOTOutput,
     InputMutationAOTOutput,
     ParamAOTInput,
     TangentAOTInput,
     aot_export_joint_with_descriptors,
+    fx_graph_cse,
     has_free_unbacked_symbols,
     is_traceable_wrapper_subclass,
 )
@@ -102,6 +103,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     return inner
+
+
+def runs_as_one_region(model: nn.Module) -> bool:
+    """Whether the model is compiled as a whole."""
+    outermost = without_replicas(model)
+    return unwrap(model) is not outermost or outermost._compiled_call_impl is not None
 
 
 def without_replicas(model: nn.Module) -> nn.Module:
@@ -182,6 +189,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     operator. Where that meets a branch on data, or an operator without a fake kernel, it is run on copies of
     the weights and the batch: what is captured then is the way that this batch takes.
 
+    What a model compiled as a whole computes twice from the same is in the graph once, as it will be run.
+
     Args:
         model: returns its scalar loss or an output with `.loss`; its parameters may be on the meta device.
         example_inputs: keyword dictionary of one batch, ordinary tensors, labels included.
@@ -189,6 +198,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
     Raises:
         CaptureError: when no way succeeds, or nothing is trainable.
     """
+    merged = runs_as_one_region(model)
     model = unwrap(model)
     check_batch(model, example_inputs)
     parameters = list_parameters(model)
@@ -208,6 +218,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
                 module, source = route(narrowed, dict(example_inputs), stack)
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             _refuse_unknown_sizes(joint.graph_module)
+            if merged and source == BY_DYNAMO:
+                joint.graph_module.graph = fx_graph_cse(joint.graph_module.graph)
             return _whole_model(joint.graph_module, parameters, source)
         except CaptureError:
             raise

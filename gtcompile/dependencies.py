@@ -121,8 +121,7 @@ def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> Backw
         CaptureError: the model could not be captured, or an operator's FLOPs are unknown.
         ValueError, TypeError: the batch does not fit the model's forward.
     """
-    model = unwrap(model)
-    with everything_trainable(model):
+    with everything_trainable(unwrap(model)):
         return costs_of(capture(model, example_inputs))
 
 

@@ -32,6 +32,9 @@ Narrowed = Callable[..., nn.Module]
 Route = Callable[[Narrowed, dict[str, Any], contextlib.ExitStack], tuple[nn.Module, str]]
 """Makes of a model and a batch what AOTAutograd can trace, and says how."""
 
+BY_DYNAMO = "dynamo"
+"""The source of a graph that `torch.compile` would capture as one."""
+
 
 def routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
     """The ways to capture, in the order they are tried."""
@@ -54,14 +57,14 @@ def _through_dynamo(
     narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Through Dynamo, as torch.compile captures."""
-    return _dynamo_graph(narrowed(), batch, stack), "dynamo"
+    return _dynamo_graph(narrowed(), batch, stack), BY_DYNAMO
 
 
 def _without_cache(
     narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[nn.Module, str]:
     """Through Dynamo, without the cache of keys and values that generation would need."""
-    return _dynamo_graph(narrowed(use_cache=False), batch, stack), "dynamo"
+    return _dynamo_graph(narrowed(use_cache=False), batch, stack), BY_DYNAMO
 
 
 def _dynamo_graph(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:

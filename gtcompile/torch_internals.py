@@ -75,6 +75,9 @@ from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors  # noqa: E402
 
+# What the partitioner merges in a graph: nodes that compute the same from the same.
+from torch._functorch.compile_utils import fx_graph_cse  # noqa: E402
+
 # Splits a joint graph in two, recomputing what is cheap: the least saved for backward.
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 
@@ -228,6 +231,7 @@ __all__ = [
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
     "functorch_config",
+    "fx_graph_cse",
     "get_decompositions",
     "get_hash_for_files",
     "has_free_symbols",

@@ -63,6 +63,34 @@ def test_gradients_loss_and_flops_are_those_of_eager_freezing(recipe, variants, 
     assert captures() == before + 1
 
 
+class Twice(Regression):
+    """Applies one layer twice to the same."""
+
+    def forward(self, x, y):
+        first = self.layers[0]
+        return super().forward(torch.tanh(first(x)) * first(x), y)
+
+
+@pytest.mark.parametrize("variants", VARIANTS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_model_computes_twice_is_predicted_and_run_once(variants, in_place):
+    model, batch = Twice(3), make_batch()
+    eager, options = backward_costs(model, batch), {"compiler": "eager", "variants": variants}
+    if in_place:
+        model.compile(backend="gtcompile", options=options)
+    run = model if in_place else compiled(model, **options)
+    costs = backward_costs(run, batch)
+    assert costs.forward_flops < eager.forward_flops
+    for trained in random_sets(sorted(costs.fqns), 3):
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        step(run, batch)
+        assert_same_gradients(run, expected)
+        with count_flops() as counter:
+            step(run, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
 @pytest.mark.parametrize("variants", VARIANTS)
 def test_gradients_and_loss_are_those_of_eager_freezing_with_generated_code(variants):
     recipe = Recipe(("norm", "branches"), tied=True)
