@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gtcompile import fully_sharded
-from gtcompile.capture import list_parameters, unwrap, without_replicas
+from gtcompile.capture import list_parameters, runs_as_one_region, unwrap
 from gtcompile.fully_sharded import sharded, whole
 from gtcompile.joint import names_of
 from gtcompile.originals import compiled_forward
@@ -195,7 +195,7 @@ def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
 
 def uses_compiled_code(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or any module in it."""
-    return unwrap(model) is not without_replicas(model) or any(map(is_compiled, model.modules()))
+    return runs_as_one_region(model) or any(map(is_compiled, model.modules()))
 
 
 def is_compiled(module: nn.Module) -> bool:
