@@ -18,6 +18,7 @@ from gtcompile.errors import GraphContractError
 from gtcompile.forced_leaves import wants_gradient
 from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants, NoBackwardError
+from gtcompile.inductor_settings import inductor_settings
 from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live
@@ -208,7 +209,7 @@ class Region:
     @property
     def _patches(self) -> dict[str, Any]:
         """Of Inductor's settings."""
-        return {"fallback_random": self._options.random == "eager"}
+        return inductor_settings(self._options.random)
 
     def _live(self, inputs: Sequence[Any]) -> Live:
         """Positions of the inputs whose gradients are wanted."""

@@ -21,7 +21,7 @@ ORDER = [
     *("flops", "packed_sequences", "known_values", "originals", "asked", "routes", "capture"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.split_convolutions", "passes.zero_tangents", "passes.hoisting"),
-    *("passes.pipeline", "passes"),
+    *("passes.dropout", "passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
@@ -45,6 +45,7 @@ ORDER = [
         "partitions",
         "background",
         "parts",
+        "inductor_settings",
         "frozen",
         "side_work",
         "specialized",
