@@ -1,6 +1,8 @@
 """The switching benchmark at toy sizes: every part runs and its table has the rows it promises."""
 
+import math
 import os
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,15 @@ import typer
 from torch import nn
 
 from gtcompile.tools.dispatch_overhead import CallTimes, Dispatch
-from gtcompile.tools.measurement import Contender, alternate, ratios, spread, verdict
+from gtcompile.tools.measurement import (
+    Contender,
+    alternate,
+    in_turns,
+    median_interval,
+    ratios,
+    spread,
+    verdict,
+)
 from gtcompile.tools.rivals import (
     WORKLOADS,
     Compilations,
@@ -183,6 +193,23 @@ def test_contenders_take_turns_and_prepare_untimed() -> None:
     turn = {name: [f"prepare {name}", name, name] for name in "ab"}
     assert order == [*turn["a"], *turn["b"], *turn["b"], *turn["a"]]
     assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_two_calls_take_turns_at_being_first() -> None:
+    order: list[str] = []
+    found = in_turns(lambda: order.append("a"), lambda: order.append("b"), 3, CPU)
+    assert "".join(order) == "abbaab"
+    assert len(found) == 3
+
+
+def test_the_interval_of_a_median_holds_it_19_times_of_20() -> None:
+    generator = random.Random(0)
+    held = 0
+    for _ in range(400):
+        found = median_interval(generator.expovariate(1.0) for _ in range(42))
+        held += found.low <= math.log(2) <= found.high
+    assert 0.92 <= held / 400 <= 0.99
+    assert str(median_interval([3.0, 1.0, 2.0])) == "2 (1-3)"
 
 
 def test_ratios_are_taken_round_by_round() -> None:

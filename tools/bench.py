@@ -22,7 +22,15 @@ from gtcompile.tools.measurement import Spread, describe_machine, ratios, second
 from gtcompile.tools.paper_models import draw_importance
 from gtcompile.tools.rivals import Rival, Trained, compilations, eager, plain_blocks
 from gtcompile.tools.settings import Compiler
-from gtcompile.tools.steady_state import EAGER, HOISTED, PLAIN, SteadyState, Trial, time_steps
+from gtcompile.tools.steady_state import (
+    EAGER,
+    HOISTED,
+    PLAIN,
+    STEPS_PER_TURN,
+    SteadyState,
+    Trial,
+    time_steps,
+)
 from gtcompile.tools.step_memory import saved_bytes
 from gtcompile.tools.terminal import say
 from gtcompile.tools.trainees import Subject, find_subject
@@ -207,7 +215,7 @@ def bench(
     ]
     steady = SteadyState(rivals, selections)
     for trial in steady.trials:
-        steady.prepare(trial)
+        steady.prepare(trial.budget, trial.rival)
     _announce(steady, rounds, device, progress)
     times = time_steps(steady, rounds, device)
     predicted = {budget: selection.step_flops for budget, selection in selections.items()}
@@ -260,13 +268,13 @@ def _compile_whole(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 def _announce(steady: SteadyState, rounds: int, device: torch.device, progress: Console | None) -> None:
     if progress is not None:
-        each = seconds(functools.partial(steady.prepare, Trial(EAGER, 1.0)), device)
-        steps = 2 * rounds * len(steady.trials)
+        each = seconds(functools.partial(steady.prepare, 1.0, EAGER), device)
+        steps = (1 + STEPS_PER_TURN) * rounds * len(steady.trials)
         say(progress, f"{steps} steps to take, about {steps * each / 60:.1f} minutes")
 
 
 def _measure(steady: SteadyState, trial: Trial, predicted: int, times: Sequence[float]) -> Measured:
-    steady.prepare(trial)
+    steady.prepare(trial.budget, trial.rival)
     rival = steady.rivals[trial.rival]
     return Measured(
         trial=trial,

@@ -86,14 +86,38 @@ def alternate(
     return times
 
 
+def in_turns(
+    one: Callable[[], object], other: Callable[[], object], pairs: int, device: torch.device
+) -> list[float]:
+    """How many times as long one call takes as a call of another right before or after it, pair by pair.
+
+    Whatever slows the machine for longer than a call slows both.
+    """
+    found = []
+    for pair in range(pairs):
+        if pair % 2:
+            base, taken = seconds(other, device), seconds(one, device)
+        else:
+            taken, base = seconds(one, device), seconds(other, device)
+        found.append(taken / base)
+    return found
+
+
+def median_interval(values: Iterable[float]) -> Spread:
+    """The median of at least one measurement, and where it lies with 95 % confidence.
+
+    The interval is between two of the measurements: the number of them below the true median is binomial, in
+    the normal approximation (Conover, Practical Nonparametric Statistics, 3.2). Of few, the least and the
+    greatest.
+    """
+    values = sorted(values)
+    below = max(int(len(values) / 2 - 0.98 * len(values) ** 0.5), 0)
+    return Spread(statistics.median(values), values[below], values[-1 - below])
+
+
 def ratios(times: Iterable[float], base: Iterable[float]) -> Spread:
     """Round by round, how many times as long one rival took as another."""
     return spread(one / other for one, other in zip(times, base, strict=True))
-
-
-def fastest_ratio(times: Iterable[float], base: Iterable[float]) -> float:
-    """How many times as long one rival's fastest round took as another's: steadier on a busy machine."""
-    return min(times) / min(base)
 
 
 def verdict(value: float, target: float) -> str:

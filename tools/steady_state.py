@@ -11,7 +11,16 @@ from gtcompile.capture import capture
 from gtcompile.dependencies import costs_of
 from gtcompile.explanations import saved_bytes
 from gtcompile.selection import Selection, select_parameters
-from gtcompile.tools.measurement import Contender, alternate, fastest_ratio, ratios, spread, verdict
+from gtcompile.tools.measurement import (
+    Contender,
+    Spread,
+    alternate,
+    in_turns,
+    median_interval,
+    ratios,
+    spread,
+    verdict,
+)
 from gtcompile.tools.paper_models import build_on_meta, draw_importance
 from gtcompile.tools.rivals import Rival, Workload, eager, everything_compiled, hoisted_blocks, plain_blocks
 from gtcompile.tools.step_memory import StepMemory, step_memory
@@ -24,6 +33,8 @@ ABOVE_FLOPS = 0.06
 """How far the ratio of step times may lie above the ratio of FLOPs."""
 STEPS_PER_TURN = 3
 """Steps of which the fastest counts: what else runs on the machine only ever adds."""
+PAIRS = 6
+"""Of steps per round, in which two rivals with the same set take turns."""
 HOISTED, EAGER, PLAIN = "hoisted blocks", "eager freezing", "plain blocks"
 REST = "hoisted, rest compiled"
 GENERATED = "hoisted, generated random"
@@ -37,6 +48,16 @@ class Trial:
     rival: str
     budget: float
     """Share of a full step's FLOPs asked for; 1.0 trains everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """Two rivals with the same trained set."""
+
+    rival: str
+    against: str
+    budget: float
+    """As of a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +77,28 @@ class SteadyState:
         budgets = [Trial(rival, budget) for budget in self.selections for rival in everywhere]
         return [Trial(rival, 1.0) for rival in self.rivals] + budgets
 
-    def prepare(self, trial: Trial) -> None:
-        """Have the trial's set trained, and take a step so that the next one is ordinary.
+    @property
+    def duels(self) -> list[Duel]:
+        """What is compared step by step: every other rival with eager freezing, hoisted blocks with plain."""
+        with_eager = [Duel(t.rival, EAGER, t.budget) for t in self.trials if t.rival != EAGER]
+        return with_eager + [Duel(HOISTED, other, 1.0) for other in (PLAIN, REST) if other in self.rivals]
+
+    def prepare(self, budget: float, *rivals: str) -> None:
+        """Have some rivals train a budget's set, each a step so that its next one is ordinary.
 
         The others give their moments up, for no user would have them beside.
         """
         for name, rival in self.rivals.items():
-            if name != trial.rival:
+            if name not in rivals:
                 rival.forget_moments()
-        trained = None if trial.budget == 1.0 else self.selections[trial.budget].trained
-        self.rivals[trial.rival].switch_and_step(trained)
+        trained = None if budget == 1.0 else self.selections[budget].trained
+        for name in rivals:
+            self.rivals[name].switch_and_step(trained)
+
+    def contender(self, trial: Trial) -> Contender:
+        """The trial as something to time in turns with others."""
+        prepare = functools.partial(self.prepare, trial.budget, trial.rival)
+        return Contender(prepare, self.rivals[trial.rival].step)
 
 
 def set_up(workload: Workload, budgets: Sequence[float], seed: int) -> SteadyState:
@@ -95,31 +128,50 @@ def set_up(workload: Workload, budgets: Sequence[float], seed: int) -> SteadySta
         {budget: saved_bytes(joint, fqns) for budget, fqns in trained.items()},
     )
     for trial in steady.trials:
-        steady.prepare(trial)
+        steady.prepare(trial.budget, trial.rival)
     return steady
 
 
 def time_steps(steady: SteadyState, rounds: int, device: torch.device) -> dict[Trial, list[float]]:
     """Seconds of the fastest of some ordinary steps of every trial, round by round, the trials in turns."""
-    contenders = {
-        trial: Contender(functools.partial(steady.prepare, trial), steady.rivals[trial.rival].step)
-        for trial in steady.trials
-    }
+    contenders = {trial: steady.contender(trial) for trial in steady.trials}
     return alternate(contenders, rounds, device, STEPS_PER_TURN)
+
+
+def time_duels(steady: SteadyState, rounds: int, device: torch.device) -> dict[Duel, Spread]:
+    """How many times as long one rival's step takes as the other's right beside it: median, its interval."""
+    found = {}
+    for duel in steady.duels:
+        steady.prepare(duel.budget, duel.rival, duel.against)
+        one, other = steady.rivals[duel.rival].step, steady.rivals[duel.against].step
+        found[duel] = median_interval(in_turns(one, other, PAIRS * rounds, device))
+    return found
 
 
 def measure_memory(steady: SteadyState, device: torch.device) -> dict[Trial, StepMemory]:
     """Memory of an ordinary step of every trial."""
     memory = {}
     for trial in steady.trials:
-        steady.prepare(trial)
+        steady.prepare(trial.budget, trial.rival)
         memory[trial] = step_memory(steady.rivals[trial.rival], device)
     return memory
 
 
-def time_table(steady: SteadyState, times: Mapping[Trial, Sequence[float]], device: torch.device) -> Table:
-    """One row per trial: median (least-greatest) of its times in each round over those of a full step."""
-    table = Table(title="Steady state: median (least-greatest) over the rounds")
+def time_table(
+    steady: SteadyState,
+    times: Mapping[Trial, Sequence[float]],
+    duels: Mapping[Duel, Spread],
+    device: torch.device,
+) -> Table:
+    """One row per trial.
+
+    Args:
+        steady: what was timed.
+        times: of every trial in turns with all others; ratios are quoted with their least and greatest.
+        duels: step by step with eager PyTorch; ratios are quoted with the interval of their median.
+        device: seconds are told of a GPU alone.
+    """
+    table = Table(title="Steady state: to own full step (least-greatest), to eager (95 % of the median)")
     table.add_column("rival")
     timed = device.type == "cuda"
     columns = ("budget", "FLOPs", "time to own full step", "to eager, same set", *(("ms",) if timed else ()))
@@ -127,7 +179,7 @@ def time_table(steady: SteadyState, times: Mapping[Trial, Sequence[float]], devi
         table.add_column(column, justify="right", no_wrap=True)
     for trial in steady.trials:
         to_full = ratios(times[trial], times[Trial(trial.rival, 1.0)])
-        to_eager = ratios(times[trial], times[Trial(EAGER, trial.budget)])
+        to_eager = duels.get(Duel(trial.rival, EAGER, trial.budget), 1)
         milliseconds = (f"{spread(times[trial]).median * 1e3:.1f}",) if timed else ()
         numbers = (f"{trial.budget:.2f}", f"{flops_share(steady, trial):.3f}", str(to_full), str(to_eager))
         table.add_row(trial.rival, *numbers, *milliseconds)
@@ -139,29 +191,27 @@ def flops_share(steady: SteadyState, trial: Trial) -> float:
     return 1.0 if trial.budget == 1.0 else steady.selections[trial.budget].step_fraction
 
 
-def time_verdicts(steady: SteadyState, times: Mapping[Trial, Sequence[float]]) -> list[str]:
+def time_verdicts(
+    steady: SteadyState, times: Mapping[Trial, Sequence[float]], duels: Mapping[Duel, Spread]
+) -> list[str]:
     """One line per target."""
 
-    def against(one: Trial, other: Trial, limit: float) -> str:
-        found = ratios(times[one], times[other])
-        fastest = fastest_ratio(times[one], times[other])
-        return f"{found}, fastest rounds {fastest:.3f}: {verdict(found.median, limit)}"
+    def said(found: Spread, limit: float) -> str:
+        return f"{found}: {verdict(found.median, limit)}"
 
-    everything = Trial(HOISTED, 1.0)
-    plain = against(everything, Trial(PLAIN, 1.0), FULL_STEP)
-    rest = against(everything, Trial(REST, 1.0), REST_EAGER)
     lines = [
-        f"full training, hoisted over plain blocks {plain}",
-        f"full training, the rest eager over the rest compiled {rest}",
+        f"full training, hoisted over plain blocks {said(duels[Duel(HOISTED, PLAIN, 1.0)], FULL_STEP)}",
+        "full training, the rest eager over the rest compiled "
+        f"{said(duels[Duel(HOISTED, REST, 1.0)], REST_EAGER)}",
     ]
     for budget, selection in steady.selections.items():
+        of_full = ratios(times[Trial(HOISTED, budget)], times[Trial(HOISTED, 1.0)])
         limit = selection.step_fraction + ABOVE_FLOPS
-        lines.append(
-            f"budget {budget}, time over a full step's {against(Trial(HOISTED, budget), everything, limit)}"
-        )
+        lines.append(f"budget {budget}, time over a full step's {said(of_full, limit)}")
         for rival in (HOISTED, GENERATED):
-            over = against(Trial(rival, budget), Trial(EAGER, budget), 1.0)
-            lines.append(f"budget {budget}, {rival} over eager {over}")
+            lines.append(
+                f"budget {budget}, {rival} over eager {said(duels[Duel(rival, EAGER, budget)], 1.0)}"
+            )
     return lines
 
 

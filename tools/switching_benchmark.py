@@ -48,6 +48,7 @@ from gtcompile.tools.steady_state import (
     memory_table,
     memory_verdicts,
     set_up,
+    time_duels,
     time_steps,
     time_table,
     time_verdicts,
@@ -296,7 +297,7 @@ class Effort:
     slow_sets: int
     """New trained sets for those that compile."""
     rounds: int
-    """In which each trial of the steady state takes one turn."""
+    """In which each trial of the steady state takes one turn, and two rivals several in their duel."""
     seed: int
     """Of trained sets and importances."""
     depths: Sequence[int] = DEPTHS
@@ -319,8 +320,8 @@ def run_part(part: Part, workload: Workload, effort: Effort) -> tuple[Table, lis
     if part == "memory":
         memory = measure_memory(steady, device)
         return memory_table(steady, memory), memory_verdicts(memory)
-    times = time_steps(steady, effort.rounds, device)
-    return time_table(steady, times, device), time_verdicts(steady, times)
+    times, duels = time_steps(steady, effort.rounds, device), time_duels(steady, effort.rounds, device)
+    return time_table(steady, times, duels, device), time_verdicts(steady, times, duels)
 
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,7 +19,7 @@ from rich.table import Table
 from gtcompile.blocks import compile_blocks
 from gtcompile.dependencies import backward_costs
 from gtcompile.selection import select_parameters
-from gtcompile.tools.measurement import Contender, Spread, alternate, describe_machine, ratios, seconds
+from gtcompile.tools.measurement import Spread, alternate, describe_machine, ratios, seconds
 from gtcompile.tools.paper_models import build_on_meta, draw_importance
 from gtcompile.tools.rivals import Rival, Workload, compilations, hoisted_blocks
 from gtcompile.tools.steady_state import HOISTED, SteadyState, Trial, flops_share
@@ -79,12 +79,9 @@ def compare_variants(
     compiled, waited = {}, {}
     for trial in both:
         before = compilations()
-        waited[trial] = seconds(functools.partial(steady.prepare, trial), workload.device)
+        waited[trial] = seconds(functools.partial(steady.prepare, trial.budget, trial.rival), workload.device)
         compiled[trial] = (compilations() - before).compiled
-    contenders = {
-        trial: Contender(functools.partial(steady.prepare, trial), steady.rivals[trial.rival].step)
-        for trial in both
-    }
+    contenders = {trial: steady.contender(trial) for trial in both}
     times = alternate(contenders, rounds, workload.device)
     return [
         _compare(steady, budget, times, compiled[Trial(SPECIALIZED, budget)], waited)
@@ -102,7 +99,7 @@ def _compare(
     specialized, hoisted = Trial(SPECIALIZED, budget), Trial(HOISTED, budget)
     saved = {}
     for trial in (specialized, hoisted):
-        steady.prepare(trial)
+        steady.prepare(trial.budget, trial.rival)
         rival = steady.rivals[trial.rival]
         saved[trial] = saved_bytes(rival.loss, rival.model)
     pairs = list(zip(times[specialized], times[hoisted], strict=True))
