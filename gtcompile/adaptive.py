@@ -1,7 +1,7 @@
 """Adaptive backpropagation in a training loop: measure, select, train that; again every epoch."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,8 +110,9 @@ class AdaptiveBackprop:
 
         Costs are those of a batch with the shapes of the first, or of the way that the first takes where the
         model branches on data; importance is averaged over all. When nothing
-        affordable is predicted to reduce the loss, the former selection stays, with a log message. Until the
-        new trained set is applied nothing changes, so a call that fails leaves everything as it was.
+        affordable is predicted to reduce the loss, the former selection stays, with a log message; where
+        there is none yet, batches that contradict each other are measured as with `two_pass`. Until the new
+        trained set is applied nothing changes, so a call that fails leaves everything as it was.
 
         Args:
             batches: keyword dictionaries with labels; at least two, or one with `two_pass`.
@@ -133,8 +134,11 @@ class AdaptiveBackprop:
         with restored(unwrap(self._model)):
             checked, costs = ranks.together(lambda: self._prepare(batches))
             asked = ranks.from_first(lambda: self._asked(costs))
-            importance = ranks.mean(ranks.together(lambda: self._measure(asked, checked)))
-        selection = ranks.from_first(lambda: self._select(costs, importance))
+            importance, selection = self._decide(asked, checked, costs, two_pass=self._two_pass)
+            if not selection.trained and self.selection is None and not self._two_pass:
+                logger.warning("%s: measured within each batch instead", _reason(selection))
+                importance, selection = self._decide(asked, checked, costs, two_pass=True)
+        selection = selection if selection.trained else self._former_selection(selection)
         train_only(self._model, selection.trained)
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
         self._frozen_state.apply()
@@ -214,28 +218,39 @@ class AdaptiveBackprop:
             parameters_to_measure(costs, terms.budget_fraction, always=terms.always, never=terms.never)
         )
 
-    def _measure(self, asked: list[str], batches: tuple[Mapping[str, Any], ...]) -> dict[str, float]:
+    def _decide(
+        self, asked: list[str], batches: Sequence[Mapping[str, Any]], costs: BackwardCosts, *, two_pass: bool
+    ) -> tuple[dict[str, float], Selection]:
+        """Importance over all ranks, and rank 0's selection by it, which may be empty."""
+        ranks, terms = self._ranks, self._terms
+        importance = ranks.mean(ranks.together(lambda: self._measure(asked, batches, two_pass=two_pass)))
+        selection = ranks.from_first(
+            lambda: select_parameters(
+                costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
+            )
+        )
+        return importance, selection
+
+    def _measure(
+        self, asked: list[str], batches: Sequence[Mapping[str, Any]], *, two_pass: bool
+    ) -> dict[str, float]:
         """Importance of what is asked for; 0 for parameters these batches did not use."""
         if not asked:
             return {}
         measured = measure_importance(
-            self._loss_module, self._optimizer, batches, only=asked, two_pass=self._two_pass
+            self._loss_module, self._optimizer, batches, only=asked, two_pass=two_pass
         )
         return {fqn: measured.get(fqn, 0.0) for fqn in asked}
 
-    def _select(self, costs: BackwardCosts, importance: Mapping[str, float]) -> Selection:
-        terms = self._terms
-        selection = select_parameters(
-            costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
-        )
-        return selection if selection.trained else self._former_selection(selection)
-
     def _former_selection(self, empty: Selection) -> Selection:
-        reason = f"training any of the {empty.selectable} parameters is predicted to raise the loss"
         if self.selection is None:
-            raise GTCompileError(f"{reason}; measure on more batches, or lower the learning rate")
-        logger.warning("%s: the former selection stays", reason)
+            raise GTCompileError(f"{_reason(empty)}; measure on more batches, or lower the learning rate")
+        logger.warning("%s: the former selection stays", _reason(empty))
         return self.selection
+
+
+def _reason(empty: Selection) -> str:
+    return f"training any of the {empty.selectable} parameters is predicted to raise the loss"
 
 
 def _check_terms(

@@ -40,7 +40,7 @@ RETURNED_DEPTH = 8
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The scalar loss in what a model returned: itself, `.loss`, or `["loss"]`.
+    """The scalar loss in what a model returned: itself, `.loss`, `["loss"]`, or the first of a tuple.
 
     Raises:
         CaptureError: when there is none.
@@ -48,6 +48,8 @@ def loss_of(output: Any) -> torch.Tensor:
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):  # where transformers' Trainer takes it
+        loss = output[0] if output else None
     elif not isinstance(output, torch.Tensor):
         loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -57,7 +59,7 @@ def loss_of(output: Any) -> torch.Tensor:
             else type(output).__name__
         )
         raise CaptureError(
-            f"expected the model to return its loss (a scalar, or an output with a scalar .loss), got {got}. "
+            f"expected the model to return its loss (a scalar, first in a tuple or as .loss), got {got}. "
             f"Does the batch contain labels?"
         )
     return loss.reshape(())

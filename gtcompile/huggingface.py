@@ -25,7 +25,7 @@ from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.frozen_state import Setting, check_setting
 from gtcompile.trained import train_only
 from gtcompile.trainer_loss import TrainerLoss
-from gtcompile.trainer_settings import check_trainer, repair_model
+from gtcompile.trainer_settings import check_trainer, check_uncompiled, repair_model
 
 logger = logging.getLogger(__name__)
 Every = int | Literal["epoch"]
@@ -44,7 +44,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     Args:
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
-        every: re-select at each "epoch", or after this many optimizer steps.
+        every: re-select at each "epoch", a pass over the data, or after this many optimizer steps.
         batches: how many batches of the trainer's size importance is measured on, at least 2 (1 with
             `two_pass`). They are drawn anew each time, from the trainer's seed and the step alone; of a
             data set without length, the first ones.
@@ -57,8 +57,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: for arguments outside these ranges; from `Trainer(...)` or `.train()` for settings that
-            would undo it: a second such callback, `torch_compile=True`, reentrant checkpointing, DeepSpeed,
-            version 1 of FSDP, several devices in one process; for a checkpoint of another model or budget.
+            would undo it: a second such callback, `torch_compile=True`, a model that is compiled already,
+            reentrant checkpointing, DeepSpeed, version 1 of FSDP, several devices in one process; for a
+            checkpoint of another model or budget.
         BudgetError: from `.train()` when the budget trains nothing on this model; names the smallest.
     """
 
@@ -76,10 +77,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         frozen_state: Setting = "keep",
     ) -> None:
         check_budget(budget_fraction)
-        if every != "epoch" and (not isinstance(every, int) or every < 1):
+        if every != "epoch" and not _is_count(every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {every!r}')
-        if batches < (1 if two_pass else 2):
-            raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {batches}")
+        if not _is_count(batches, 1 if two_pass else 2):
+            raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {batches!r}")
         check_setting(frozen_state)
         if isinstance(always, str) or isinstance(never, str):
             raise TypeError("expected collections of patterns for always and never, got a single string")
@@ -92,7 +93,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._model: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._completion: RemovableHandle | None = None
-        self._due = False
+        self._due = self._in_the_middle = False
         self._selected_at = -1
         self._steps, self._spent = 0, 0.0
 
@@ -112,7 +113,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse settings that would undo the callback while nothing has been done yet."""
         trainer = self._find_trainer()
-        check_trainer(trainer, type(self))
+        self._check(trainer)
         self._guard(trainer)
         if args.world_size > 1:  # or frozen parameters would get gradients of zero, and train
             args.ddp_find_unused_parameters = True
@@ -126,10 +127,11 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         """
         self._release()
         self._trainer = self._find_trainer()
-        check_trainer(self._trainer, type(self))
+        self._check(self._trainer)
         model: nn.Module = kwargs["model"]
         repair_model(model)
-        self._due, self._selected_at, self._steps, self._spent = True, -1, 0, 0.0
+        self._due, self._in_the_middle = True, False
+        self._selected_at, self._steps, self._spent = -1, 0, 0.0
         asked = ("budget_fraction", "always", "never", "two_pass", "frozen_state")
         terms = {name: self._terms[name] for name in asked}
         wrapped: Any = self._trainer.model_wrapped
@@ -154,8 +156,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """An epoch's first step selects anew; where a resumed training begins in the middle of one, none."""
-        in_the_middle = self._selected_at >= 0 and not float(state.epoch or 0).is_integer()
-        self._due = self._due or (self._terms["every"] == "epoch" and not in_the_middle)
+        self._due = self._due or (self._terms["every"] == "epoch" and not self._in_the_middle)
+        self._in_the_middle = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -267,16 +269,23 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             forget_state_of_others(*self._trained_by(), kept)
         self.adaptive.load_state_dict(progress["adaptive"])
         self._selected_at, self._due = progress["selected_at"], False
+        self._in_the_middle = not float(state.epoch or 0).is_integer()
         self._steps, self._spent = progress["steps"], progress["spent"]
 
     def _release(self) -> None:
         """Leave the model as it was before training."""
         if self._model is not None:
-            uncompile_blocks(self._model)
+            if self._terms["compiled"]:
+                uncompile_blocks(self._model)
             train_only(self._model, None)
         if self._completion is not None:
             self._completion.remove()
         self._model = self._completion = self._trainer = None
+
+    def _check(self, trainer: Trainer) -> None:
+        check_trainer(trainer, type(self))
+        if self._terms["compiled"]:
+            check_uncompiled(trainer, type(self))
 
     def _guard(self, trainer: Trainer) -> None:
         """Have a training that fails or is interrupted leave the model as one that ends; no event says so."""
@@ -307,6 +316,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             f"{type(self).__name__} needs the transformers.Trainer it belongs to and was called by something "
             f"else; in a loop of your own use gtcompile.AdaptiveBackprop"
         )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[dict[str, Any]]:

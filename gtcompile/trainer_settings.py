@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from gtcompile.originals import without_forcing
+from gtcompile.trained import uses_compiled_code
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,20 @@ def check_trainer(trainer: Trainer, callback: type[TrainerCallback]) -> None:
     """
     for problem in _problems(trainer, callback):
         raise ValueError(problem)
+
+
+def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
+    """Refuse a trainer whose model would be compiled a second time.
+
+    Raises:
+        ValueError: says what to hand over instead.
+    """
+    model: Any = trainer.model
+    if uses_compiled_code(model):
+        raise ValueError(
+            f"the model is compiled already, and {callback.__name__} compiles its blocks; give the trainer "
+            f"the model as it was before torch.compile or compile_blocks"
+        )
 
 
 def repair_model(model: nn.Module) -> None:

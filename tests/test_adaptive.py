@@ -314,13 +314,35 @@ class Signed(nn.Module):
         return sign.sum() * self.layers(x).sum()
 
 
-def test_when_nothing_would_reduce_the_loss_the_former_selection_stays_or_it_is_an_error(caplog):
+def make_signed(**settings):
+    """An AdaptiveBackprop, its model, and two batches that contradict each other."""
     model = Signed()
-    adaptive = AdaptiveBackprop(model, torch.optim.SGD(model.parameters(), lr=0.1), 0.7)
+    adaptive = AdaptiveBackprop(model, torch.optim.SGD(model.parameters(), lr=0.1, **settings), 0.7)
     plus, minus = ({"x": torch.ones(2, 3), "sign": torch.tensor([sign])} for sign in (1.0, -1.0))
-    with pytest.raises(GTCompileError, match="predicted to raise the loss; measure on more batches"):
+    return adaptive, model, plus, minus
+
+
+def test_a_first_selection_of_batches_that_contradict_each_other_measures_within_each(caplog):
+    adaptive, model, plus, minus = make_signed()
+    with caplog.at_level(logging.WARNING, logger="gtcompile"):
         adaptive.reselect([plus, minus])
+    assert "predicted to raise the loss: measured within each batch instead" in caplog.text
+    assert trained_parameters(model) == {"layers.1.weight"}
+    assert adaptive.importance == measure_importance(
+        model, adaptive._optimizer, [plus, minus], only=adaptive.importance, two_pass=True
+    )
+
+
+def test_a_first_selection_where_nothing_would_reduce_any_loss_is_an_error():
+    adaptive, model, plus, _ = make_signed(maximize=True)
+    with pytest.raises(GTCompileError, match="predicted to raise the loss; measure on more batches"):
+        adaptive.reselect([plus, plus])
     assert adaptive.history == ()
+    assert trained_parameters(model) == set(dict(model.named_parameters()))
+
+
+def test_when_nothing_would_reduce_the_loss_the_former_selection_stays(caplog):
+    adaptive, model, plus, minus = make_signed()
     first = adaptive.reselect([plus, plus])
     with caplog.at_level(logging.WARNING, logger="gtcompile"):
         assert adaptive.reselect([plus, minus]) is first

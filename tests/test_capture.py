@@ -103,8 +103,11 @@ def test_one_tangent_seeds_the_backward():
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda loss: {"loss": loss, "logits": None}, Output, lambda loss: loss.reshape(1)],
-    ids=["mapping", "attribute", "one element"],
+    [
+        *(lambda loss: {"loss": loss, "logits": None}, Output, lambda loss: loss.reshape(1)),
+        lambda loss: (loss, loss.expand(3)),
+    ],
+    ids=["mapping", "attribute", "one element", "first of a tuple"],
 )
 def test_the_loss_is_found_where_models_put_it(wrap):
     torch.manual_seed(0)
@@ -115,12 +118,21 @@ def test_the_loss_is_found_where_models_put_it(wrap):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda loss: (loss,), "got tuple"),
+        (lambda loss: (loss.expand(3), loss), r"got a tensor of shape \[3\]"),
+        (lambda loss: ((loss,), loss), "got tuple"),
+        (lambda loss: (), "got tuple"),
         (lambda loss: {"logits": loss}, "got dict"),
         (lambda loss: Output(loss=None), "got Output"),
         (lambda loss: loss.expand(3), r"got a tensor of shape \[3\]"),
     ],
-    ids=["tuple", "no loss in the mapping", "loss is None", "three values"],
+    ids=[
+        "tuple of logits",
+        "nested tuple",
+        "empty tuple",
+        "no loss in the mapping",
+        "loss is None",
+        "three values",
+    ],
 )
 def test_a_model_without_a_scalar_loss_is_refused(wrap, message):
     with pytest.raises(CaptureError, match=message) as raised:

@@ -127,18 +127,21 @@ def assert_same_weights(one, other):
         assert torch.equal(value, other[name]), name
 
 
-def check_combination(folder, steps, accumulation, bf16, checkpointing, clipping):
+def check_combination(folder, steps, accumulation, bf16, checkpointing, clipping, *, every):
     settings = {
         **{"gradient_accumulation_steps": accumulation, "bf16": bf16, "max_steps": steps},
         **{"gradient_checkpointing": checkpointing, "max_grad_norm": 0.5 if clipping else 0.0},
     }
     witness = Witness()
-    trainer = train(folder, adaptive(every=max(2, steps // 4)), witness, **settings)
-    assert len(witness.steps) == steps
+    trainer = train(folder, adaptive(every=every), witness, **settings)
+    assert len(witness.steps) == len(losses(trainer)) == steps
     for trained, gradients in witness.steps:
         assert trained == gradients
         assert 0 < len(trained) < len(list(trainer.model.parameters()))
-    replayed = train(folder, Replay([trained for trained, _ in witness.steps]), **settings)
+    selected = [trained for trained, _ in witness.steps]
+    assert [e["step"] for e in logged_sets(trainer)] == list(range(0, steps, every))
+    assert all(former != latter for former, latter in itertools.pairwise(selected[::every]))
+    replayed = train(folder, Replay(selected), **settings)
     torch.testing.assert_close(
         torch.tensor(losses(trainer)),
         torch.tensor(losses(replayed)),
@@ -154,7 +157,7 @@ COMBINATIONS = list(itertools.product([1, 4], [False, True], [False, True], [Fal
 def test_what_is_trained_is_what_has_gradients_and_the_loss_is_that_of_eager_freezing(
     tmp_path, accumulation, bf16, checkpointing, clipping
 ):
-    check_combination(tmp_path, 4, accumulation, bf16, checkpointing, clipping)
+    check_combination(tmp_path, 4, accumulation, bf16, checkpointing, clipping, every=2)
 
 
 @pytest.mark.long
@@ -162,7 +165,7 @@ def test_what_is_trained_is_what_has_gradients_and_the_loss_is_that_of_eager_fre
 def test_a_hundred_steps_train_what_has_gradients_under_every_combination(
     tmp_path, accumulation, bf16, checkpointing, clipping
 ):
-    check_combination(tmp_path, 100, accumulation, bf16, checkpointing, clipping)
+    check_combination(tmp_path, 100, accumulation, bf16, checkpointing, clipping, every=25)
 
 
 def test_frozen_parameters_do_not_move_and_trained_ones_do(tmp_path):
@@ -375,6 +378,49 @@ def test_without_compilation_the_same_parameters_are_trained(tmp_path):
     torch.testing.assert_close(weights(first.model), weights(second.model))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_data_of_unknown_length_select_anew_at_every_pass(tmp_path, resume):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_data(8))
+
+    settings = {"data": Stream(), "max_steps": 10, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(tmp_path, adaptive(every="epoch"), **settings)
+    if resume:  # in the middle of a pass, to whose end the former set is trained
+        checkpoint = str(tmp_path / "checkpoint-2")
+        trainer = train(tmp_path / "resumed", adaptive(every="epoch"), resume=checkpoint, **settings)
+    assert [entry["step"] for entry in logged_sets(trainer)] == [0, 4, 8]
+
+
+def compiled_outside(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_in_blocks(model):
+    return gtcompile.compile_blocks(model, compiler="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place, compiled_in_blocks])
+def test_a_model_that_is_compiled_already_is_refused_and_left_so(tmp_path, compiled):
+    model = compiled(make_model())
+    with pytest.raises(ValueError, match="the model is compiled already, and AdaptiveBackpropCallback"):
+        train(tmp_path, adaptive(), model=model, max_steps=1)
+    assert uses_compiled_code(model)
+
+
+def test_without_compilation_a_model_compiled_by_its_user_stays_compiled(tmp_path):
+    model, witness = compiled_in_blocks(make_model()), Witness()
+    train(tmp_path, adaptive(compiled=False), witness, model=model, max_steps=4)
+    assert all(trained == gradients for trained, gradients in witness.steps)
+    assert uses_compiled_code(model)
+    assert trained_parameters(model) == set(dict(model.named_parameters()))
+
+
 def test_a_budget_below_the_minimum_names_the_smallest_and_leaves_the_model_whole(tmp_path):
     model = make_model()
     with pytest.raises(BudgetError):
@@ -443,7 +489,11 @@ def test_hooks_that_make_inputs_require_gradients_are_taken_away(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"budget_fraction": 0}, {"every": 0}, {"every": "week"}, {"batches": 1}]
+    "arguments",
+    [
+        *({"budget_fraction": 0}, {"budget_fraction": 50}, {"every": 0}, {"every": True}, {"every": "week"}),
+        *({"batches": 1}, {"batches": 2.5}, {"batches": "4"}),
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="expected"):
