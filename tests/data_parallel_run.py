@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtcompile import AdaptiveBackprop, GTCompileError, compile_blocks, train_only, trained_parameters
 from gtcompile.testing import assert_same_gradients
 from tests.models import WIDTH, ResidualMLP, Stack, captures
+from tests.test_adaptive import make_signed
 
 ROWS, ROUNDS, STEPS = 4, 5, 3
 
@@ -118,6 +119,16 @@ def check_refusal(case: str) -> None:
     assert trained_parameters(inner) == before
 
 
+def check_contradiction() -> None:
+    """Batches that contradict each other are measured anew, one by one, on all ranks."""
+    adaptive, model, plus, minus = make_signed(
+        wrap=lambda model: DistributedDataParallel(model, find_unused_parameters=True)
+    )
+    adaptive.reselect([plus, minus])
+    assert trained_parameters(model) == {"layers.1.weight"}
+    assert min(adaptive.importance.values()) > 0
+
+
 def lose_a_rank() -> None:
     """Rank 1 dies in the middle of training; rank 0 must not wait for it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -137,6 +148,8 @@ def main(case: str) -> None:
     try:
         if case in ("budget", "model", "failure"):
             check_refusal(case)
+        elif case == "contradiction":
+            check_contradiction()
         elif case == "death":
             lose_a_rank()
         else:

@@ -314,10 +314,11 @@ class Signed(nn.Module):
         return sign.sum() * self.layers(x).sum()
 
 
-def make_signed(**settings):
+def make_signed(wrap=lambda model: model, **settings):
     """An AdaptiveBackprop, its model, and two batches that contradict each other."""
+    torch.manual_seed(0)
     model = Signed()
-    adaptive = AdaptiveBackprop(model, torch.optim.SGD(model.parameters(), lr=0.1, **settings), 0.7)
+    adaptive = AdaptiveBackprop(wrap(model), torch.optim.SGD(model.parameters(), lr=0.1, **settings), 0.7)
     plus, minus = ({"x": torch.ones(2, 3), "sign": torch.tensor([sign])} for sign in (1.0, -1.0))
     return adaptive, model, plus, minus
 

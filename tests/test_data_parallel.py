@@ -46,6 +46,12 @@ def test_what_fails_on_one_rank_is_raised_on_all():
 
 
 @pytest.mark.long
+def test_batches_that_contradict_each_other_are_measured_within_each_on_all_ranks():
+    result = run("contradiction")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["budget", "model"])
 def test_ranks_that_differ_are_told_so(what):
     result = run(what)
