@@ -1,7 +1,7 @@
 """The check of many architectures, on a few of them."""
 
 import dataclasses
-import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,21 +130,48 @@ def test_the_table_tells_right_from_wrong_and_from_what_does_not_apply():
     ]
 
 
-def test_what_was_checked_is_kept_and_not_checked_again(tmp_path, monkeypatch):
+def test_a_table_is_read_as_it_was_written():
+    results = [
+        RIGHT,
+        dataclasses.replace(RIGHT, name="B", gradient_difference=1e-3, double_difference=2e-9),
+        dataclasses.replace(RIGHT, name="C", gradient_difference=0.1, failure=" [plain aot_eager: works]"),
+        dataclasses.replace(RIGHT, name="D", flops_difference=None, failure="not costed: a | b"),
+        Checked(name="E", family="e", mode="blocks-eager", failure=NO_BLOCKS),
+    ]
+    text = f"# By hand\n\n* whole-eager: gradients right for 0 of 1 models\n\n{zoo.table(results)}"
+    read = zoo.read_table(text)
+    assert [(r.name, r.right, r.skipped) for r in read] == [(r.name, r.right, r.skipped) for r in results]
+    assert read[0] == RIGHT
+    assert zoo.table(read) == zoo.table(results)
+    assert zoo.with_table(text, read) == f"# By hand\n\n* {zoo.summary(read)[0]}\n\n{zoo.table(read)}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("zoo*.md")), ids=lambda path: path.stem)
+def test_committed_tables_are_summed_up_as_their_rows_say(path):
+    text = path.read_text()
+    results = zoo.read_table(text)
+    assert len({(r.name, r.mode) for r in results}) == len(results)
+    assert [line for line in text.splitlines() if "gradients right for" in line] == [
+        f"* {line}" for line in zoo.summary(results)
+    ]
+
+
+def test_every_row_is_kept_at_once_and_not_checked_again(tmp_path, monkeypatch):
     calls = []
 
     def pretend(path, name, family, mode):
+        if name == "PhiForCausalLM":
+            raise KeyboardInterrupt
         calls.append(name)
         return dataclasses.replace(RIGHT, name=name, mode=mode)
 
     monkeypatch.setattr(zoo, "check_in_process", pretend)
     arguments = {"modes": ["whole-eager"], "output": tmp_path / "zoo.md"}
-    zoo.main(models=["OPTForCausalLM"], **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        zoo.main(models=["OPTForCausalLM", "PhiForCausalLM"], **arguments)
     zoo.main(models=["OPTForCausalLM", "GPT2LMHeadModel"], **arguments)
     assert calls == ["OPTForCausalLM", "GPT2LMHeadModel"]
-    assert "GPT2LMHeadModel" in (tmp_path / "zoo.md").read_text()
-    kept = (tmp_path / "zoo.md.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in kept] == calls
+    assert [r.name for r in zoo.read_table((tmp_path / "zoo.md").read_text())] == sorted(calls)
 
 
 def test_a_process_that_dies_is_a_row():
