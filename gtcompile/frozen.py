@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from gtcompile.torch_internals import compile_fx
+from gtcompile.uncompiled import UNTRACEABLE, run_as_captured
 
 
 def compile_frozen(
@@ -29,8 +30,11 @@ def compile_frozen(
     """
     run: Any = fx.GraphModule(graph, graph.graph)  # whose Python code is made now, not at the first call
     if compiler == "inductor":
-        with torch.no_grad():
-            run = compile_fx(run, example_inputs, config_patches=patches)
+        try:
+            with torch.no_grad():
+                run = compile_fx(run, example_inputs, config_patches=patches)
+        except UNTRACEABLE as error:
+            run = run_as_captured(graph, frozenset(), error)
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():

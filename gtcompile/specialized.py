@@ -19,6 +19,7 @@ from gtcompile.torch_internals import (
     compile_fx,
     get_hash_for_files,
 )
+from gtcompile.uncompiled import UNTRACEABLE, run_as_captured
 
 logger = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
@@ -63,10 +64,13 @@ class SpecializedVariants:
         logger.info("compiling a variant with %d live inputs", len(live))
         graph = copy.copy(self._graph)
         partitioner = TrainedSetPartitioner(live, self._memory_budget)
-        with self._compilation():
-            return compile_specialized(
-                graph, self._example_inputs, partitioner, self._compiler, self._patches
-            )
+        try:
+            with self._compilation():
+                return compile_specialized(
+                    graph, self._example_inputs, partitioner, self._compiler, self._patches
+                )
+        except UNTRACEABLE as error:
+            return run_as_captured(self._graph, live, error)
 
 
 class TrainedSetPartitioner(CustomPartitionerFn):

@@ -57,8 +57,9 @@ from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 # What a function wraps for which Dynamo is disabled.
 from torch._dynamo.eval_frame import innermost_fn  # noqa: E402
 
-# Dynamo: the error it raises on what it cannot capture, and counters of its captures.
-from torch._dynamo.exc import TorchDynamoException  # noqa: E402
+# Dynamo: the error it raises on what it cannot capture, the errors of a backend that have it run a graph
+# uncompiled, and counters of its captures.
+from torch._dynamo.exc import TorchDynamoException, exceptions_allowed_to_be_fallback  # noqa: E402
 
 # Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented).
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export  # noqa: E402
@@ -235,6 +236,7 @@ __all__ = [
     "dynamo_config",
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
+    "exceptions_allowed_to_be_fallback",
     "functorch_config",
     "fx_graph_cse",
     "get_decompositions",

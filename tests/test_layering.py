@@ -46,6 +46,7 @@ ORDER = [
         "background",
         "parts",
         "inductor_settings",
+        "uncompiled",
         "frozen",
         "side_work",
         "specialized",

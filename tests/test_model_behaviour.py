@@ -229,6 +229,47 @@ def test_a_branch_on_a_number_that_changes_at_every_step_is_trained(variants):
         assert_same_gradients(model, reference_gradients(run, inputs))
 
 
+class SizedByData(nn.Module):
+    """A tensor of one number is a size in a graph that Dynamo captures and AOTAutograd cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        x, most = self.first(x), kept.sum(-1).max()
+        torch._dynamo.graph_break()
+        padded = self.middle(x).new_zeros(len(x), most, WIDTH)
+        padded[:] = self.middle(x).unsqueeze(1)
+        return self.last(padded).square().mean()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+def test_a_graph_that_cannot_be_traced_runs_uncompiled_and_trains_exactly_the_set(variants, compiler):
+    model = SizedByData()
+    inputs = {"x": torch.rand(2, WIDTH), "kept": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    run = torch.compile(model, backend="gtcompile", options={"compiler": compiler, "variants": variants})
+    costs = backward_costs(run, inputs)
+    for trained in (selectable(model), {"last.bias"}, {"middle.weight"}, {"first.bias", "last.weight"}):
+        train_only(run, trained)
+        run(**inputs).backward()
+        model.zero_grad()
+        with count_flops() as counter:
+            run(**inputs).backward()
+        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert_same_gradients(model, reference_gradients(run, inputs), rtol=1e-6, atol=1e-7)
+
+
+def test_a_frozen_graph_that_cannot_be_traced_runs_uncompiled():
+    model = SizedByData()
+    inputs = {"x": torch.rand(2, WIDTH), "kept": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    run = torch.compile(model, backend="gtcompile")
+    with torch.no_grad():
+        assert torch.allclose(run(**inputs), model(**inputs))
+
+
 @AS_A_WHOLE
 def test_the_backward_ends_where_nothing_before_a_graph_break_is_trained(way):
     model, batch = Broken(ResidualMLP), make_batch()
