@@ -19,9 +19,8 @@ from gtcompile.forced_leaves import wants_gradient
 from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.inductor_settings import inductor_settings
-from gtcompile.joint import ancestors
 from gtcompile.passes.tangents import differentiate_loss_only
-from gtcompile.region_graph import Live
+from gtcompile.region_graph import Live, output_sources
 from gtcompile.side_work import has_side_work
 from gtcompile.specialized import SpecializedVariants
 from gtcompile.torch_internals import FakeTensor, TracingContext, has_symbolic_numbers, tracing
@@ -79,7 +78,7 @@ class Region:
         self._graph = graph
         self._example_inputs = _fake_inputs(graph, example_inputs)
         self._options = options
-        self._output_sources = _output_sources(graph)
+        self._output_sources = output_sources(graph)
         self._cut_positions: dict[Live, tuple[int, ...]] = {}
         self._lives: dict[tuple[int, ...], Live] = {}
         self._generation = -1
@@ -274,18 +273,6 @@ def _of_backend(value: Any) -> Any:
     carried = mode.from_tensor(value)
     carried.item_memo = value.item_memo
     return carried
-
-
-def _output_sources(graph: fx.GraphModule) -> tuple[Live, ...]:
-    """Per output of a Dynamo graph, the positions of the inputs it is computed from."""
-    positions = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    outputs: Any = graph.graph.output_node().args[0]
-    return tuple(
-        frozenset(positions[n] for n in ancestors([node]) if n in positions)
-        if isinstance(node, fx.Node)
-        else frozenset()
-        for node in outputs
-    )
 
 
 def expect_gradients(outputs: Any, inputs: Sequence[Any], live: Live) -> None:

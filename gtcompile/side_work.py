@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gtcompile.flops import register_missing_formulas
 from gtcompile.joint import ancestors
+from gtcompile.region_graph import possible_writers
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,9 @@ def has_side_work(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
         differentiated: positions of the outputs that a backward has gradients for.
     """
     outputs: Any = graph.graph.output_node().args[0]
-    wanted = ancestors([outputs[i] for i in differentiated])
-    side = ancestors([node for node in outputs if _asks(node)]) - wanted
+    writers = possible_writers(graph.graph)
+    wanted = ancestors([outputs[i] for i in differentiated], writers)
+    side = ancestors([node for node in outputs if _asks(node)], writers) - wanted
     calls = [node for node in graph.graph.nodes if node in side and node.op.startswith("call_")]
     register_missing_formulas()
     counter = FlopCounterMode(display=False)

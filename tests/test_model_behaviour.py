@@ -229,6 +229,51 @@ def test_a_branch_on_a_number_that_changes_at_every_step_is_trained(variants):
         assert_same_gradients(model, reference_gradients(run, inputs))
 
 
+def set_items(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x[:1] = y[:1]
+    return x
+
+
+def write_through_a_view(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x.view(-1)[::2].copy_(y.flatten()[::2])
+    return x
+
+
+def add_in_place(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x += y
+    return x * 2
+
+
+def write_into_a_part(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    first, rest = x[:1], x[1:]
+    rest.mul_(2)
+    first.addcmul_(y[:1], y[-1:])
+    return torch.cat((first, rest))
+
+
+class Writing(nn.Module):
+    """What a layer computes is written into what another one does."""
+
+    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.into, self.what, self.write = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self.into(x), self.what(x))
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("write", [set_items, write_through_a_view, add_in_place, write_into_a_part])
+def test_what_is_written_into_an_activation_is_differentiated(way, write):
+    model, batch = Layered(lambda: Writing(write)), make_batch()
+    run = way(model)
+    for trained in (["layers.0.what.*"], ["layers.1.what.weight"], ["layers.0.into.bias"], ["layers.1.*"]):
+        train_only(run, trained)
+        step(run, batch)
+        assert_same_gradients(model, reference_gradients(run, batch))
+        model.zero_grad()
+
+
 class SizedByData(nn.Module):
     """A tensor of one number is a size in a graph that Dynamo captures and AOTAutograd cannot trace."""
 
