@@ -9,7 +9,12 @@ from torch import fx
 
 from gtcompile.capture import count_forward_outputs, tensors_of
 from gtcompile.joint import JointGraph, ancestors
-from gtcompile.torch_internals import GradAOTOutput, PlainAOTInput
+from gtcompile.torch_internals import (
+    GradAOTOutput,
+    PlainAOTInput,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+)
 
 Live = frozenset[int]
 """Positions of a region's inputs whose gradients are computed."""
@@ -52,8 +57,8 @@ def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
     """
     holders, written = defaultdict(set), set()
     for node in graph.nodes:
-        strided = [t for t in tensors_of(node.meta.get("example_value")) if t.layout is torch.strided]
-        for tensor in strided:  # others have no memory of their own
+        tensors = map(_unwrapped, tensors_of(node.meta.get("example_value")))
+        for tensor in (t for t in tensors if t.layout is torch.strided):  # others have no memory of their own
             memory = tensor.untyped_storage()._cdata
             holders[memory].add(node)
             if not tensor.is_inference() and tensor._version:
@@ -64,6 +69,13 @@ def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
         for holder in holders[memory]:
             writers[holder] |= readers
     return writers
+
+
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor inside `vmap` wraps; any other itself."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def _slot_name(descriptor: object) -> str | None:

@@ -34,6 +34,7 @@ def check_version(version: str, *, anyway: bool) -> None:
 
 check_version(torch.__version__, anyway=os.environ.get("GTCOMPILE_ANY_TORCH") == "1")
 
+# The memory of a tensor inside `vmap`, which has none of its own.
 # Ours to patch for the length of a capture or a compilation.
 import torch._dynamo.config as dynamo_config  # noqa: E402
 
@@ -41,6 +42,7 @@ import torch._dynamo.config as dynamo_config  # noqa: E402
 import torch._dynamo.eval_frame as eval_frame  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor  # noqa: E402
 
 # What operators that ONNX has not are made of.
 from torch._decomp import get_decompositions  # noqa: E402
@@ -241,12 +243,14 @@ __all__ = [
     "fx_graph_cse",
     "get_decompositions",
     "get_hash_for_files",
+    "get_unwrapped",
     "has_free_symbols",
     "has_free_unbacked_symbols",
     "has_symbolic_numbers",
     "inductor_config",
     "inductor_state",
     "innermost_fn",
+    "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "min_cut_rematerialization_partition",

@@ -251,6 +251,11 @@ def write_into_a_part(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat((first, rest))
 
 
+def write_beside_vmap(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x[:1] = torch.vmap(lambda row: row * row.sum())(y)[:1]
+    return x
+
+
 class Writing(nn.Module):
     """What a layer computes is written into what another one does."""
 
@@ -262,8 +267,11 @@ class Writing(nn.Module):
         return self.write(self.into(x), self.what(x))
 
 
+WRITES = (set_items, write_through_a_view, add_in_place, write_into_a_part, write_beside_vmap)
+
+
 @EVERY_WAY
-@pytest.mark.parametrize("write", [set_items, write_through_a_view, add_in_place, write_into_a_part])
+@pytest.mark.parametrize("write", WRITES)
 def test_what_is_written_into_an_activation_is_differentiated(way, write):
     model, batch = Layered(lambda: Writing(write)), make_batch()
     run = way(model)
