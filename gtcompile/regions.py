@@ -18,7 +18,6 @@ from gtcompile.errors import GraphContractError
 from gtcompile.forced_leaves import wants_gradient
 from gtcompile.frozen import compile_frozen
 from gtcompile.hoisted import HoistedVariants, NoBackwardError
-from gtcompile.inductor_settings import inductor_settings
 from gtcompile.passes.tangents import differentiate_loss_only
 from gtcompile.region_graph import Live, output_sources
 from gtcompile.side_work import has_side_work
@@ -208,7 +207,7 @@ class Region:
     @property
     def _patches(self) -> dict[str, Any]:
         """Of Inductor's settings."""
-        return inductor_settings(self._options.random)
+        return {"fallback_random": self._options.random == "eager"}
 
     def _live(self, inputs: Sequence[Any]) -> Live:
         """Positions of the inputs whose gradients are wanted."""

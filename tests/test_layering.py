@@ -21,7 +21,7 @@ ORDER = [
     *("flops", "packed_sequences", "known_values", "originals", "asked", "routes", "capture"),
     *("passes.contract", "passes.weight_gradients", "passes.dead_nodes", "passes.output_masks"),
     *("passes.tangents", "passes.split_convolutions", "passes.zero_tangents", "passes.hoisting"),
-    *("passes.dropout", "passes.pipeline", "passes"),
+    *("passes.pipeline", "passes"),
     *(
         "trained",
         "restoration",
@@ -45,7 +45,6 @@ ORDER = [
         "partitions",
         "background",
         "parts",
-        "inductor_settings",
         "uncompiled",
         "frozen",
         "side_work",
