@@ -8,17 +8,26 @@ COMPILED = "CompiledFunctionBackward"
 """What AOTAutograd calls its node."""
 
 
-def region_node(outputs: Iterable[object], inputs: Iterable[object]) -> torch.autograd.graph.Node | None:
+Histories = frozenset[torch.autograd.graph.Node | None]
+"""What tensors were computed by; None for leaves and what needs no gradient."""
+
+
+def histories(inputs: Iterable[object]) -> Histories:
+    """The nodes that the inputs of a call, about to run, were computed by: the call may write into them."""
+    return frozenset(value.grad_fn for value in inputs if isinstance(value, torch.Tensor))
+
+
+def region_node(outputs: Iterable[object], before: Histories) -> torch.autograd.graph.Node | None:
     """The node behind the outputs of one call, or None when nothing needs a gradient.
 
-    Views of outputs are looked through. An output that is an input passed through leads to somebody else's
-    node, which is not it.
+    Views of outputs are looked through. An output that is an input passed through, and not written into, leads
+    to somebody else's node, which is not it.
 
     Args:
         outputs: of the call.
-        inputs: those that may have a history: all but parameters.
+        before: of its inputs.
     """
-    others = {value.grad_fn for value in inputs if isinstance(value, torch.Tensor)}
+    others: set[torch.autograd.graph.Node | None] = set(before)
     todo = [value.grad_fn for value in outputs if isinstance(value, torch.Tensor)]
     while todo:
         node = todo.pop(0)

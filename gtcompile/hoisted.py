@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from gtcompile.autograd_nodes import region_node
+from gtcompile.autograd_nodes import histories, region_node
 from gtcompile.operators import Boxed, boxed, run_operators
 from gtcompile.partitions import HoistingPartitioner
 from gtcompile.parts import InductorParts, resumable_compilation, without_donation
@@ -84,8 +84,9 @@ class HoistedVariants:
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
         plan = self._current.plan = self._plans.of(live)
+        before = histories([inputs[i] for i in self._activations])
         outputs = self._code(*inputs)
-        node = region_node(outputs, [inputs[i] for i in self._activations])
+        node = region_node(outputs, before)
         if node is not None:
             metadata: Any = node.metadata
             metadata[PLAN], metadata[LIVE] = plan, live

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from gtcompile import trained
-from gtcompile.autograd_nodes import places_among_gradients, region_node
+from gtcompile.autograd_nodes import Histories, histories, places_among_gradients, region_node
 from gtcompile.capture import refuse_subclasses
 from gtcompile.cuts import ask, end, keeps_asking
 from gtcompile.errors import GraphContractError
@@ -108,17 +108,20 @@ class Region:
         visible = self._without_hooks(inputs, live)
         if self._side_work:
             self._leave_out_side_work()
+        first = live not in self._cut_positions
+        looking = self._side_work is None and isinstance(self._variants, SpecializedVariants)
+        before = histories(visible) if first or looking else frozenset()
         outputs = self._variants(live, visible)
-        if self._side_work is None and isinstance(self._variants, SpecializedVariants):
-            self._look_for_side_work(outputs, visible)
-        if live not in self._cut_positions:
-            expect_gradients(outputs, visible, live)
+        if looking:
+            self._look_for_side_work(outputs, before)
+        if first:
+            expect_gradients(outputs, visible, before, live)
             self._keep_cut_positions(live)
         return detach(outputs, self._cut_positions[live])
 
-    def _look_for_side_work(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+    def _look_for_side_work(self, outputs: Sequence[Any], before: Histories) -> None:
         """Have the coming backward note whether it sends zeros back through outputs nobody differentiates."""
-        node = region_node(outputs, [inputs[i] for i in self._activations])
+        node = region_node(outputs, before)
         if node is None:
             return
 
@@ -274,13 +277,13 @@ def _of_backend(value: Any) -> Any:
     return carried
 
 
-def expect_gradients(outputs: Any, inputs: Sequence[Any], live: Live) -> None:
+def expect_gradients(outputs: Any, inputs: Sequence[Any], before: Histories, live: Live) -> None:
     """Have the coming backward check, once, that it hands out no gradient for a frozen parameter.
 
     Raises:
         GraphContractError: from the backward, naming the position of the parameter.
     """
-    node = region_node(outputs, inputs)
+    node = region_node(outputs, before)
     if node is None:
         return
     frozen = {
