@@ -20,8 +20,8 @@ def histories(inputs: Iterable[object]) -> Histories:
 def region_node(outputs: Iterable[object], before: Histories) -> torch.autograd.graph.Node | None:
     """The node behind the outputs of one call, or None when nothing needs a gradient.
 
-    Views of outputs are looked through. An output that is an input passed through, and not written into, leads
-    to somebody else's node, which is not it.
+    Views of outputs are looked through. An output that is an input passed through, and not written into,
+    leads to somebody else's node, which is not it.
 
     Args:
         outputs: of the call.

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile import trained
-from gtcompile.cuts import is_cut, keeps_asking
+from gtcompile.cuts import is_cut, is_history_of_a_cut, keeps_asking
 
 REENTRANT = "CheckpointFunctionBackward"
 """What autograd calls the node of a reentrant checkpoint."""
@@ -61,7 +61,7 @@ def wants_gradient(value: object) -> bool:
     """
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return False
-    if value.grad_fn is None:
+    if value.grad_fn is None or is_cut(value):
         return not is_cut(value)
     if isinstance(value.grad_fn, BackwardCFunction):  # another region's, most of the time
         return True
@@ -110,7 +110,7 @@ def _reaches_wanted(start: torch.autograd.graph.Node, opaque: type | tuple[()] =
         node = todo.pop()
         leaf = getattr(node, "variable", None)
         # parameters of what is recomputed are no part of the history
-        hidden = node.name() == REENTRANT or isinstance(node, opaque)
+        hidden = node.name() == REENTRANT or (isinstance(node, opaque) and not is_history_of_a_cut(node))
         if hidden or _metadata(node).get(_WANTED) or (leaf is not None and _leaf_wants(leaf)):
             return True
         parents = {parent for parent, _ in node.next_functions if parent is not None} - seen

@@ -38,6 +38,12 @@ def compile_frozen(
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():
-            return run(*inputs)
+            outputs = run(*inputs)
+        return [_writable(output) for output in outputs]
 
     return forward
+
+
+def _writable(output: Any) -> Any:
+    """An output as eager PyTorch makes it: autograd forbids to write into views made without it."""
+    return output.data if isinstance(output, torch.Tensor) and output._is_view() else output

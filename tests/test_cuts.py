@@ -20,12 +20,15 @@ def askers():
 
 def test_a_cut_has_the_values_asks_for_a_gradient_and_wants_none():
     tensor = torch.ones(2, requires_grad=True) * 2
-    leaf = cut(tensor)
-    assert leaf.requires_grad
-    assert leaf.grad_fn is None
-    assert leaf.data_ptr() == tensor.data_ptr()
-    assert is_cut(leaf)
-    assert not wants_gradient(leaf)
+    passed = cut(tensor)
+    assert passed.requires_grad
+    assert passed.data_ptr() == tensor.data_ptr()
+    assert is_cut(passed)
+    assert not wants_gradient(passed)
+    assert not wants_gradient(passed.clone())
+    passed.mul_(2)  # a leaf could not be written into
+    assert tensor.tolist() == [4.0, 4.0]
+    passed.sum().backward()
     assert not is_cut(tensor)
     assert wants_gradient(tensor)
 

@@ -282,6 +282,30 @@ def test_what_is_written_into_an_activation_is_differentiated(way, write):
         model.zero_grad()
 
 
+class OverItsInput(nn.Module):
+    """A residual connection that saves memory: what comes in is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.linear(x.clone()).tanh()
+        return x
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("kind", [Layered, Broken])
+def test_blocks_may_write_into_their_input(way, kind):
+    model, batch = kind(OverItsInput), make_batch()
+    run = way(model)
+    for trained in (["head.bias"], ["layers.1.*"], ["layers.0.linear.weight"], ["embed.bias"], None):
+        train_only(run, trained)
+        step(run, batch)
+        assert_same_gradients(model, reference_gradients(run, batch))
+        model.zero_grad()
+
+
 class SizedByData(nn.Module):
     """A tensor of one number is a size in a graph that Dynamo captures and AOTAutograd cannot trace."""
 
