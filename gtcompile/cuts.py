@@ -41,7 +41,7 @@ def cut(tensor: torch.Tensor) -> torch.Tensor:
     """The same values without their history; shares memory with `tensor`."""
     leaf = tensor.detach().requires_grad_()
     _cuts[leaf] = True
-    passed: torch.Tensor = _Cut.apply(leaf)
+    passed: torch.Tensor = _Cut.apply(leaf)  # type: ignore[no-untyped-call]
     return passed
 
 
