@@ -61,9 +61,9 @@ def wants_gradient(value: object) -> bool:
     """
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return False
-    if value.grad_fn is None or is_cut(value):
-        return not is_cut(value)
-    if isinstance(value.grad_fn, BackwardCFunction):  # another region's, most of the time
+    if is_cut(value):
+        return False
+    if value.grad_fn is None or isinstance(value.grad_fn, BackwardCFunction):  # another region made it
         return True
     metadata = _metadata(value.grad_fn)
     if _ASKED not in metadata:
