@@ -7,6 +7,7 @@
 
 import contextlib
 import copy
+import gc
 import random
 import sys
 import time
@@ -288,6 +289,7 @@ def main(case: str) -> None:
     try:
         CASES.get(case, lambda: check_training(set(case.split("-"))))()
     finally:
+        gc.collect()  # modules and errors that hold groups: gloo's threads must not outlive the interpreter
         dist.destroy_process_group()
 
 
