@@ -43,7 +43,10 @@ class Ranks:
             error = problem
         said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame, which would keep it
         for rank, failure in enumerate(said):
             if failure is not None:
                 raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")

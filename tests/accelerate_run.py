@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 
 import gtcompile
+from tests.gloo_ranks import leave
 from tests.models import Regression, make_batch
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     assert all(sets == first[0] and torch.equal(weights, first[1]) for sets, weights in others)
     accelerator.print(f"{len(others) + 1} processes, {len(sets)} selections: the same sets and weights")
     accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import AdaptiveBackprop, GTCompileError, compile_blocks, train_only, trained_parameters
 from gtcompile.testing import assert_same_gradients
+from tests.gloo_ranks import gloo_ranks
 from tests.models import WIDTH, ResidualMLP, Stack, captures
 from tests.test_adaptive import make_signed
 
@@ -143,9 +144,7 @@ def lose_a_rank() -> None:
 
 def main(case: str) -> None:
     """Run one case on every rank."""
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    try:
+    with gloo_ranks():
         if case in ("budget", "model", "failure"):
             check_refusal(case)
         elif case == "contradiction":
@@ -159,8 +158,6 @@ def main(case: str) -> None:
                 accumulate=int(accumulate),
                 views=views == "views",
             )
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

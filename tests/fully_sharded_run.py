@@ -7,7 +7,6 @@
 
 import contextlib
 import copy
-import gc
 import random
 import sys
 import time
@@ -34,6 +33,7 @@ from gtcompile.blocks import find_blocks
 from gtcompile.fully_sharded import local
 from gtcompile.trainer_loss import TrainerLoss
 from tests.data_parallel_run import build, draw
+from tests.gloo_ranks import gloo_ranks
 from tests.models import captures, random_sets
 
 ROUNDS, STEPS, CLIP = 5, 3, 0.5
@@ -284,13 +284,8 @@ CASES = {
 
 def main(case: str) -> None:
     """Run one case on every rank."""
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    try:
+    with gloo_ranks():
         CASES.get(case, lambda: check_training(set(case.split("-"))))()
-    finally:
-        gc.collect()  # modules and errors that hold groups: gloo's threads must not outlive the interpreter
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """DistributedDataParallel on two gloo ranks, against one process; what would diverge is refused."""
 
+import contextlib
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile.adaptive import AdaptiveBackprop
+from gtcompile.ranks import Ranks
 from gtcompile.trained import train_only
 from tests.models import Regression
 from tests.test_huggingface import Replay, losses, train, weights
@@ -43,6 +47,23 @@ def test_what_fails_on_one_rank_is_raised_on_all():
     assert result.returncode == 0, result.stderr
     assert "rank 1: ValueError: expected at least two batches" in result.stdout
     assert "rank 0: GTCompileError: rank 1 failed, so no rank goes on: ValueError: expected" in result.stdout
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_failure_keeps_nothing_alive_that_holds_processes():
+    def fail():
+        raise ValueError("of this rank")
+
+    ranks = Ranks(dist.group.WORLD)
+    kept = weakref.ref(ranks)
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            ranks.together(fail)
+        del ranks
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ from gtcompile import (
 from gtcompile.capture import unwrap
 from tests.data_parallel_run import build, draw
 from tests.fully_sharded_run import joined, shard
+from tests.gloo_ranks import gloo_ranks
 
 PARTS, EVERY, TOTAL = 2, 3, 10
 POINTS = {"before": (6, False), "after": (6, True), "middle": (5, True)}
@@ -163,13 +164,9 @@ def full(wrapper: str, folder: Path) -> None:
 
 def main(wrapper: str, task: str, folder: str) -> None:
     """Run one task on every rank."""
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    try:
+    with gloo_ranks():
         tasks = {"resume": resume, "continue": continue_, "save": save, "full": full}
         tasks[task](wrapper, Path(folder))
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

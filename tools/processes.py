@@ -1,6 +1,7 @@
 """The processes that torchrun started for one run."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -29,4 +30,5 @@ def joined_processes() -> Iterator[Ranks]:
     try:
         yield Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
+        gc.collect()  # models hold groups, and gloo's threads may abort a process whose Python has ended
         dist.destroy_process_group()
