@@ -17,6 +17,7 @@ from gtcompile.operators import Boxed, boxed, run_operators
 from gtcompile.partitions import HoistingPartitioner
 from gtcompile.parts import InductorParts, resumable_compilation, without_donation
 from gtcompile.plans import Plan, PlanOptions, Plans
+from gtcompile.products import use_faster_products
 from gtcompile.region_graph import Live, input_name
 from gtcompile.torch_internals import (
     aot_autograd,
@@ -70,6 +71,8 @@ class HoistedVariants:
         self._code = innermost_fn(code)  # regions run where Dynamo is disabled already
         if partitioner.partition is None:
             raise NoBackwardError
+        if compiler == "inductor":
+            use_faster_products(partitioner.partition.backward.graph)
         self._tangents = partitioner.partition.tangents
         options = PlanOptions(
             parts=self._parts,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from gtcompile import trained
+from gtcompile import products, trained
 from gtcompile.autograd_nodes import Histories, histories, places_among_gradients, region_node
 from gtcompile.capture import refuse_subclasses
 from gtcompile.cuts import ask, end, keeps_asking
@@ -210,7 +210,7 @@ class Region:
     @property
     def _patches(self) -> dict[str, Any]:
         """Of Inductor's settings."""
-        return {"fallback_random": self._options.random == "eager"}
+        return {"fallback_random": self._options.random == "eager", **products.inductor_settings()}
 
     def _live(self, inputs: Sequence[Any]) -> Live:
         """Positions of the inputs whose gradients are wanted."""

@@ -87,7 +87,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition  #
 # Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
 from torch._guards import TracingContext, tracing  # noqa: E402
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
-from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files  # noqa: E402
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files  # noqa: E402
 
 # Where Inductor keeps what it compiled.
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
@@ -205,6 +205,7 @@ __all__ = [
     "BoxedCodeGen",
     "BufferAOTInput",
     "CountingMode",
+    "CustomGraphPass",
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",

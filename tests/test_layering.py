@@ -42,6 +42,7 @@ ORDER = [
         "autograd_nodes",
         "operators",
         "programs",
+        "products",
         "partitions",
         "background",
         "parts",
