@@ -42,6 +42,7 @@ def routes(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Route]:
     if "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys():
         yield _without_cache
     yield _through_eager
+    yield _told_nothing
     if all(map(_has_values, (*model.parameters(), *model.buffers(), *batch.values()))):
         yield with_values
 
@@ -80,6 +81,14 @@ def _through_eager(
 ) -> tuple[nn.Module, str]:
     """Operator by operator, as eager PyTorch runs."""
     stack.enter_context(_as_compiled())
+    return trace_what_asks(narrowed()), "eager trace"
+
+
+def _told_nothing(
+    narrowed: Narrowed, batch: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[nn.Module, str]:
+    """Operator by operator, the model not told that it is compiled: a graph break where it could not be."""
+    stack.enter_context(reentrant_checkpoints_passed_over())
     return trace_what_asks(narrowed()), "eager trace"
 
 

@@ -197,7 +197,7 @@ def test_a_graph_break_falls_back_to_tracing_without_dynamo():
     assert costs == expected
 
 
-def test_a_branch_on_data_is_refused_without_weights_with_both_reasons():
+def test_a_branch_on_data_is_refused_without_weights_with_every_reason():
     class Branching(Regression):
         def forward(self, x, y):
             return super().forward(x, y) * (2 if x.sum() > 0 else 1)
@@ -205,7 +205,7 @@ def test_a_branch_on_data_is_refused_without_weights_with_both_reasons():
     with pytest.raises(CaptureError, match="could not capture Branching as one graph") as raised:
         capture(Branching().to("meta"), make_batch())
     reasons = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
-    assert len(reasons) == 2
+    assert len(reasons) == 3
     assert "Dynamo" in reasons[0]
     assert "a branch on data" in str(raised.value).lower()
 
@@ -453,6 +453,19 @@ def test_a_model_traced_without_dynamo_is_told_that_it_is_compiled():
     model, batch = Aware(2), make_batch()
     graph, compiled = capture(model, batch), torch.compile(model, backend="eager")
     assert graph.source == "eager trace"
+    with count_flops() as counter:
+        compiled(**batch).backward()
+    assert counter.get_total_flops() == costs_of(graph).full_flops
+
+
+def test_a_model_that_fails_where_it_is_compiled_costs_what_it_does_after_the_graph_break():
+    class Careless(Regression):
+        def forward(self, x, y):
+            scale = None if torch.compiler.is_compiling() else torch.eye(x.shape[-1])
+            return super().forward(x @ scale[:], y)
+
+    model, batch = Careless(2), make_batch()
+    graph, compiled = capture(model, batch), torch.compile(model, backend="eager")
     with count_flops() as counter:
         compiled(**batch).backward()
     assert counter.get_total_flops() == costs_of(graph).full_flops
