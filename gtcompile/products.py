@@ -13,7 +13,13 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import register_flop_formula
 
-from gtcompile.torch_internals import CustomGraphPass, get_hash_for_files, inductor_config
+from gtcompile.torch_internals import (
+    CustomGraphPass,
+    get_hash_for_files,
+    inductor_config,
+    statically_known_true,
+    sym_eq,
+)
 
 aten = torch.ops.aten
 
@@ -78,13 +84,20 @@ def use_faster_products(graph: fx.Graph) -> None:
             node.target = PRODUCT
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         bias, left, right = node.args
-        if _is_float32_on_cpu(node) and bias.meta["val"].ndim == 1 and not node.kwargs:
+        if _is_float32_on_cpu(node) and _is_row_of(node, bias) and not node.kwargs:
             node.target, node.args = PRODUCT, (left, right, bias)
 
 
 def _is_float32_on_cpu(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return bool(value.dtype == torch.float32 and value.device.type == "cpu")
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
+
+
+def _is_row_of(node: fx.Node, bias: Any) -> bool:
+    """Whether a bias is a vector with one element for each column of a product, and not broadcast."""
+    value = bias.meta.get("val")
+    columns = node.meta["val"].shape[1:]
+    return isinstance(value, torch.Tensor) and statically_known_true(sym_eq(value.shape, columns))
 
 
 class _FasterProducts(CustomGraphPass):

@@ -117,6 +117,8 @@ from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
     ShapeEnv,
     has_free_symbols,
     has_free_unbacked_symbols,
+    statically_known_true,
+    sym_eq,
 )
 
 # Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
@@ -253,6 +255,8 @@ __all__ = [
     "no_autocast",
     "reentrant_checkpoints_passed_over",
     "settings_not_logged",
+    "statically_known_true",
+    "sym_eq",
     "told_to_be_compiled",
     "tracing",
     "tree_map",
