@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import register_flop_formula
 
+from gtcompile.flops import node_flops
 from gtcompile.torch_internals import (
     CustomGraphPass,
     get_hash_for_files,
@@ -22,6 +23,9 @@ from gtcompile.torch_internals import (
 )
 
 aten = torch.ops.aten
+
+LEAST_FLOPS = 10_000_000
+"""Below, calling oneDNN costs more than it wins: some ten microseconds."""
 
 _library = torch.library.Library("gtcompile", "DEF")
 _library.define("product(Tensor left, Tensor right, Tensor? bias=None) -> Tensor")
@@ -80,24 +84,24 @@ def use_faster_products(graph: fx.Graph) -> None:
     if not onednn_is_faster():
         return
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        if _is_float32_on_cpu(node):
+        if _is_worth_it(node):
             node.target = PRODUCT
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         bias, left, right = node.args
-        if _is_float32_on_cpu(node) and _is_row_of(node, bias) and not node.kwargs:
+        if _is_worth_it(node) and _is_row_of(node, bias) and not node.kwargs:
             node.target, node.args = PRODUCT, (left, right, bias)
 
 
-def _is_float32_on_cpu(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
+def _is_worth_it(node: fx.Node) -> bool:
+    """Whether this is a large product of float32 matrices on the CPU, at the sizes it was captured with."""
+    values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+    ours = all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.is_cpu for v in values)
+    return ours and node_flops(node) >= LEAST_FLOPS
 
 
 def _is_row_of(node: fx.Node, bias: Any) -> bool:
     """Whether a bias is a vector with one element for each column of a product, and not broadcast."""
-    value = bias.meta.get("val")
-    columns = node.meta["val"].shape[1:]
-    return isinstance(value, torch.Tensor) and statically_known_true(sym_eq(value.shape, columns))
+    return statically_known_true(sym_eq(bias.meta["val"].shape, node.meta["val"].shape[1:]))
 
 
 class _FasterProducts(CustomGraphPass):
@@ -106,8 +110,8 @@ class _FasterProducts(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         use_faster_products(graph)
 
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+    def uuid(self) -> tuple[bytes, int]:
+        return get_hash_for_files((__file__,)), LEAST_FLOPS
 
 
 def inductor_settings() -> dict[str, Any]:

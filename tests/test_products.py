@@ -23,8 +23,9 @@ ROWS = 6
 
 @pytest.fixture
 def faster(monkeypatch):
-    """A processor on which oneDNN is faster."""
+    """A processor on which oneDNN is faster, whatever the size."""
     monkeypatch.setattr(products, "_mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(products, "LEAST_FLOPS", 0)
 
 
 @st.composite
@@ -72,6 +73,14 @@ def test_float32_products_are_replaced_and_cost_the_same(faster):
     assert (targets.count(aten.addmm.default), targets.count(aten.mm.default)) == (3, 1)
     assert list(map(node_flops, operators(module))) == before
     torch.testing.assert_close(module(*inputs), all_kinds(*inputs))
+
+
+def test_small_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(products, "_mkl_lacks_avx512", lambda: True)
+    for width, replaced in ((8, 0), (512, 1)):
+        module = make_fx(torch.mm)(torch.randn(512, width), torch.randn(width, 64))
+        use_faster_products(module.graph)
+        assert [node.target for node in operators(module)].count(PRODUCT) == replaced
 
 
 def operators(module):
