@@ -1,8 +1,8 @@
 """Products of float32 matrices on processors for which torch's library has no fast code.
 
 Torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone; oneDNN, which
-torch carries too, asks for the instructions and not for the vendor. On an AMD EPYC with AVX-512 it takes about
-half the time (`python -m gtcompile.tools.products_benchmark`).
+torch carries too, asks for the instructions and not for the vendor. On an AMD EPYC with AVX-512 it takes
+about half the time (`python -m gtcompile.tools.products_benchmark`).
 """
 
 import functools
