@@ -29,9 +29,9 @@ from gtcompile.torch_internals import (
     ParamAOTInput,
     TangentAOTInput,
     aot_export_joint_with_descriptors,
-    fx_graph_cse,
     has_free_unbacked_symbols,
     is_traceable_wrapper_subclass,
+    merge_equal_nodes,
 )
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
                 joint = aot_export_joint_with_descriptors(stack, module, (), dict(example_inputs))
             _refuse_unknown_sizes(joint.graph_module)
             if merged and source == BY_DYNAMO:
-                joint.graph_module.graph = fx_graph_cse(joint.graph_module.graph)
+                joint.graph_module.graph = _merged(joint.graph_module.graph)
             return _whole_model(joint.graph_module, parameters, source)
         except CaptureError:
             raise
@@ -230,6 +230,13 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> JointGraph:
             logger.info("capture %s failed: %s", route.__doc__, error)
     without_values = failures[-1][0] is not with_values
     raise CaptureError(_explain(model, failures), without_values=without_values) from failures[0][1]
+
+
+def _merged(graph: fx.Graph) -> fx.Graph:
+    """The graph as the partitioner of a model compiled as a whole will have it."""
+    output = graph.output_node()
+    gradients = output.args[0][count_forward_outputs(output.meta["desc"]) :]  # type: ignore[index]
+    return merge_equal_nodes(graph, ancestors([g for g in gradients if isinstance(g, fx.Node)]))
 
 
 def _explain(model: nn.Module, failures: list[tuple[Any, Exception]]) -> str:

@@ -1,19 +1,21 @@
-"""Every private torch name gtcompile uses, each with its reason; read at torch 2.13.0.
+"""Every private torch name gtcompile uses, each with its reason; read at torch 2.13.0, 2.14.1 and 2.15.0.
 
 Nothing else in the project imports from a `torch._*` module. A torch outside the supported range is refused
 here, before any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
 """
 
 import contextlib
+import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from packaging.version import Version
+from torch import fx
 
-SUPPORTED = ("2.11", "2.14")
+SUPPORTED = ("2.11", "2.16")
 """First supported torch release, first one that is not."""
 
 
@@ -154,6 +156,24 @@ def compiled_code_stands_aside() -> bool:
     return eval_frame._stance.stance == "force_eager"
 
 
+def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Graph:
+    """Merge the nodes that compute the same from the same, as the partitioner of this torch will.
+
+    Since 2.14 it keeps a value of the forward alone apart from one that the backward needs too, lest it save
+    the merged value for backward.
+
+    Args:
+        graph: a joint graph.
+        backward: the nodes that gradients depend on.
+
+    Returns:
+        A new graph.
+    """
+    if "extra_node_key" in inspect.signature(fx_graph_cse).parameters:
+        return fx_graph_cse(graph, extra_node_key=backward.__contains__)
+    return fx_graph_cse(graph)
+
+
 def has_symbolic_numbers(mode: FakeTensorMode | None) -> bool:
     """Whether Dynamo took floating-point numbers of Python for symbols in what it traced with this mode."""
     env = mode.shape_env if mode else None
@@ -238,7 +258,6 @@ __all__ = [
     "dynamo_graph_capture_for_export",
     "exceptions_allowed_to_be_fallback",
     "functorch_config",
-    "fx_graph_cse",
     "get_decompositions",
     "get_hash_for_files",
     "get_unwrapped",
@@ -251,6 +270,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
+    "merge_equal_nodes",
     "min_cut_rematerialization_partition",
     "no_autocast",
     "reentrant_checkpoints_passed_over",

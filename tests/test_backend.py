@@ -71,6 +71,26 @@ class Twice(Regression):
         return super().forward(torch.tanh(first(x)) * first(x), y)
 
 
+class TwiceForItsValue(Regression):
+    """Computes a layer that it trains a second time, for a term of the loss that trains nothing."""
+
+    def forward(self, x, y):
+        return super().forward(x, y) + self.layers[0](x).detach().square().mean()
+
+
+@pytest.mark.parametrize("variants", VARIANTS)
+def test_a_product_computed_again_for_the_forward_alone_is_predicted_as_it_runs(variants):
+    model, batch = TwiceForItsValue(3), make_batch()
+    run = compiled(model, compiler="eager", variants=variants)
+    costs = backward_costs(run, batch)
+    for trained in random_sets(sorted(costs.fqns), 3):
+        train_only(run, trained)
+        step(run, batch)
+        with count_flops() as counter:
+            step(run, batch)
+        assert counter.get_total_flops() == costs.step_flops(trained)
+
+
 @pytest.mark.parametrize("variants", VARIANTS)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_a_model_computes_twice_is_predicted_and_run_once(variants, in_place):

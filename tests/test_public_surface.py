@@ -100,14 +100,16 @@ def test_errors_say_who_can_act():
     assert (str(error), error.minimum_budget_fraction) == ("too small", 0.37)
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+git123", "2.12.1+cpu", "2.13.0+cu130", "2.13.99"])
+@pytest.mark.parametrize(
+    "version", ["2.11.0", "2.11.0a0+git123", "2.12.1+cpu", "2.13.0+cu130", "2.14.1", "2.15.99"]
+)
 def test_a_supported_torch_is_accepted(version):
     check_version(version, anyway=False)
 
 
-@pytest.mark.parametrize("version", ["1.13.1", "2.9.0", "2.10.2+cpu", "2.14.0", "3.0.0"])
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.0", "2.10.2+cpu", "2.16.0", "3.0.0"])
 def test_another_torch_is_refused_unless_one_insists(version):
-    expected = f"supports torch >=2.11,<2.14; this is torch {version}"
+    expected = f"supports torch >=2.11,<2.16; this is torch {version}"
     with pytest.raises(ImportError, match=re.escape(expected)) as raised:
         check_version(version, anyway=False)
     assert "GTCOMPILE_ANY_TORCH=1" in str(raised.value)
