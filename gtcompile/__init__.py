@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gtcompile.adaptive import AdaptiveBackprop
-from gtcompile.backend import gtcompile
-from gtcompile.blocks import compile_blocks, uncompile_blocks
-from gtcompile.dependencies import BackwardCosts, backward_costs
+from gtcompile.compiler.backend import gtcompile
+from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
+from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
-from gtcompile.importance import measure_importance
-from gtcompile.selection import Selection, select_parameters
-from gtcompile.trained import train_only, trained_parameters
-from gtcompile.training_state import load_training, save_training
+from gtcompile.importance.estimators import measure_importance
+from gtcompile.selection.selection import Selection, select_parameters
+from gtcompile.state.trained_set import train_only, trained_parameters
+from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile.training.checkpoint import load_training, save_training
 
 if TYPE_CHECKING:
-    from gtcompile.huggingface import AdaptiveBackpropCallback
+    from gtcompile.huggingface.callback import AdaptiveBackpropCallback
 
 __all__ = [
     "AdaptiveBackprop",
@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The callback, which alone needs transformers, when somebody asks for it."""
     if name == "AdaptiveBackpropCallback":
-        from gtcompile.huggingface import AdaptiveBackpropCallback
+        from gtcompile.huggingface.callback import AdaptiveBackpropCallback
 
         return AdaptiveBackpropCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

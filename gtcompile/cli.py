@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gtcompile.tools.settings import Compiler, Method, Settings
-from gtcompile.tools.terminal import say
+from gtcompile.tools.common.terminal import say
+from gtcompile.tools.runs.settings import Compiler, Method, Settings
 
 app = typer.Typer(
     help="Fine-tune language models within a FLOPs budget.", no_args_is_help=True, add_completion=False
@@ -112,23 +112,24 @@ def _finetune(
 ) -> None:
     if resume and output is None:
         raise ValueError("--resume continues the run in --output; pass the folder")
-    from gtcompile.tools import finetuning, preparation, processes, progress, run_folder, summary
+    from gtcompile.tools.finetune import processes, progress, run, summary
+    from gtcompile.tools.runs import preparation, run_folder
 
     _quiet()
     arguments |= {"compiler": compiler or preparation.default_compiler()}
     with processes.joined_processes() as ranks:
-        run = Settings(**arguments, processes=ranks.count)
-        name = f"{Path(run.model).name}-{Path(run.dataset).stem}-{run.method}"
+        chosen = Settings(**arguments, processes=ranks.count)
+        name = f"{Path(chosen.model).name}-{Path(chosen.dataset).stem}-{chosen.method}"
         folder = output or ranks.from_first(lambda: run_folder.next_free_folder(name))
         console.quiet = ranks.rank > 0
         reporter = progress.Reporter(console)
         how: dict[str, Any] = {"resume": resume, "log_to": log_to, "ranks": ranks}
         runs: tuple[summary.Summary, ...]
         try:
-            if compare_full and run.method != "full":
-                runs = finetuning.compare_with_full(run, folder, reporter, **how)
+            if compare_full and chosen.method != "full":
+                runs = run.compare_with_full(chosen, folder, reporter, **how)
             else:
-                runs = (finetuning.finetune(run, folder, reporter, **how),)
+                runs = (run.finetune(chosen, folder, reporter, **how),)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt) or "interrupted"
             kept = run_folder.RunFolder(folder).checkpoint.is_file()
@@ -189,9 +190,9 @@ def inspect(
     }
     shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
     with _errors_in_one_line():
-        from gtcompile.tools import inspecting, inspection_outputs
+        from gtcompile.tools.inspect import command, outputs
 
-        wanted = inspection_outputs.Outputs(
+        wanted = outputs.Outputs(
             only=only,
             order=sort,
             top=top,
@@ -203,16 +204,16 @@ def inspect(
         )
         _quiet()
         if dataset is None:
-            result = inspecting.inspect_model(
+            result = command.inspect_model(
                 model, budget, **shape, importances=importances, progress=Console(stderr=True)
             )
         else:
-            share = inspecting.DEFAULT_BUDGET if budget is None else budget
+            share = command.DEFAULT_BUDGET if budget is None else budget
             run = Settings(
                 model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
-            result = inspecting.inspect_dataset(run, importances, Console(stderr=True))
-        inspection_outputs.put_out(inspection_outputs.output_console(), result, wanted)
+            result = command.inspect_dataset(run, importances, Console(stderr=True))
+        outputs.put_out(outputs.output_console(), result, wanted)
 
 
 @app.command()
@@ -229,10 +230,10 @@ def export(
 ) -> None:
     """Write the training step as plain ONNX: loss and gradients of the trained parameters only."""
     with _errors_in_one_line():
-        from gtcompile.tools import onnx_command
+        from gtcompile.tools.onnx import command
 
         _quiet()
-        written = onnx_command.export(
+        written = command.export(
             model,
             onnx,
             train=train or None,
@@ -263,10 +264,11 @@ def bench(
 ) -> None:
     """Measure steps at several budgets beside full training and eager freezing, with random weights."""
     with _errors_in_one_line():
-        from gtcompile.tools import bench, preparation
+        from gtcompile.tools.bench import command
+        from gtcompile.tools.runs import preparation
 
         _quiet()
-        result = bench.bench(
+        result = command.bench(
             model,
             _shares(budgets),
             compiler=compiler or preparation.default_compiler(),
@@ -281,7 +283,7 @@ def bench(
         if json_output:
             typer.echo(json.dumps(result.as_dict(), indent=2))
         else:
-            bench.show(Console(), result)
+            command.show(Console(), result)
 
 
 def _shares(text: str) -> tuple[float, ...]:

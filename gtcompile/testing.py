@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtcompile.capture import loss_of, unwrap
-from gtcompile.forced_leaves import REENTRANT
-from gtcompile.restoration import flags_kept, restored
-from gtcompile.trained import trained_parameters
+from gtcompile.capture.model_io import loss_of, unwrap
+from gtcompile.compiler.forced_leaves import REENTRANT
+from gtcompile.state.restore import flags_kept, restored
+from gtcompile.state.trained_set import trained_parameters
 
 Gradients = Sequence[torch.Tensor | None]
 

@@ -170,7 +170,7 @@ def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Grap
         A new graph.
     """
     if "extra_node_key" in inspect.signature(fx_graph_cse).parameters:
-        return fx_graph_cse(graph, extra_node_key=backward.__contains__)
+        return fx_graph_cse(graph, extra_node_key=backward.__contains__)  # type: ignore[call-arg, unused-ignore]
     return fx_graph_cse(graph)
 
 

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, cast
 from torch import fx
 
 from gtcompile.errors import GraphContractError
-from gtcompile.joint import JointGraph, verify
+from gtcompile.graph.joint_graph import JointGraph, verify
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

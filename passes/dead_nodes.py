@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from gtcompile.joint import JointGraph, ancestors
+from gtcompile.graph.joint_graph import JointGraph, ancestors
 from gtcompile.passes.contract import graph_pass
 
 

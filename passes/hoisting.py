@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.flops import node_flops
-from gtcompile.joint import ancestors
+from gtcompile.graph.flops import node_flops
+from gtcompile.graph.joint_graph import ancestors
 
 aten = torch.ops.aten
 

@@ -5,7 +5,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from gtcompile.joint import JointGraph
+from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.passes.contract import graph_pass
 
 aten = torch.ops.aten

@@ -2,10 +2,10 @@
 
 from collections.abc import Set
 
-from gtcompile.joint import JointGraph
+from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.passes.dead_nodes import eliminate_dead_nodes
+from gtcompile.passes.drop_gradients import drop_gradients
 from gtcompile.passes.output_masks import narrow_output_masks
-from gtcompile.passes.weight_gradients import drop_gradients
 
 
 def restrict_gradients(joint: JointGraph, keep: Set[str]) -> JointGraph:

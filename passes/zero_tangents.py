@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.joint import copy_module
+from gtcompile.graph.joint_graph import copy_module
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
-from tests.models import forget_captures
+from tests.support.models import forget_captures
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
-from gtcompile.trained import train_only
-from tests.models import POOL, Recipe, Regression, make_batch, selectable, step, trained_sets
+from tests.support.models import POOL, Recipe, Regression, make_batch, selectable, step, trained_sets
 
 
 def test_reference_gradients_are_those_of_backward():

@@ -1,0 +1,1 @@
+"""The cost tables of the GreenTrainer paper, from graphs alone."""

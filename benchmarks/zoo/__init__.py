@@ -1,0 +1,1 @@
+"""Gradients and FLOPs on many architectures, each against eager PyTorch."""

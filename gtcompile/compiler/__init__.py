@@ -1,0 +1,1 @@
+"""From a captured graph to compiled code for any set of trained parameters."""

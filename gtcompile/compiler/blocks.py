@@ -1,0 +1,274 @@
+"""Compile a model block by block: repeated blocks share one capture and one compilation."""
+
+import contextlib
+import inspect
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gtcompile.capture.model_io import unwrap
+from gtcompile.capture.pristine_model import compiled_forward, uncompile_block
+from gtcompile.compiler.backend import make_backend, parse_options
+from gtcompile.compiler.code_objects import CodeCopies
+from gtcompile.compiler.cuts import cut, is_cut
+from gtcompile.compiler.first_forward import FirstForward
+from gtcompile.compiler.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
+from gtcompile.errors import CaptureError
+from gtcompile.graph.names import near_names, refuse_string
+from gtcompile.state import trained_set
+from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
+
+logger = logging.getLogger(__name__)
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
+"""What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
+CAPTURES = 64
+"""Graphs captured of one class of blocks before it is an error: something must be different at every call."""
+_MORE = 4 * CAPTURES
+"""Dynamo's own limit, which is a silent fall back to eager and must not be reached before ours."""
+_LIMIT: dict[str, Any] = {}
+_RAISED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
+    _LIMIT = {"recompile_limit": _MORE}
+else:  # changing Dynamo's settings around every call takes longer than the rest of its dispatch
+    _RAISED = dynamo_config.patch(recompile_limit=_MORE)
+
+
+def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
+    """Make each repeated block of `model` a compiled region of its own.
+
+    Blocks run compiled while gradients are enabled, and eagerly otherwise: evaluation and generation compile
+    nothing. The rest of the model (embeddings, final norm, head, loss) is left eager, where `train_only`
+    freezes by `requires_grad_`.
+
+    Args:
+        model: any module; changed in place, `uncompile_blocks` undoes it.
+        blocks: FQNs of the modules to compile, instead of those `find_blocks` finds.
+        **options: fields of `RegionOptions`, by default `variants="hoisted"`, `cut_chains="run"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled
+        already.
+    """
+    model = unwrap(model)
+    parsed = parse_options(BLOCK_DEFAULTS | options)
+    if trained_set.uses_compiled_code(model):
+        raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
+    refuse_string(blocks)
+    names = tuple(find_blocks(model) if blocks is None else blocks)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks; name them with blocks=[...], "
+            f'or compile the model as a whole: torch.compile(model, backend="gtcompile")'
+        )
+    modules = [_submodule(model, name) for name in names]
+    first = FirstForward(model, modules)
+    kinds: dict[type[nn.Module], Kind] = {}
+    own_code = {type(block): CodeCopies() for block in modules}
+    for block in modules:
+        kind = kinds.setdefault(type(block), Kind(type(block), make_backend(parsed)))
+        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind.capture, **_LIMIT)
+        block.forward = BlockForward(block, compiled, kind, first)
+    inside = set(chain.from_iterable(block.parameters() for block in modules))
+    trained_set.expect_region(inside)
+    trained_set.leave_to_eager(p for p in model.parameters() if p not in inside)
+    watch_embeddings(model)
+    return model
+
+
+class Kind:
+    """What the compiled blocks of one class share.
+
+    Args:
+        block_class: theirs.
+        backend: compiles what Dynamo captures of them.
+    """
+
+    def __init__(self, block_class: type[nn.Module], backend: Backend) -> None:
+        self.differentiable: set[int | str] = set()
+        """Inputs, by position or name, that required a gradient once."""
+        self._class, self._backend = block_class, backend
+        self._captures, self._calls = 0, 0
+        self._eager = weakref.WeakSet[nn.Module]()
+
+    def capture(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph that Dynamo captured, unless it captures again and again.
+
+        Raises:
+            CaptureError: it does.
+        """
+        self._captures += 1
+        if self._captures > CAPTURES:
+            raise CaptureError(
+                f"Dynamo captured {self._class.__name__} {CAPTURES} times and needs to again: something is "
+                f'different at every call, often a shape or a number. TORCH_LOGS="recompiles" says what.'
+            )
+        return self._backend(graph, example_inputs)
+
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether Dynamo has captured nothing of these blocks, though they ran."""
+        return not self._captures and self._calls > 0
+
+    def called(self, block: nn.Module) -> None:
+        """Note that a block has run; where Dynamo passes over it, its parameters are eager code's."""
+        self._calls += 1
+        if not self.runs_eagerly:
+            return
+        if self._calls == 1:
+            logger.warning(
+                "%s runs eagerly: Dynamo captured nothing of it, often for a branch on data in a loop "
+                "(TORCH_LOGS=graph_breaks). Gradients and FLOPs are as planned, only nothing is faster.",
+                self._class.__name__,
+            )
+        if block not in self._eager:
+            self._eager.add(block)
+            trained_set.leave_to_eager(block.parameters())
+
+
+def uncompile_blocks(model: nn.Module) -> nn.Module:
+    """Undo `compile_blocks`: the model runs eagerly again, with the same parameters trained."""
+    model = unwrap(model)
+    for module in model.modules():
+        if forward := compiled_forward(module):
+            forward.first.forget()
+            uncompile_block(module)
+    unwatch_embeddings(model)
+    chosen = trained_set.trained_parameters(model)
+    trained_set.enter_eager(model.parameters())
+    if chosen:
+        trained_set.train_only(model, chosen)
+    return model
+
+
+def find_blocks(model: nn.Module) -> Iterator[str]:
+    """FQNs of the repeated blocks: members of a container that share a class, outermost first.
+
+    A container is any module; a block is a member with parameters and submodules of its own, so that the
+    linear layers of a multi-layer perceptron are not blocks, and the experts inside a transformer block
+    belong to it.
+    """
+    yield from _blocks_below(model, "")
+
+
+def _blocks_below(module: nn.Module, prefix: str) -> Iterator[str]:
+    members = {name: child for name, child in module.named_children() if _could_be_block(child)}
+    repeated = {kind for kind, count in Counter(map(type, members.values())).items() if count > 1}
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and bool(repeated)
+    for name, child in module.named_children():
+        fqn = f"{prefix}{name}"
+        if name in members and (is_list or type(child) in repeated) and not _is_stack(child, in_list=is_list):
+            yield fqn
+        else:
+            yield from _blocks_below(child, f"{fqn}.")
+
+
+def _could_be_block(module: nn.Module) -> bool:
+    has_children = any(True for _ in module.children())
+    return has_children and not isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+
+
+def _is_stack(module: nn.Module, *, in_list: bool) -> bool:
+    """Whether a module itself holds a list of repeated blocks, as an encoder or a decoder does.
+
+    Where the module is a member of a list itself, a stage of blocks is told from a block with a list of
+    experts: experts are made of single operators, blocks of modules that have modules of their own.
+    """
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
+    return any(_is_list_of_blocks(members, nested=in_list) for members in lists)
+
+
+def _is_list_of_blocks(members: nn.ModuleList, *, nested: bool) -> bool:
+    kinds = Counter(map(type, members))
+    for kind in (kind for kind, count in kinds.items() if count > 1):
+        blocks = [m for m in members if type(m) is kind]
+        if all(map(_could_be_block, blocks)) and (not nested or any(map(_is_nested, blocks))):
+            return True
+    return False
+
+
+def _is_nested(module: nn.Module) -> bool:
+    return any(True for child in module.children() for _ in child.children())
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = near_names(name, [n for n, _ in model.named_modules() if n])
+        raise ValueError(f"blocks: {type(model).__name__} has no module {name!r}; {near}") from None
+
+
+class BlockForward:
+    """A block's forward: compiled while gradients are enabled, and with inputs that always look the same.
+
+    An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
+    it still looks as it did, and no guard fails. So is one that requires a gradient only because a forced
+    leaf asks for it.
+
+    Retired it runs eagerly from then on, where a wrapper around it cannot let go of it.
+
+    A copy of the block, deep or pickled, has the eager forward in its place: compiled code is bound to the
+    parameters of this one.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        compiled: Callable[..., Any],
+        kind: Kind,
+        first: FirstForward,
+    ) -> None:
+        self.eager = block.forward
+        self.compiled = compiled
+        self.first = first
+        self.retired = False
+        self._block = block
+        self._kind = kind
+        self._decided: dict[int | str, bool] = {}
+        self._generation = -1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        if self.retired or not torch.is_grad_enabled() or compiled_code_stands_aside():
+            return self.eager(*args, **kwargs)
+        args = tuple(self._steady(position, value) for position, value in enumerate(args))
+        kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
+        self.first.called(self._block)
+        with _RAISED:
+            output = self.compiled(*args, **kwargs)
+        self._kind.called(self._block)
+        return output
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        """What copies and pickles hold instead."""
+        return _itself, (self.eager,)
+
+    def _steady(self, key: int | str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        if value.requires_grad:
+            self._kind.differentiable.add(key)
+            return value if is_cut(value) or needs_gradient(value) else cut(value)
+        return cut(value) if self._cuts(key) else value
+
+    def _cuts(self, key: int | str) -> bool:
+        """Whether an input is cut: decided once per trained set, as a checkpointed block runs twice."""
+        if self._generation != trained_set.generation():
+            self._generation = trained_set.generation()
+            self._decided.clear()
+        cuts = key in self._kind.differentiable and not self._kind.runs_eagerly
+        return self._decided.setdefault(key, cuts)
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward

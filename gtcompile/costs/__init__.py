@@ -1,0 +1,1 @@
+"""From the joint graph to the FLOPs of any set of trained parameters."""

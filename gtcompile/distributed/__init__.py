@@ -1,0 +1,1 @@
+"""What several processes agree on, and models sharded with FSDP2."""

@@ -1,0 +1,1 @@
+"""The joint forward/backward graph as a value, and what its nodes cost."""

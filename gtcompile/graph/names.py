@@ -1,0 +1,49 @@
+"""Names of parameters: shell-style patterns over them, and the nearest ones to a mistaken name."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+
+def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str]) -> frozenset[str]:
+    """The names that match any of the patterns.
+
+    Args:
+        names: the names to choose from, or a dictionary from every name (aliases too) to the one to return.
+        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names,
+        case-sensitive.
+
+    Raises:
+        ValueError: naming each pattern that matches nothing and the names closest to it.
+        TypeError: for a single string, which would be taken letter by letter, or what is no string.
+    """
+    refuse_string(patterns)
+    canonical = names if isinstance(names, dict) else {name: name for name in names}
+    matched: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"expected FQNs or shell-style patterns, got a {type(pattern).__name__}")
+        found = [pattern] if pattern in canonical else fnmatch.filter(canonical, pattern)
+        if not found:
+            raise ValueError(f"{pattern!r} matches no selectable parameter; {near_names(pattern, canonical)}")
+        matched.update(canonical[name] for name in found)
+    return frozenset(matched)
+
+
+def refuse_string(names: object) -> None:
+    """Refuse a single string where names are expected: it would be taken letter by letter.
+
+    Raises:
+        TypeError: for a string.
+    """
+    if isinstance(names, str):
+        raise TypeError(
+            f"expected a collection of names or patterns, got the string {names!r}; write [{names!r}]"
+        )
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """The names closest to a mistaken one, for an error message."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"near names: {', '.join(near)}" if near else f"names look like {next(iter(names), 'nothing')}"

@@ -1,0 +1,1 @@
+"""Adaptive backpropagation in the trainers of transformers and TRL."""

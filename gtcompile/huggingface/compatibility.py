@@ -1,0 +1,80 @@
+"""Settings of Hugging Face's trainers that would undo adaptive backpropagation: refused, or repaired."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from gtcompile.capture.pristine_model import without_forcing
+from gtcompile.state.trained_set import uses_compiled_code
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Trainer, callback: type[TrainerCallback]) -> None:
+    """Refuse a trainer whose settings would undo the callback.
+
+    Raises:
+        ValueError: says which setting, why and what to do.
+    """
+    for problem in _problems(trainer, callback):
+        raise ValueError(problem)
+
+
+def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
+    """Refuse a trainer whose model would be compiled a second time.
+
+    Raises:
+        ValueError: says what to hand over instead.
+    """
+    model: Any = trainer.model
+    if uses_compiled_code(model):
+        raise ValueError(
+            f"the model is compiled already, and {callback.__name__} compiles its blocks; give the trainer "
+            f"the model as it was before torch.compile or compile_blocks"
+        )
+
+
+def repair_model(model: nn.Module) -> None:
+    """Take away the hooks that make embeddings' outputs ask for a gradient; PEFT and TRL each put one there.
+
+    Reentrant checkpointing needs them; any other does not, and with them the backward would run through every
+    frozen block below the deepest trained parameter.
+    """
+    for module in model.modules():
+        for key in module._forward_hooks.keys() - without_forcing(module._forward_hooks):
+            del module._forward_hooks[key]
+            logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
+
+
+def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:
+    args, name = trainer.args, callback.__name__
+    if sum(isinstance(c, callback) for c in trainer.callback_handler.callbacks) > 1:
+        yield f"expected one {name}, got two: each would undo the other's selection; remove one"
+    if args.torch_compile:
+        yield f"torch_compile=True compiles the model a second time; leave it off, {name} compiles the blocks"
+    if trainer.is_deepspeed_enabled:
+        yield (
+            "DeepSpeed keeps gradients and optimizer states in flat buffers of its own, where a frozen "
+            "parameter cannot be left out; train without it"
+        )
+    sharding = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(sharding, "fsdp_version", 1) != 2:
+        yield (
+            f"{name} does not work with version 1 of FSDP, which flattens parameters that are selected one "
+            f'by one; set fsdp_config={{"version": 2}}'
+        )
+    if args.n_gpu > 1:
+        yield (
+            f"{name} takes one device in a process, got {args.n_gpu}: DataParallel copies the model at every "
+            f"step. Start one process per device with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
+    kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if checkpointing and kwargs.get("use_reentrant"):
+        yield (
+            "reentrant checkpointing hands out gradients in parts; "
+            'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )

@@ -1,0 +1,1 @@
+"""How much training each parameter is predicted to reduce the loss."""

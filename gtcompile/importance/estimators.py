@@ -1,0 +1,257 @@
+"""Importance of each parameter: the loss reduction that its own optimizer update predicts, to first order."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gtcompile.capture.model_io import check_batch, unwrap
+from gtcompile.distributed import fsdp
+from gtcompile.distributed.fsdp import copies, local
+from gtcompile.distributed.ranks import Ranks
+from gtcompile.errors import GTCompileError, some
+from gtcompile.graph.names import match_patterns
+from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
+from gtcompile.state.restore import restored, temporarily_training
+from gtcompile.state.shadow_optimizer import ShadowOptimizer
+from gtcompile.state.trained_set import enter_shards, selectable_names, trained_parameters
+
+logger = logging.getLogger(__name__)
+
+
+def measure_importance(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    only: Collection[str] | None = None,
+    two_pass: bool = False,
+) -> dict[str, float]:
+    """How much one step on each parameter would reduce the loss, to first order, averaged over batches.
+
+    I_k = -<Dw_k, dL/dw_k>: Dw_k is what the optimizer's own next step would add to parameter k, from its
+    present moments and hyperparameters, and dL/dw_k a gradient. By default Dw comes from the gradient of one
+    batch and dL/dw from the next: their noise is independent, so a parameter whose gradient is nothing but
+    noise has importance near 0; with one batch for both it would have the noise's variance. With `two_pass`,
+    the paper's form, dL/dw comes from the batch Dw came from, at the weights that all Dw lead to.
+
+    Nothing changes: weights, the optimizer, accumulated gradients, buffers, the trained set and random states
+    are bit-identical afterwards, also when this fails or is interrupted. Each gradient is used the moment it
+    is complete and let go; what one batch leaves for the next lies in host memory.
+
+    The model runs in the mode it is in (dropout is noise like any other), and without a `torch.compile`
+    wrapper, which would hand out all gradients at once. Autocast around the call applies to the forward.
+    Hooks on parameters run as in any backward; gradient clipping and loss scaling do not apply.
+
+    Args:
+        model: compiled or not; returns its scalar loss or an output with `.loss`.
+        optimizer: owns every parameter measured.
+        batches: keyword dictionaries with labels, on any device; at least two, or one with `two_pass`. The
+            mean is over n - 1 estimates from n forward and backward passes, or n from 2n with `two_pass`.
+        only: FQNs or shell-style patterns of the parameters to measure; None for all that are trained or that
+            `train_only` froze.
+        two_pass: measure as the paper does.
+
+    Returns:
+        Importance by FQN in registration order, in units of the loss, not normalised; negative where the step
+        would raise the loss. Parameters that the user froze or that no batch used are absent.
+
+    Raises:
+        ValueError, TypeError: before any work, for too few batches, a batch the model does not take, no
+            trainable parameter, a pattern without match, an optimizer that does not own the parameters.
+        CaptureError: the model returns no loss.
+        GTCompileError: too few batches have a finite loss, gradients and updates (names them and the first
+            parameter). Single bad batches are left out, with a log message.
+    """
+    module = unwrap(model)
+    enter_shards(module)
+    ranks = Ranks(fsdp.group_of(module))
+    shadow = ShadowOptimizer(optimizer)
+    with restored(module):
+        parameters = _measured(model, only)
+        _check_owned(shadow, parameters)
+        checked = check_batches(model, batches, minimum=1 if two_pass else 2)
+        stream = GradientStream(module, {parameter: fqn for fqn, parameter in parameters.items()}, ranks)
+        with temporarily_training(model, _asked_of(model, parameters)):
+            estimator = _AtUpdatedWeights(stream, shadow) if two_pass else _AcrossBatches(stream, shadow)
+            means = ranks.total(_average(estimator, checked))
+    return {fqn: means.get(fqn, 0.0) for fqn in parameters if fqn in stream.arrived}
+
+
+def check_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, minimum: int
+) -> tuple[Mapping[str, Any], ...]:
+    """The batches, when there are enough and the model takes them.
+
+    Raises:
+        TypeError: for a single batch, or one that is no keyword dictionary.
+        ValueError: for too few batches, or keys that the model's forward does not take.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("expected an iterable of batches, got one batch; write [batch, another_batch]")
+    checked = tuple(batches)
+    if len(checked) < minimum:
+        pair = "two batches, one to step with and one to judge the step by (two_pass=True takes one)"
+        raise ValueError(f"expected at least {pair if minimum == 2 else 'one batch'}, got {len(checked)}")
+    for batch in checked:
+        check_batch(unwrap(model), batch)
+    return checked
+
+
+class _Estimator(Protocol):
+    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float] | None:
+        """-<Dw, dL/dw> by FQN that this batch completes; None where there is nothing to complete."""
+
+
+@dataclass(slots=True)
+class _AcrossBatches:
+    """Dw from the latest earlier gradient, dL/dw from this batch.
+
+    A batch that turns out not finite contributes nothing. What it gave before that stays as earlier
+    gradients: they are finite and from another batch than the next, which is all that is asked of them.
+    """
+
+    stream: GradientStream
+    shadow: ShadowOptimizer
+    earlier: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Latest gradient by FQN, in host memory."""
+
+    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float] | None:
+        found: dict[str, float] = {}
+
+        replaced: set[str] = set()
+
+        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+            replaced.add(fqn)
+            if fqn in self.earlier:
+                update = self.shadow.update(parameter, self.earlier.pop(fqn))
+                found[fqn] = _predicted_reduction(fqn, update, gradient)
+            self.earlier[fqn] = gradient.to("cpu")
+
+        first = not self.earlier
+        try:
+            self.stream.run(batch, consume)
+        except NotFiniteError:
+            self._forget_shards(replaced)
+            raise
+        return None if first else found
+
+    def _forget_shards(self, replaced: set[str]) -> None:
+        """Drop gradients of which ranks may hold shards from different batches."""
+        if self.stream.ranks.count > 1:
+            for fqn in set().union(*self.stream.ranks.gather(replaced)):
+                self.earlier.pop(fqn, None)
+
+
+@dataclass(slots=True)
+class _AtUpdatedWeights:
+    """The paper's form: Dw from this batch, dL/dw from this batch at the weights that all Dw lead to."""
+
+    stream: GradientStream
+    shadow: ShadowOptimizer
+
+    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        gradients: dict[str, torch.Tensor] = {}
+        found: dict[str, float] = {}
+
+        def keep(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+            gradients[fqn] = gradient.to("cpu")
+
+        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+            if parameter in former:
+                update = parameter.detach() - former[parameter].to(parameter.device)
+                found[fqn] = _predicted_reduction(fqn, update, gradient)
+
+        self.stream.run(batch, keep)
+        with self._updated(gradients) as former:
+            self.stream.run(batch, consume)
+        return found
+
+    @contextlib.contextmanager
+    def _updated(self, gradients: dict[str, torch.Tensor]) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+        """Let the weights be what the optimizer would make of them; yields what they were, in host memory."""
+        former: dict[nn.Parameter, torch.Tensor] = {}
+        with_gradient = [(p, fqn) for p, fqn in self.stream.names.items() if fqn in gradients]
+        try:
+            with torch.no_grad():
+                for parameter, fqn in with_gradient:
+                    former[parameter] = parameter.detach().to("cpu", copy=True)
+                    value = self.shadow.stepped(parameter, gradients.pop(fqn))
+                    _check_update(fqn, value)
+                    parameter.copy_(value)
+            yield former
+        finally:
+            with torch.no_grad():
+                for parameter, value in former.items():
+                    parameter.copy_(value)
+
+
+def _average(estimator: _Estimator, batches: Collection[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean contribution by FQN over the batches that complete one; 0 from a batch that does not use it."""
+    totals: dict[str, float] = {}
+    counted, problems = 0, []
+    for index, batch in enumerate(batches):
+        try:
+            found = estimator.contributions(batch)
+        except NotFiniteError as problem:
+            logger.warning("importance: batch %d is left out: %s", index, problem)
+            problems.append(f"in batch {index} {problem}")
+            continue
+        if found is not None:
+            counted += 1
+            totals |= {fqn: totals.get(fqn, 0.0) + value for fqn, value in found.items()}
+    if not counted:
+        reasons = "; ".join(problems)
+        raise GTCompileError(f"too few of {len(batches)} batches are fit to measure importance: {reasons}")
+    return {fqn: total / counted for fqn, total in totals.items()}
+
+
+def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
+    """-<update, gradient>; of sharded tensors this rank's part of the sum."""
+    own = (local(update).flatten().float(), local(gradient).flatten().float())
+    reduction = -torch.dot(*own).item() / copies(gradient)
+    if not math.isfinite(reduction):
+        _check_update(fqn, update)
+        raise NotFiniteError(f"the predicted loss reduction of {fqn} is {reduction}")
+    return reduction
+
+
+def _check_update(fqn: str, update: torch.Tensor) -> None:
+    if not torch.isfinite(local(update)).all():
+        raise NotFiniteError(f"the optimizer's update of {fqn} is not finite")
+
+
+def _measured(model: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters to measure by FQN, in registration order."""
+    module = unwrap(model)
+    if not trained_parameters(model):
+        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True to measure")
+    names = selectable_names(model)
+    chosen = match_patterns(names, names if only is None else only)
+    if not chosen:
+        raise ValueError("expected at least one parameter to measure, got none in `only`; None means all")
+    return {fqn: parameter for fqn, parameter in module.named_parameters() if fqn in chosen}
+
+
+def _check_owned(shadow: ShadowOptimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    missing = [fqn for fqn, parameter in parameters.items() if not shadow.owns(parameter)]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not own {some(missing)}, of {len(parameters)} parameters to "
+            f"measure; make it from this model's parameters, or freeze the others with requires_grad_(False)"
+        )
+
+
+def _asked_of(model: nn.Module, parameters: Collection[str]) -> Collection[str] | None:
+    """What to train while measuring: what is measured, so that no other gradient is computed.
+
+    Under a `torch.compile` wrapper everything: the module inside runs eager here, and a parameter that eager
+    code is told to skip would no longer ask for the gradient that its compiled region computes.
+    """
+    return parameters if unwrap(model) is model else None

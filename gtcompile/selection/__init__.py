@@ -1,0 +1,1 @@
+"""Which parameters to train within a budget."""

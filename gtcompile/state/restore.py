@@ -1,0 +1,100 @@
+"""What running a model forward and backward changes beside its weights, put back afterwards."""
+
+import contextlib
+import random
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from gtcompile.state.trained_set import train_only, trained_parameters, was_trainable
+
+
+@contextlib.contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Random states, buffers (batch-norm statistics) and accumulated gradients are afterwards what they were.
+
+    Within, no parameter has a gradient. Gradients come back as the same tensor objects.
+    """
+    with _random_states_kept(module), _buffers_kept(module), _gradients_set_aside(module):
+        yield
+
+
+@contextlib.contextmanager
+def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> Iterator[None]:
+    """`train_only` for the length of a with-block, the former trained set afterwards.
+
+    Like `train_only` it drops the gradients of what it freezes; `restored` around it keeps them.
+    """
+    former = trained_parameters(model)
+    with flags_kept(model):
+        try:
+            train_only(model, patterns)
+            yield
+        finally:
+            train_only(model, former)
+
+
+@contextlib.contextmanager
+def everything_trainable(model: nn.Module) -> Iterator[None]:
+    """All that was trainable when gtcompile first saw the model asks for a gradient within the block.
+
+    That alone: the trained set, gradients and the other ranks know nothing of it.
+    """
+    with flags_kept(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(was_trainable(parameter))
+        yield
+
+
+@contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Every parameter's `requires_grad` is afterwards what it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _random_states_kept(module: nn.Module) -> Iterator[None]:
+    """Torch's generators on the CPU and the module's devices, Python's and numpy's: a forward may use any."""
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """The same tensors with the same values, whether the forward writes to buffers or replaces them."""
+    owners = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
+    values = {tensor: tensor.detach().clone() for _, _, tensor in owners if tensor is not None}
+    try:
+        yield
+    finally:
+        for part, name, tensor in owners:
+            part._buffers[name] = tensor
+        with torch.no_grad():
+            for tensor, value in values.items():
+                tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _gradients_set_aside(module: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

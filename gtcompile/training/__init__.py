@@ -1,0 +1,1 @@
+"""Adaptive backpropagation in a training loop, its checkpoints, and data parallelism."""

@@ -1,0 +1,261 @@
+"""A training in progress as a folder, written and read by all ranks together; another number may read it.
+
+Tensors are a distributed checkpoint of torch's, each rank writing what it holds. The optimizer's state is
+partial, since parameters that were never trained have none, and is kept of frozen parameters too: torch's own
+helpers would invent the one and lose the other.
+"""
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from gtcompile.capture.model_io import unwrap
+from gtcompile.capture.rng import random_state, restore_random_state
+from gtcompile.distributed.fsdp import sharded
+from gtcompile.distributed.ranks import Ranks
+from gtcompile.errors import GTCompileError
+from gtcompile.state.shadow_optimizer import innermost
+from gtcompile.state.trained_set import enter_shards
+from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile.training.ddp import ranks_of
+
+_LATEST, _VALUES = "latest", "values.pt"
+
+
+def save_training(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    adaptive: AdaptiveBackprop,
+    progress: Mapping[str, Any],
+) -> None:
+    """Write everything a training goes on from; all ranks call it between two optimizer steps.
+
+    Whatever happens meanwhile, `folder` holds the former state or the new one, whole.
+
+    Args:
+        folder: on a file system that all ranks see; made when it is not there.
+        model: plain, compiled, in `DistributedDataParallel`, or sharded with `fully_shard`.
+        optimizer: of the model's parameters.
+        adaptive: what chooses the trained set.
+        progress: the caller's own: steps, the scheduler's state and so on; plain values and tensors.
+
+    Raises:
+        GTCompileError: on all ranks when one could not write, with the reason.
+    """
+    ranks, path = ranks_of(model), Path(folder)
+    enter_shards(model)
+    parameters, weights = _by_name(model), unwrap(model).state_dict()
+    state = {
+        f"{fqn}/{key}": _State(fqn, key, value)
+        for fqn, parameter in parameters.items()
+        for key, value in innermost(optimizer).state.get(parameter, {}).items()
+    }
+    tensors = {name: kept.value for name, kept in state.items() if isinstance(kept.value, torch.Tensor)}
+    values = {
+        "weights": _shapes(weights),
+        "groups": _groups(optimizer, parameters),
+        "state": {name: kept.described(parameters) for name, kept in state.items()},
+        "adaptive": adaptive.state_dict(),
+        "random": ranks.gather(random_state()),
+        "progress": dict(progress),
+    }
+    try:
+        name = ranks.from_first(lambda: _begin(path))
+        with _among(ranks) as processes:
+            save({"weights": weights, "state": tensors}, checkpoint_id=path / name, **processes)
+        ranks.from_first(lambda: _finish(path, name, values))
+    except (OSError, GTCompileError, CheckpointException) as error:
+        raise GTCompileError(
+            f"the training could not be saved, and {path} holds what it held before: {_reason(error)}"
+        ) from error
+
+
+def load_training(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, adaptive: AdaptiveBackprop
+) -> dict[str, Any]:
+    """Continue from what `save_training` wrote, on as many ranks as now; all ranks call it.
+
+    With as many ranks as wrote it, and the same batches, the training goes on bit for bit; with another
+    number to the order in which gradients are added up, and with the random states of the ranks there were.
+
+    Args:
+        folder: as there.
+        model: with the same parameters; their values, frozen or not, are replaced.
+        optimizer: with the same parameters in the same groups.
+        adaptive: made of both; its budget, patterns and history are replaced.
+
+    Returns:
+        The `progress` given there.
+
+    Raises:
+        ValueError: there is no such state, or it is of another model or optimizer; nothing has changed then.
+    """
+    ranks, path = ranks_of(model), Path(folder)
+    enter_shards(model)
+    parameters, weights = _by_name(model), unwrap(model).state_dict()
+    current, values = ranks.together(lambda: _read(path))
+    ranks.together(lambda: _refuse_other(path, values, _shapes(weights), _groups(optimizer, parameters)))
+    state = {name: _room(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
+    with _among(ranks) as processes:
+        load({"weights": weights, "state": state}, checkpoint_id=current, **processes)
+    unwrap(model).load_state_dict(weights)
+    _give(optimizer, parameters, values, state)
+    adaptive.load_state_dict(values["adaptive"])
+    if ranks.rank < len(values["random"]):
+        restore_random_state(values["random"][ranks.rank])
+    progress: dict[str, Any] = values["progress"]
+    return progress
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One value of an optimizer's state of one parameter."""
+
+    fqn: str
+    key: str
+    value: Any
+
+    def described(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """What its place can be made from before it is read, or itself where it is no tensor.
+
+        Raises:
+            GTCompileError: a shard of something else than the parameter's shape.
+        """
+        place = {"fqn": self.fqn, "key": self.key}
+        if not isinstance(self.value, torch.Tensor):
+            return place | {"value": self.value}
+        alike = self.value.dim() > 0 and self.value.shape == parameters[self.fqn].shape
+        if isinstance(self.value, DTensor) and not alike:
+            raise GTCompileError(
+                f"the optimizer keeps {self.key} of {self.fqn} sharded in another shape than the parameter, "
+                f"which cannot be saved; use an optimizer such as AdamW"
+            )
+        shape, dtype = list(self.value.shape), str(self.value.dtype).removeprefix("torch.")
+        return place | {"shape": shape, "dtype": dtype, "alike": alike, "host": not self.value.is_cuda}
+
+
+def _room(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor to read a state into, sharded as its parameter is now."""
+    parameter, dtype = parameters[kept["fqn"]], getattr(torch, kept["dtype"])
+    if kept["alike"]:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(kept["shape"], dtype=dtype, device="cpu" if kept["host"] else parameter.device)
+
+
+def _give(
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    values: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Let an optimizer have the state and hyperparameters that were read, and no other state."""
+    inner = innermost(optimizer)
+    inner.state.clear()
+    for name, kept in values["state"].items():
+        inner.state[parameters[kept["fqn"]]][kept["key"]] = state[name] if name in state else kept["value"]
+    for group, saved in zip(inner.param_groups, values["groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {fqn: sharded(parameter) for fqn, parameter in unwrap(model).named_parameters()}
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    return {name: list(w.shape) if isinstance(w, torch.Tensor) else None for name, w in weights.items()}
+
+
+def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimizer's groups, with FQNs for parameters."""
+    names = {parameter: fqn for fqn, parameter in parameters.items()}
+    groups = innermost(optimizer).param_groups
+    return [{**group, "params": [names[sharded(p)] for p in group["params"]]} for group in groups]
+
+
+def _refuse_other(
+    path: Path,
+    values: Mapping[str, Any],
+    weights: Mapping[str, list[int] | None],
+    groups: list[dict[str, Any]],
+) -> None:
+    saved = values["weights"]
+    differing = sorted(name for name in saved.keys() | weights if saved.get(name) != weights.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path} holds the training of another model: {name} is {saved.get(name, 'absent')} there and "
+            f"{weights.get(name, 'absent')} here ({len(differing)} differ)"
+        )
+    if [group["params"] for group in groups] != [group["params"] for group in values["groups"]]:
+        raise ValueError(f"{path} holds the training of an optimizer with other parameters in its groups")
+
+
+@contextlib.contextmanager
+def _among(ranks: Ranks) -> Iterator[dict[str, Any]]:
+    """Which processes torch reads or writes a checkpoint with; that it may be one alone is no surprise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield {"process_group": ranks.group, "no_dist": ranks.group is None}
+
+
+def _begin(path: Path) -> str:
+    """The name of a folder to write into; what an interrupted save left is removed."""
+    path.mkdir(parents=True, exist_ok=True)
+    current = _latest(path)
+    _remove_all_but(path, current)
+    return f"state-{int(current.rpartition('-')[2]) + 1 if current else 0}"
+
+
+def _finish(path: Path, name: str, values: Mapping[str, Any]) -> None:
+    """Write the values, make this the state that counts, remove the former."""
+    _write(path / name / _VALUES, lambda file: torch.save(dict(values), file))
+    _write(path / f"{_LATEST}.new", lambda file: file.write(name.encode()))
+    os.replace(path / f"{_LATEST}.new", path / _LATEST)
+    _remove_all_but(path, name)
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _latest(path: Path) -> str | None:
+    file = path / _LATEST
+    return file.read_text("utf-8") if file.is_file() else None
+
+
+def _remove_all_but(path: Path, name: str | None) -> None:
+    for old in path.glob("state-*"):
+        if old.name != name:
+            shutil.rmtree(old)
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    name = _latest(path)
+    if name is None:
+        raise ValueError(f"nothing to continue: {path} holds no training saved by save_training")
+    return path / name, torch.load(path / name / _VALUES, map_location="cpu", weights_only=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the words of the first rank that it went wrong on."""
+    if isinstance(error, CheckpointException):
+        rank, (failure, _) = sorted(error.failures.items())[0]
+        return f"rank {rank}: {type(failure).__name__}: {failure}"
+    return str(error)

@@ -1,0 +1,189 @@
+"""The check of many architectures, on a few of them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.zoo import check as zoo_check
+from benchmarks.zoo import table
+from benchmarks.zoo.check import MODES, NO_BLOCKS, Checked, check
+from benchmarks.zoo.models import FURTHER, disable_dropout, example_input, read_architectures
+from gtcompile.capture.model_io import loss_of
+from gtcompile.compiler.blocks import compile_blocks
+from gtcompile.graph.flops import count_flops
+from gtcompile.training.adaptive import AdaptiveBackprop
+
+ARCHITECTURES = read_architectures()
+OTHERS = read_architectures(FURTHER)
+RIGHT = Checked(
+    name="A", family="a", mode="whole-eager", regions=1, parameters=9, sets=3, flops_difference=0, seconds=1.0
+)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "MixtralForCausalLM"])
+@pytest.mark.parametrize("mode", ["whole-eager", "blocks-eager"])
+def test_gradients_and_flops_of_different_architectures_are_right(name, mode):
+    checked = check(ARCHITECTURES[name], MODES[mode])
+    assert checked.right, checked
+    assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
+
+
+def test_a_model_that_branches_on_data_is_selected_for_and_trained():
+    architecture = ARCHITECTURES["FSMTForConditionalGeneration"]
+    model, batch = compile_blocks(architecture.build(), compiler="eager"), architecture.batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selection = AdaptiveBackprop(model, optimizer, budget_fraction=0.8).reselect([batch, batch])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        with count_flops() as counter:
+            model(**batch).loss.backward()
+        assert counter.get_total_flops() == selection.step_flops <= selection.budget_flops
+        optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == selection.trained
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["whole-eager", "blocks-eager"])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES)[::3])
+def test_gradients_of_every_third_architecture_are_right(name, mode):
+    checked = check(ARCHITECTURES[name], MODES[mode])
+    assert checked.right or checked.skipped or zoo_check.plain_failure(ARCHITECTURES[name]), checked
+
+
+@pytest.mark.parametrize("name", ["ViTMSNForImageClassification", "ErnieForSequenceClassification"])
+def test_models_of_other_kinds_are_right(name):
+    checked = check(OTHERS[name], MODES["blocks-eager"])
+    assert checked.right, checked
+    assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS)[::30])
+def test_models_of_other_kinds_build_and_train(name):
+    loss = loss_of(OTHERS[name].build()(**OTHERS[name].batch()))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_no_architecture_is_in_both_files():
+    assert not ARCHITECTURES.keys() & OTHERS.keys()
+    assert len({other.family for other in OTHERS.values()}) == len(OTHERS)
+
+
+def test_an_input_is_what_its_description_says():
+    integers = example_input({"shape": [2, 8], "integers": [3, 4]})
+    assert integers.shape == (2, 8)
+    assert set(integers.flatten().tolist()) == {3, 4}
+    normal = example_input({"shape": [1000], "normal": [5, 0.1]})
+    assert abs(normal.mean() - 5) < 0.1
+    assert example_input([[1, 2]]).tolist() == [[1, 2]]
+    assert example_input(True) is True
+
+
+def test_rounding_is_settled_in_double_precision_and_a_wrong_gradient_is_not(monkeypatch):
+    rounded = dataclasses.replace(RIGHT, gradient_difference=1e-3)
+    assert not rounded.right
+    assert dataclasses.replace(rounded, double_difference=1e-9).right
+    reference_gradients = zoo_check.reference_gradients
+    monkeypatch.setattr(
+        check,
+        "reference_gradients",
+        lambda m, b: {n: 2 * g for n, g in reference_gradients(m, b).items()},
+    )
+    wrong = dataclasses.replace(rounded, name="OPTForCausalLM")
+    settled = zoo_check.settle(ARCHITECTURES["OPTForCausalLM"], wrong)
+    assert settled.double_difference > 0.1
+    assert not settled.right
+
+
+def test_a_wrong_gradient_is_not_called_right(monkeypatch):
+    def doubled(model, batch):
+        return {name: 2 * gradient for name, gradient in reference_gradients(model, batch).items()}
+
+    reference_gradients = zoo_check.reference_gradients
+    monkeypatch.setattr(zoo_check, "reference_gradients", doubled)
+    checked = check(ARCHITECTURES["OPTForCausalLM"], MODES["whole-eager"])
+    assert checked.sets == 3
+    assert not checked.right
+
+
+def test_a_gradient_too_many_is_not_called_right(monkeypatch):
+    monkeypatch.setattr(zoo_check, "train_only", lambda model, trained: None)
+    reference = zoo_check.reference_gradients
+    monkeypatch.setattr(zoo_check, "reference_gradients", lambda m, b: dict([*reference(m, b).items()][1:]))
+    checked = check(ARCHITECTURES["OPTForCausalLM"], MODES["whole-eager"])
+    assert not checked.right
+    assert "gradients of the wrong parameters" in checked.failure
+
+
+def test_the_table_tells_right_from_wrong_and_from_what_does_not_apply():
+    wrong = dataclasses.replace(RIGHT, name="B", gradient_difference=0.1)
+    skipped = Checked(name="C", family="c", mode="blocks-eager", failure=NO_BLOCKS)
+    rows = table.table([skipped, wrong, RIGHT]).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["A", "B", "C"]
+    assert [row.split(" | ")[-1].split()[0] for row in rows] == ["right", "**WRONG**", "-"]
+    assert table.summary([skipped, wrong, RIGHT]) == [
+        "whole-eager: gradients right for 1 of 2 models (1 families, 1 bit for bit); "
+        "predicted FLOPs equal to counted for 2"
+    ]
+
+
+def test_a_table_is_read_as_it_was_written():
+    results = [
+        RIGHT,
+        dataclasses.replace(RIGHT, name="B", gradient_difference=1e-3, double_difference=2e-9),
+        dataclasses.replace(RIGHT, name="C", gradient_difference=0.1, failure=" [plain aot_eager: works]"),
+        dataclasses.replace(RIGHT, name="D", flops_difference=None, failure="not costed: a | b"),
+        Checked(name="E", family="e", mode="blocks-eager", failure=NO_BLOCKS),
+    ]
+    text = f"# By hand\n\n* whole-eager: gradients right for 0 of 1 models\n\n{table.table(results)}"
+    read = table.read_table(text)
+    assert [(r.name, r.right, r.skipped) for r in read] == [(r.name, r.right, r.skipped) for r in results]
+    assert read[0] == RIGHT
+    assert table.table(read) == table.table(results)
+    assert table.with_table(text, read) == f"# By hand\n\n* {table.summary(read)[0]}\n\n{table.table(read)}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("zoo*.md")), ids=lambda path: path.stem)
+def test_committed_tables_are_summed_up_as_their_rows_say(path):
+    text = path.read_text()
+    results = table.read_table(text)
+    assert len({(r.name, r.mode) for r in results}) == len(results)
+    assert [line for line in text.splitlines() if "gradients right for" in line] == [
+        f"* {line}" for line in table.summary(results)
+    ]
+
+
+def test_every_row_is_kept_at_once_and_not_checked_again(tmp_path, monkeypatch):
+    calls = []
+
+    def pretend(path, name, family, mode):
+        if name == "PhiForCausalLM":
+            raise KeyboardInterrupt
+        calls.append(name)
+        return dataclasses.replace(RIGHT, name=name, mode=mode)
+
+    monkeypatch.setattr(table, "check_in_process", pretend)
+    arguments = {"modes": ["whole-eager"], "output": tmp_path / "zoo.md"}
+    with pytest.raises(KeyboardInterrupt):
+        table.main(models=["OPTForCausalLM", "PhiForCausalLM"], **arguments)
+    table.main(models=["OPTForCausalLM", "GPT2LMHeadModel"], **arguments)
+    assert calls == ["OPTForCausalLM", "GPT2LMHeadModel"]
+    assert [r.name for r in table.read_table((tmp_path / "zoo.md").read_text())] == sorted(calls)
+
+
+def test_a_process_that_dies_is_a_row():
+    checked = table.check_in_process(table.ARCHITECTURES, "no such model", "none", "whole-eager")
+    assert not checked.right
+    assert "died" in checked.failure
+
+
+def test_dropout_inside_nested_configurations_is_disabled():
+    architecture = next(a for a in ARCHITECTURES.values() if a.name == "T5ForConditionalGeneration")
+    model = architecture.build()
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    disable_dropout(model.config)
+    assert model.config.dropout_rate == 0.0

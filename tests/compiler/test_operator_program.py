@@ -1,0 +1,138 @@
+"""Parts of a backward run from prepared calls: the bits of the graph, and nothing computed or kept beside."""
+
+import weakref
+from operator import getitem
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gtcompile.compiler.operator_program import Program
+from gtcompile.graph.flops import count_flops
+from gtcompile.passes.hoisting import extract
+from gtcompile.passes.output_masks import narrow_masks
+from tests.support.graphs import backward_of, capture_of, random_inputs, run_graph
+from tests.support.models import POOL, RANDOM_LAYERS, Recipe
+
+aten = torch.ops.aten
+DETERMINISTIC = [recipe for recipe in POOL if RANDOM_LAYERS.isdisjoint(recipe.layers)]
+
+
+def gradients_of(backward: fx.GraphModule) -> list[fx.Node | None]:
+    return list(backward.graph.output_node().args[0])
+
+
+def graph_of(build) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(tuple(build(graph)))
+    return fx.GraphModule({}, graph)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(DETERMINISTIC), st.data())
+def test_an_excerpt_computes_what_the_graph_does_from_the_inputs_it_needs(recipe, data):
+    backward = backward_of(capture_of(recipe))
+    inputs, gradients = random_inputs(backward), gradients_of(backward)
+    live = {slot for slot, gradient in enumerate(gradients) if gradient is not None}
+    chosen = data.draw(st.sets(st.sampled_from(sorted(live))))
+    excerpt = Program(backward).excerpt(chosen)
+    part = extract(backward, [node if slot in chosen else None for slot, node in enumerate(gradients)])
+    narrow_masks(part.module.graph)
+    assert excerpt.inputs == part.inputs
+    computed = excerpt.run([inputs[i] for i in excerpt.inputs])
+    for slot, (ours, whole) in enumerate(zip(computed, run_graph(backward, inputs), strict=True)):
+        assert ours is None if slot not in chosen else torch.equal(ours, whole)
+    with count_flops() as counter:
+        excerpt.run([inputs[i] for i in excerpt.inputs])
+    assert counter.get_total_flops() == part.flops
+
+
+def test_one_program_serves_many_parts_and_leaves_the_graph_alone():
+    backward = backward_of(capture_of(Recipe(("norm", "residual"))))
+    text, inputs = str(backward.graph), random_inputs(backward)
+    program, whole = Program(backward), run_graph(backward, inputs)
+    live = [slot for slot, gradient in enumerate(gradients_of(backward)) if gradient is not None]
+    for slot in live + live[::-1]:
+        excerpt = program.excerpt([slot])
+        assert torch.equal(excerpt.run([inputs[i] for i in excerpt.inputs])[slot], whole[slot])
+    assert str(backward.graph) == text
+
+
+def test_values_and_inputs_go_after_their_last_use():
+    alive = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        alive.append([reference() is not None for reference in references])
+        result = x + 1
+        references.append(weakref.ref(result))
+        return result
+
+    def build(graph):
+        x = graph.placeholder("x")
+        for _ in range(4):
+            x = graph.call_function(note, (x,))
+        return [x]
+
+    given = torch.ones(2)
+    references = [weakref.ref(given)]
+    inputs = [given]
+    del given
+    (result,) = Program(graph_of(build)).excerpt([0]).run(inputs)
+    assert inputs == []
+    assert alive == [[True], [False, True], [False, False, True], [False, False, False, True]]
+    assert torch.equal(result, torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize(("chosen", "mask"), [([0], [True, False, False]), ([1, 2], [False, True, True])])
+def test_operators_are_asked_for_the_outputs_that_are_read(chosen, mask):
+    masks = []
+    operator = aten.native_layer_norm_backward.default
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is operator:
+                masks.append(list(args[-1]))
+            return function(*args, **(kwargs or {}))
+
+    def build(graph):
+        dy, x, mean, deviation, weight, bias = map(graph.placeholder, ("dy", "x", "m", "s", "w", "b"))
+        arguments = (dy, x, [4], mean, deviation, weight, bias, [True, True, True])
+        result = graph.call_function(operator, arguments)
+        return [graph.call_function(getitem, (result, i)) for i in range(3)]
+
+    x, small, row = torch.randn(3, 4), torch.ones(3, 1), torch.ones(4)
+    with Recorder():
+        results = Program(graph_of(build)).excerpt(chosen).run([x, x, small, small, row, row])
+    assert masks == [mask]
+    assert [value is not None for value in results] == mask
+
+
+def test_arguments_may_hold_values_in_lists_slices_and_keywords():
+    def build(graph):
+        x, n = graph.placeholder("x"), graph.placeholder("n")
+        joined = graph.call_function(torch.cat, ([x, x],), {"dim": 0})
+        part = graph.call_function(lambda value, index: value[index], (joined, (slice(None, n), 0)))
+        return [graph.call_function(torch.mul, (), {"input": part, "other": 2}), n]
+
+    excerpt = Program(graph_of(build)).excerpt([0, 1])
+    doubled, n = excerpt.run([torch.arange(4.0).reshape(2, 2), 3])
+    assert doubled.tolist() == [0.0, 4.0, 0.0]
+    assert n == 3
+
+
+def test_constants_of_the_graph_are_found():
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.add, (graph.get_attr("inner.two"), graph.placeholder("x"))),))
+    inner = torch.nn.Module()
+    inner.two = torch.tensor(2.0)
+    module = fx.GraphModule({"inner.two": inner.two}, graph)
+    assert Program(module).excerpt([0]).run([torch.tensor(1.0)])[0].item() == 3
+
+
+def test_nothing_asked_for_reads_nothing():
+    excerpt = Program(graph_of(lambda graph: [graph.placeholder("x")])).excerpt([])
+    assert excerpt.inputs == ()
+    assert excerpt.run([]) == (None,)

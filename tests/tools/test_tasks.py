@@ -1,0 +1,258 @@
+"""Datasets become examples, and bad ones are refused."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gtcompile.tools.data.formats import END, FORMATS, Example
+from gtcompile.tools.data.readers import SplitSlice, parse_split, read_file, read_folder
+from gtcompile.tools.data.tasks import load_task, merge_references
+
+Write = Callable[[str, list[dict[str, Any]]], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes records to a file of the data folder, in the format its name says; returns the folder."""
+
+    def write(name: str, records: list[dict[str, Any]]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        lines = "\n".join(json.dumps(record) for record in records)
+        path.write_text(json.dumps(records) if path.suffix == ".json" else lines, "utf-8")
+        return tmp_path
+
+    return write
+
+
+SCITLDR = [{"source": ["One.", " ", "Two."], "target": ["a", "b"]}, {"source": ["Three."], "target": ["c"]}]
+
+
+def test_scitldr_joins_sentences_and_keeps_every_reference(write: Write) -> None:
+    write("scitldr/train.jsonl", SCITLDR)
+    folder = write("scitldr/test.jsonl", SCITLDR)
+    task = load_task("scitldr", data_dir=folder)
+    assert task.evaluation == (Example("One. Two.", ("a", "b")), Example("Three.", ("c",)))
+
+
+def test_the_data_folder_may_be_that_of_the_dataset_itself(write: Write) -> None:
+    write("scitldr/train.jsonl", SCITLDR)
+    folder = write("scitldr/test.jsonl", SCITLDR)
+    assert (
+        load_task("scitldr", data_dir=folder / "scitldr").train == load_task("scitldr", data_dir=folder).train
+    )
+
+
+def test_dialogsum_collects_the_three_references_of_its_test_split(write: Write) -> None:
+    write("dialogsum/train.jsonl", [{"dialogue": "Hi", "summary": "s"}])
+    several = {"dialogue": "Ho", "summary1": "x", "summary2": "y", "summary3": "z"}
+    folder = write("dialogsum/test.jsonl", [several])
+    task = load_task("dialogsum", data_dir=folder)
+    assert task.train == (Example("Hi", ("s",)),)
+    assert task.evaluation == (Example("Ho", ("x", "y", "z")),)
+
+
+def test_webquestions_reads_the_authors_list_of_answers(write: Write) -> None:
+    records = [{"qText": "who?", "answers": ["Ann", "Bo"]}]
+    write("webquestions/trainmodel.json", records)
+    folder = write("webquestions/test.json", records)
+    assert load_task("webquestions", data_dir=folder).train == (Example("question:who?", ("Ann", "Bo")),)
+
+
+PIQA = [{"goal": f"g{n}", "sol1": "x", "sol2": "y"} for n in range(10)]
+
+
+def test_piqa_takes_its_labels_from_the_list_beside_the_records(write: Write) -> None:
+    folder = write("piqa/valid.jsonl", PIQA)
+    (folder / "piqa" / "valid-labels.lst").write_text("\n".join("0101010101"))
+    task = load_task("piqa", data_dir=folder, splits=("valid[:80%]", "valid[80%:]"))
+    assert [len(task.train), len(task.evaluation)] == [8, 2]
+    assert task.train[1] == Example(f"goal:g1{END}sol1:x{END}sol2:y", ("1",))
+
+
+def test_a_number_of_labels_that_does_not_fit_is_refused(write: Write) -> None:
+    folder = write("piqa/valid.jsonl", PIQA)
+    (folder / "piqa" / "valid-labels.lst").write_text("0\n1\n")
+    with pytest.raises(ValueError, match="2 labels for 10 records"):
+        read_folder(folder, "valid", dataset="piqa")
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_labels_are_never_learned_or_scored(hidden: int | None) -> None:
+    with pytest.raises(ValueError, match="hidden"):
+        FORMATS["piqa"].read({**PIQA[0], "label": hidden})
+
+
+def test_a_missing_split_is_named_with_those_that_are_there(write: Write) -> None:
+    write("dialogsum/dev.jsonl", [{"dialogue": "Hi", "summary": "s"}])
+    folder = write("dialogsum/test.jsonl", [{"dialogue": "Hi", "summary": "s"}])
+    with pytest.raises(ValueError, match=r"no 'train' split; it has dev, test.*--train-split"):
+        load_task("dialogsum", data_dir=folder)
+    assert len(load_task("dialogsum", data_dir=folder, splits=("dev", None)).train) == 1
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no data folder .*nowhere"):
+        load_task("scitldr", data_dir=tmp_path / "nowhere")
+
+
+def test_splits_that_share_records_are_refused(write: Write) -> None:
+    folder = write("scitldr/train.jsonl", SCITLDR)
+    with pytest.raises(ValueError, match="would share records"):
+        load_task("scitldr", data_dir=folder, splits=("train[:60%]", "train[50%:]"))
+
+
+def test_a_json_lines_file_is_split_nine_to_one(write: Write) -> None:
+    folder = write("own.jsonl", [{"text": f"t{n}", "answer": "a"} for n in range(20)])
+    task = load_task(str(folder / "own.jsonl"), fields=("text", "answer"))
+    assert [len(task.train), len(task.evaluation)] == [18, 2]
+    assert task.evaluation[0] == Example("t18", ("a",))
+
+
+def test_a_missing_field_is_named_with_the_record_and_those_that_are_there(write: Write) -> None:
+    folder = write("own.jsonl", [{"text": "t"}])
+    with pytest.raises(ValueError, match="record 1: the dataset has no field 'source'; it has 'text'"):
+        load_task(str(folder / "own.jsonl"), splits=("all[:50%]", "all[50%:]"))
+
+
+@pytest.mark.parametrize("value", [3, ["a", 3], None, "  ", []])
+def test_a_field_without_text_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="'target'"):
+        FORMATS["scitldr"].read({"source": "s", "target": value})
+
+
+def test_fields_are_refused_for_a_dataset_that_has_its_own() -> None:
+    with pytest.raises(ValueError, match="scitldr has its own fields"):
+        load_task("scitldr", fields=("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "missing.jsonl"])
+def test_an_unknown_dataset_lists_the_known(name: str) -> None:
+    with pytest.raises(ValueError, match="demo, scitldr, dialogsum, webquestions, piqa"):
+        load_task(name)
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        read_file(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}'])
+def test_a_file_of_anything_but_objects_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="expected JSON objects"):
+        read_file(tmp_path / "x.json")
+
+
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=2, max_size=4
+    ),
+    mark=st.sampled_from(["utf-8", "utf-8-sig"]),
+)
+def test_a_file_of_any_kind_gives_back_any_text(
+    texts: list[str], mark: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    records = [{"source": text, "target": text} for text in texts]
+    folder = tmp_path_factory.mktemp("own")
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "x.jsonl").write_bytes(lines.encode(mark))
+    (folder / "x.json").write_bytes(json.dumps(records, ensure_ascii=False).encode(mark))
+    with (folder / "x.csv").open("w", encoding=mark, newline="") as file:
+        rows = csv.DictWriter(file, ["source", "target"])
+        rows.writeheader()
+        rows.writerows(records)
+    assert [read_file(folder / f"x.{kind}") for kind in ("jsonl", "json", "csv")] == [records] * 3
+
+
+def test_a_file_that_is_not_in_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes('{"a": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.jsonl: expected text in UTF-8, got byte 0xe9"):
+        read_file(tmp_path / "x.jsonl")
+
+
+def test_rows_with_too_much_are_refused_and_with_too_little_lack_the_field(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("source,target\na,b\nc\n")
+    assert read_file(tmp_path / "x.csv") == [{"source": "a", "target": "b"}, {"source": "c"}]
+    (tmp_path / "x.csv").write_text("source,target\na,b\nc,d,e\n")
+    with pytest.raises(ValueError, match=r"x\.csv, line 3: the row has more fields"):
+        read_file(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text('source,target,"b\n')
+    with pytest.raises(ValueError, match=r"x\.csv, line 1: not comma-separated rows"):
+        read_file(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_file_of_one_of_these_kinds_is_a_dataset_and_an_empty_one_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    text = {"jsonl": '{"source": "a", "target": "b"}\n' * 2, "csv": "source,target\na,b\na,b\n"}
+    text["json"] = json.dumps([{"source": "a", "target": "b"}] * 2)
+    path = tmp_path / f"own.{kind}"
+    path.write_text(text[kind])
+    assert load_task(str(path)).train == (Example("a", ("b",)),)
+    path.write_text("[]" if kind == "json" else "")
+    with pytest.raises(ValueError, match=rf"own\.{kind} holds no record"):
+        load_task(str(path))
+
+
+def test_limits_take_the_first_examples_of_each_split() -> None:
+    whole, limited = load_task("demo"), load_task("demo", limits=(3, 2))
+    assert (limited.train, limited.evaluation) == (whole.train[:3], whole.evaluation[:2])
+
+
+def test_the_hub_is_asked_for_what_is_not_in_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(**arguments: str) -> list[dict[str, Any]]:
+        asked.append((arguments["path"], arguments["split"]))
+        return [{"question": arguments["split"], "answers": ["a"]}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = load_task("webquestions")
+    assert asked == [("stanfordnlp/web_questions", "train"), ("stanfordnlp/web_questions", "test")]
+    assert task.evaluation == (Example("question:test", ("a",)),)
+
+
+def test_a_hub_out_of_reach_says_how_to_use_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(**_: str) -> None:
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"could not load split 'train' .*\(offline\).*--data-dir"):
+        load_task("piqa")
+
+
+def test_rows_that_share_a_source_become_one_example_with_all_references() -> None:
+    rows = [Example("a", ("x",)), Example("b", ("y",)), Example("a", ("z", "x"))]
+    assert merge_references(rows) == (Example("a", ("x", "z")), Example("b", ("y",)))
+
+
+@pytest.mark.parametrize("text", ["", "train[", "train[:200%]", "train[50%:50%]", "train[1:2]", "a b"])
+def test_a_split_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_split(text)
+
+
+@given(st.integers(1, 99), st.integers(0, 200))
+def test_two_shares_that_meet_hold_every_record_once(percent: int, count: int) -> None:
+    records = [{"n": n} for n in range(count)]
+    first, second = parse_split(f"x[:{percent}%]"), parse_split(f"x[{percent}%:]")
+    assert first(records) + second(records) == records
+    assert not first.overlaps(second)
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 50))
+def test_overlap_means_a_common_record(start: int, other: int, width: int) -> None:
+    one = SplitSlice("x", start, min(start + width, 100))
+    two = SplitSlice("x", other, min(other + width, 100))
+    records = [{"n": n} for n in range(100)]
+    common = {r["n"] for r in one(records)} & {r["n"] for r in two(records)}
+    assert one.overlaps(two) == bool(common)

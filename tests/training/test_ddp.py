@@ -1,0 +1,155 @@
+"""DistributedDataParallel on two gloo ranks, against one process; what would diverge is refused."""
+
+import contextlib
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from gtcompile.distributed.ranks import Ranks
+from gtcompile.state.trained_set import train_only
+from gtcompile.training.adaptive import AdaptiveBackprop
+from tests.huggingface.test_callback import Replay, losses, train, weights
+from tests.support.models import Regression
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def run(case: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["-m", "tests.ranks.data_parallel_run", case]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "eager-2-views",
+        pytest.param("eager-1-copies", marks=pytest.mark.long),
+        pytest.param("plain-2-copies", marks=pytest.mark.long),
+        pytest.param("plain-1-views", marks=pytest.mark.long),
+        pytest.param("inductor-1-copies", marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_train_what_one_process_trains_and_send_nothing_else(case):
+    result = run(case)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_fails_on_one_rank_is_raised_on_all():
+    result = run("failure")
+    assert result.returncode == 0, result.stderr
+    assert "rank 1: ValueError: expected at least two batches" in result.stdout
+    assert "rank 0: GTCompileError: rank 1 failed, so no rank goes on: ValueError: expected" in result.stdout
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_failure_keeps_nothing_alive_that_holds_processes():
+    def fail():
+        raise ValueError("of this rank")
+
+    ranks = Ranks(dist.group.WORLD)
+    kept = weakref.ref(ranks)
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            ranks.together(fail)
+        del ranks
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.long
+def test_batches_that_contradict_each_other_are_measured_within_each_on_all_ranks():
+    result = run("contradiction")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["budget", "model"])
+def test_ranks_that_differ_are_told_so(what):
+    result = run(what)
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert f"rank {rank}: ValueError: the {what} differs between ranks: rank 1" in result.stdout
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_ends_the_others():
+    result = run("death")
+    assert result.returncode != 0
+    assert "rank 0 is still alive" not in result.stdout
+
+
+def adaptive_of(wrapped: DistributedDataParallel) -> AdaptiveBackprop:
+    return AdaptiveBackprop(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2), 0.6)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_wrapper_that_waits_for_every_gradient_is_refused():
+    with pytest.raises(ValueError, match="find_unused_parameters=True"):
+        adaptive_of(DistributedDataParallel(Regression()))
+
+
+@pytest.mark.filterwarnings("ignore:You passed find_unused_parameters")
+@pytest.mark.usefixtures("one_rank")
+def test_a_static_graph_is_refused():
+    wrapped = DistributedDataParallel(Regression(), find_unused_parameters=True, static_graph=True)
+    with pytest.raises(ValueError, match="static_graph=True fixes"):
+        adaptive_of(wrapped)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_second_communication_hook_is_refused():
+    wrapped = DistributedDataParallel(Regression(), find_unused_parameters=True)
+    wrapped.register_comm_hook(None, allreduce_hook)
+    with pytest.raises(ValueError, match="a communication hook already"):
+        adaptive_of(wrapped)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_parameter_frozen_before_wrapping_is_refused():
+    model = Regression()
+    train_only(model, ["layers.1.*"])
+    with pytest.raises(ValueError, match=r"\d of \d trainable parameters were frozen when"):
+        adaptive_of(DistributedDataParallel(model, find_unused_parameters=True))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_second_adaptive_backprop_may_take_over():
+    wrapped = DistributedDataParallel(Regression(), find_unused_parameters=True)
+    adaptive_of(wrapped)
+    adaptive_of(wrapped)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize("case", ["replicated", "sharded"])
+def test_the_trainer_trains_on_two_ranks_what_one_process_trains_and_goes_on(case, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "tests.ranks.trainer_run", case, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    outcome = torch.load(tmp_path / "outcome")
+    assert len(set(map(frozenset, outcome["sets"]))) > 3
+    replay = Replay(outcome["sets"])
+    alone = train(tmp_path, replay, num_train_epochs=2, per_device_train_batch_size=4)
+    torch.testing.assert_close(outcome["losses"], losses(alone), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outcome["weights"], weights(alone.model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_plain_loop_that_accelerate_launches_trains_what_is_selected():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["-m", "tests.ranks.accelerate_run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes, 4 selections: the same sets and weights" in result.stdout

@@ -1,0 +1,1 @@
+"""`gtcompile bench`: steps at several budgets beside what people do today."""

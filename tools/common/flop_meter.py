@@ -1,0 +1,42 @@
+"""Count the FLOPs that a training step really executes, compiled regions included."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from gtcompile.capture.model_io import loss_of, unwrap
+from gtcompile.errors import GTCompileError
+from gtcompile.graph.flops import count_flops
+from gtcompile.state.restore import restored
+
+
+def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """FLOPs of one forward and backward with what is trained now; nothing changes.
+
+    Args:
+        model: compiled or not.
+        batch: keyword dictionary with labels.
+    """
+    with restored(unwrap(model)):
+        loss_of(model(**batch)).backward()  # what is compiled on the way is no part of a step
+        with count_flops() as counter:
+            loss_of(model(**batch)).backward()
+    return int(counter.get_total_flops())
+
+
+def check_step_flops(
+    model: nn.Module, batch: Mapping[str, Any], predicted: int, *, recomputes: bool = False
+) -> int:
+    """Count one step and compare; what a budget of memory has the backward compute again comes on top.
+
+    Raises:
+        GTCompileError: the prediction is not exact.
+    """
+    counted = count_step_flops(model, batch)
+    if counted < predicted or (counted > predicted and not recomputes):
+        raise GTCompileError(
+            f"a training step executes {counted} FLOPs where {predicted} were predicted. The costs do "
+            f"not describe this model, so no budget would hold; a graph break may be the reason."
+        )
+    return counted

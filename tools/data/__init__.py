@@ -1,0 +1,1 @@
+"""Data sets: their files, their texts, and batches of token ids."""

@@ -1,0 +1,160 @@
+"""Examples as token ids, and batches of them that all have one shape.
+
+One shape means one compilation and one cost. So every batch is padded to the longest training example of the
+run, rounded up to a multiple of 8, and not to the limit; the last batch of an epoch is filled with copies
+that carry no label.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gtcompile.tools.data.formats import END, Example, TaskFormat
+
+IGNORED = -100
+"""Label of positions without loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids."""
+
+    prompt: tuple[int, ...]
+    """What the model reads: the decoder's prompt with its cue, or the encoder's input."""
+    answer: tuple[int, ...]
+    """The first reference, with the end-of-sequence token unless it was cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """Turns examples into token ids within the length limits."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """Of the model."""
+    format: TaskFormat
+    """Gives the prompt's cue."""
+    encoder_decoder: bool
+    """Whether the prompt has an encoder of its own."""
+    max_length: int
+    """Tokens of an encoder's input, or of a decoder's prompt and answer together."""
+    max_new_tokens: int
+    """Tokens of an answer."""
+
+    def __call__(self, example: Example) -> Encoded:
+        """Encode one example; a source that is too long loses its end, cue and answer keep their place.
+
+        The parts are tokenized one by one, so that generation has exactly the prompt of training.
+        """
+        answer = self._answer(example.references[0])
+        if self.encoder_decoder:
+            source = self._text(example.source)
+            ids = self.tokenizer(source, truncation=True, max_length=self.max_length)["input_ids"]
+            return Encoded(tuple(ids), answer)
+        return Encoded(self._decoder_prompt(example.source), answer)
+
+    def _decoder_prompt(self, source: str) -> tuple[int, ...]:
+        cue = self._ids(self.format.cue)
+        ids = list(self.tokenizer(self._text(source))["input_ids"])
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        room = self.max_length - self.max_new_tokens - len(cue)
+        return (*ids[:room], *cue)
+
+    def _answer(self, reference: str) -> tuple[int, ...]:
+        joint = "" if self.encoder_decoder else self.format.joint
+        ids = (*self._ids(joint + reference.strip()), self.tokenizer.eos_token_id)
+        return ids[: self.max_new_tokens]
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(self._text(text), add_special_tokens=False)["input_ids"])
+
+    def _text(self, text: str) -> str:
+        return text.replace(END, self.tokenizer.eos_token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collator:
+    """Stacks encoded examples to batches of one shape."""
+
+    encoder_decoder: bool
+    """Whether labels are a sequence of their own."""
+    pad_token: int
+    """Token id that fills up; masked out of attention and loss."""
+    batch_size: int
+    """Rows of every batch."""
+    input_length: int
+    """Columns of `input_ids`."""
+    target_length: int
+    """Columns of `labels`; a decoder's are those of `input_ids`."""
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """A batch of at most `batch_size` examples, filled up with unlabelled copies of the first."""
+        missing = self.batch_size - len(examples)
+        inputs = [self._inputs(example) for example in examples]
+        labels = [_padded(self._labels(example), self.target_length, IGNORED) for example in examples]
+        inputs += [inputs[0]] * missing
+        labels += [[IGNORED] * self.target_length] * missing
+        return {
+            "input_ids": torch.tensor([_padded(ids, self.input_length, self.pad_token) for ids in inputs]),
+            "attention_mask": torch.tensor([_padded([1] * len(ids), self.input_length, 0) for ids in inputs]),
+            "labels": torch.tensor(labels),
+        }
+
+    def _inputs(self, example: Encoded) -> tuple[int, ...]:
+        return example.prompt if self.encoder_decoder else (*example.prompt, *example.answer)
+
+    def _labels(self, example: Encoded) -> tuple[int, ...]:
+        if self.encoder_decoder:
+            return example.answer
+        return (*[IGNORED] * len(example.prompt), *example.answer)
+
+    @property
+    def shape(self) -> str:
+        """The shape of every batch, in words."""
+        decoder = f", {self.target_length} answer tokens" if self.encoder_decoder else ""
+        return f"{self.batch_size} x {self.input_length} tokens{decoder}"
+
+
+def _padded(ids: Sequence[int], length: int, fill: int) -> list[int]:
+    return [*ids, *[fill] * (length - len(ids))]
+
+
+def collator_for(
+    examples: Sequence[Encoded], *, encoder_decoder: bool, pad_token: int, batch_size: int, limit: int
+) -> Collator:
+    """The collator whose batches just hold the longest example, in multiples of 8 tokens up to `limit`."""
+    prompt = max(len(example.prompt) for example in examples)
+    answer = max(len(example.answer) for example in examples)
+    whole = max(len(example.prompt) + len(example.answer) for example in examples)
+    input_length = _round_up(prompt if encoder_decoder else whole, limit)
+    return Collator(
+        encoder_decoder=encoder_decoder,
+        pad_token=pad_token,
+        batch_size=batch_size,
+        input_length=input_length,
+        target_length=_round_up(answer, limit) if encoder_decoder else input_length,
+    )
+
+
+def _round_up(length: int, limit: int) -> int:
+    return max(length, min(-(-length // 8) * 8, limit))
+
+
+def epoch_order(
+    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
+    """Indices of each batch of one epoch: every example once, in an order that seed and epoch decide.
+
+    Several ranks share them; so that all have as many, up to `ranks` - 1 come twice.
+
+    >>> sorted(sum(epoch_order(5, 2, seed=0, epoch=0), []))
+    [0, 1, 2, 3, 4]
+    >>> [sum(map(len, epoch_order(5, 2, seed=0, epoch=0, rank=rank, ranks=2))) for rank in (0, 1)]
+    [3, 3]
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator).tolist()
+    own = [*order, *order[: -count % ranks]][rank::ranks]
+    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]

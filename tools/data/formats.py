@@ -1,0 +1,155 @@
+"""What the records of the known datasets become: a text to read, answers to learn, and a metric.
+
+Prompts are those of the GreenTrainer paper; what it leaves out, an end-of-sequence token after the answer and
+every reference of a record, is there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from gtcompile.tools.data.readers import Record, value_of
+
+Metric = Literal["rouge", "exact match"]
+
+END = "</s>"
+"""Stands for the tokenizer's end-of-sequence token in prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text and every answer that counts as right; training teaches the first."""
+
+    source: str
+    """What the model reads; cut from the right when it is too long."""
+    references: tuple[str, ...]
+    """Accepted answers, at least one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFormat:
+    """How the records of one dataset become examples, and how answers to them are scored."""
+
+    name: str
+    """As given to --dataset."""
+    read: Callable[[Record], Example]
+    """One record to its example; `ValueError` when a field is missing."""
+    cue: str
+    """Follows the source in a decoder's prompt and is never cut; an encoder-decoder needs none."""
+    joint: str
+    """Between cue and answer."""
+    metric: Metric
+    """ROUGE-1/2/L against the best reference, or equality with any reference."""
+    max_new_tokens: int
+    """Tokens an answer may have."""
+    file_splits: tuple[str, str] = ("train", "test")
+    """Training and evaluation split in the authors' files."""
+    hub_splits: tuple[str, str] = ("train", "test")
+    """The same on the hub."""
+    hub: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of `datasets.load_dataset`."""
+    note: str = ""
+    """What a reader of the scores must know."""
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    """The texts of one field, a string or a list of them, without blank ones."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected text in field {name!r}, got {value!r}")
+    filled = tuple(text for text in texts if text.strip())
+    if not filled:
+        raise ValueError(f"field {name!r} holds no text")
+    return filled
+
+
+def read_fields(record: Record, source: str, target: str) -> Example:
+    """An example from two fields: sentences to join, and one or more references."""
+    sentences = _texts(value_of(record, source), source)
+    return Example(" ".join(sentences), _texts(value_of(record, target), target))
+
+
+def _read_scitldr(record: Record) -> Example:
+    return read_fields(record, "source", "target")
+
+
+def _read_dialogsum(record: Record) -> Example:
+    several = tuple(record[name] for name in ("summary1", "summary2", "summary3") if name in record)
+    references = several or _texts(value_of(record, "summary"), "summary")
+    dialogue = _texts(value_of(record, "dialogue"), "dialogue")
+    return Example(" ".join(dialogue), references)
+
+
+def _read_webquestions(record: Record) -> Example:
+    question = record["qText"] if "qText" in record else value_of(record, "question")
+    return Example(f"question:{question}", _texts(value_of(record, "answers"), "answers"))
+
+
+def _read_piqa(record: Record) -> Example:
+    goal, first, second, label = (value_of(record, name) for name in ("goal", "sol1", "sol2", "label"))
+    if label not in (0, 1):
+        raise ValueError(
+            f"label {label!r}: the answers of this split are hidden, so it can be neither learned nor scored"
+        )
+    return Example(f"goal:{goal}{END}sol1:{first}{END}sol2:{second}", (str(label),))
+
+
+def summarisation(
+    name: str, read: Callable[[Record], Example], max_new_tokens: int, hub: Mapping[str, str] | None = None
+) -> TaskFormat:
+    """The paper's summarisation prompt: `{source} TL;DR: {summary}`."""
+    return TaskFormat(
+        name=name,
+        read=read,
+        cue=" TL;DR:",
+        joint=" ",
+        metric="rouge",
+        max_new_tokens=max_new_tokens,
+        hub=hub or {},
+    )
+
+
+_DEMO_NOTE = (
+    "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
+    "the one that was done is to be told in one sentence. Its model was pretrained on other texts of that "
+    "world and has not seen the task. The figures show what a budget costs; of natural text they say nothing."
+)
+
+# Hub datasets that are scripts have been converted by the hub, on a revision of this name.
+_CONVERTED = "refs/convert/parquet"
+
+FORMATS: dict[str, TaskFormat] = {
+    task.name: task
+    for task in (
+        replace(summarisation("demo", _read_scitldr, 24), note=_DEMO_NOTE),
+        summarisation(
+            "scitldr",
+            _read_scitldr,
+            64,
+            hub={"path": "allenai/scitldr", "revision": _CONVERTED, "data_dir": "Abstract"},
+        ),
+        summarisation("dialogsum", _read_dialogsum, 128, hub={"path": "knkarthick/dialogsum"}),
+        TaskFormat(
+            name="webquestions",
+            read=_read_webquestions,
+            cue=f"{END}answer:",
+            joint="",
+            metric="exact match",
+            max_new_tokens=32,
+            file_splits=("trainmodel", "test"),
+            hub={"path": "stanfordnlp/web_questions"},
+        ),
+        TaskFormat(
+            name="piqa",
+            read=_read_piqa,
+            cue=f"{END}label:",
+            joint="",
+            metric="exact match",
+            max_new_tokens=4,
+            file_splits=("train", "valid"),
+            hub_splits=("train", "validation"),
+            hub={"path": "ybisk/piqa", "revision": _CONVERTED, "data_dir": "plain_text"},
+        ),
+    )
+}
+"""The datasets known by name."""

@@ -1,0 +1,1 @@
+"""`gtcompile finetune`: train within a budget, stop and resume, evaluate."""

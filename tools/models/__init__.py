@@ -1,0 +1,1 @@
+"""Models by name: from a hub, a folder, or the demo's."""

@@ -1,0 +1,1 @@
+"""`gtcompile export`: the training step of a trained set as ONNX."""

@@ -1,0 +1,176 @@
+"""Settings to a model, encoded examples and the one shape of the run: all that can fail before training."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for, epoch_order
+from gtcompile.tools.data.causality import check_causal
+from gtcompile.tools.models.loading import LanguageModel, load_language_model
+from gtcompile.tools.runs.settings import Compiler, Settings
+from gtcompile.tools.data.tasks import Task, load_task
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    settings: Settings
+    """As given."""
+    task: Task
+    """Texts and metric."""
+    language: LanguageModel
+    """Model and tokenizer; the model is on `device`."""
+    examples: tuple[Encoded, ...]
+    """To learn from."""
+    prompts: tuple[Encoded, ...]
+    """To answer afterwards."""
+    collate: Collator
+    """Makes batches of one shape."""
+    max_new_tokens: int
+    """Tokens an answer may have."""
+    rank: int = 0
+    """Which of the processes that share the examples this is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.language.model.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch, the last one filled up."""
+        return -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of these examples, on the model's device."""
+        batch = self.collate([self.examples[index] for index in indices])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Indices of each of this process's batches of an epoch; the same for the same seed."""
+        settings = self.settings
+        return epoch_order(
+            len(self.examples),
+            settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            rank=self.rank,
+            ranks=settings.processes,
+        )
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is learned and answered, as token ids: another file or tokenizer gives another."""
+        tokens = hashlib.sha256()
+        for example in (*self.examples, *self.prompts):
+            for part in (example.prompt, example.answer):
+                tokens.update(array("q", (len(part), *part)).tobytes())
+        return tokens.hexdigest()
+
+    @property
+    def real_tokens(self) -> float:
+        """Share of the positions of a batch that hold a token and not padding, on average."""
+        lengths = [len(example.prompt) for example in self.examples]
+        if not self.collate.encoder_decoder:
+            lengths = [n + len(example.answer) for n, example in zip(lengths, self.examples, strict=True)]
+        return sum(lengths) / (len(lengths) * self.collate.input_length)
+
+
+def default_device() -> str:
+    """`cuda` where there is a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_compiler() -> Compiler:
+    """Generated code pays on a GPU; on a CPU compiling takes longer than it saves on small runs."""
+    return "inductor" if torch.cuda.is_available() else "eager"
+
+
+def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepared:
+    """Load and encode everything a run needs.
+
+    Args:
+        settings: the run.
+        weights: false leaves the model on the meta device, for its costs alone.
+        rank: of this process among those that share the examples.
+
+    Raises:
+        ValueError: the data, the model or the tokenizer is not there, or they do not fit each other.
+    """
+    task = _load_task(settings)
+    torch.manual_seed(settings.seed)  # a head that the checkpoint lacks is made now
+    language = load_language_model(settings.model, settings.tokenizer, weights=weights)
+    if weights:
+        language.model.to(default_device())  # type: ignore[arg-type]
+    language.model.config.use_cache = False  # generation asks for it itself
+    max_new_tokens = settings.max_new_tokens or task.format.max_new_tokens
+    encode = Encoder(
+        tokenizer=language.tokenizer,
+        format=task.format,
+        encoder_decoder=language.encoder_decoder,
+        max_length=_length_limit(settings, language, max_new_tokens),
+        max_new_tokens=max_new_tokens,
+    )
+    examples = tuple(map(encode, task.train))
+    if settings.method == "adaptive" and len(examples) <= settings.batch_size * settings.processes:
+        raise ValueError(
+            f"{len(examples)} training examples make one batch of {settings.batch_size} for each process; "
+            f"choosing what to train takes two. Pass a smaller --batch-size."
+        )
+    collate = collator_for(
+        examples,
+        encoder_decoder=language.encoder_decoder,
+        pad_token=language.tokenizer.pad_token_id,
+        batch_size=settings.batch_size,
+        limit=encode.max_length,
+    )
+    if weights and not language.encoder_decoder:
+        check_causal(language.model, examples[0].prompt + examples[0].answer)
+    return Prepared(
+        settings=settings,
+        task=task,
+        language=language,
+        examples=examples,
+        prompts=tuple(map(encode, task.evaluation)),
+        collate=collate,
+        max_new_tokens=max_new_tokens,
+        rank=rank,
+    )
+
+
+def _load_task(settings: Settings) -> Task:
+    return load_task(
+        settings.dataset,
+        data_dir=settings.data_folder,
+        splits=(settings.train_split, settings.eval_split),
+        fields=(settings.source_field, settings.target_field),
+        limits=(settings.max_train_samples, settings.max_eval_samples),
+    )
+
+
+def _length_limit(settings: Settings, language: LanguageModel, max_new_tokens: int) -> int:
+    """`max_length`, or less where the model has fewer positions.
+
+    Raises:
+        ValueError: there is no room for a prompt beside the answer.
+    """
+    known = getattr(language.model.config, "max_position_embeddings", None)
+    positions = known or max(settings.max_length, max_new_tokens)
+    limit = min(settings.max_length, positions)
+    if language.encoder_decoder and max_new_tokens > positions:
+        raise ValueError(
+            f"an answer of {max_new_tokens} tokens is longer than the model's {positions} positions; "
+            f"lower --max-new-tokens"
+        )
+    if not language.encoder_decoder and limit - max_new_tokens < 16:
+        raise ValueError(
+            f"{limit} tokens leave no room for a prompt beside an answer of {max_new_tokens}; "
+            f"raise --max-length or lower --max-new-tokens (the model has {positions} positions)"
+        )
+    return limit
