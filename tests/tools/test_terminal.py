@@ -60,8 +60,8 @@ def test_a_demo_that_is_interrupted_says_so_in_one_line(
         raise StoppedEarlyError("stopped after step 10 of 128")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "compare_with_full", stopped)
+    monkeypatch.setattr(comparison, "compare_with_full", stopped)
     with pytest.raises(SystemExit) as left:
-        command.main()
+        comparison.main()
     assert left.value.code == 130
     assert capsys.readouterr().out.startswith("stopped after step 10 of 128; ")
