@@ -29,6 +29,7 @@ def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(fsdp.changed(module._forward_hooks, without_forcing))
+            stack.enter_context(fsdp.changed(module._forward_pre_hooks, _without_watching))
         stack.enter_context(fsdp.as_written(model, twin))
         stack.enter_context(blocks_uncompiled(model))
         stack.enter_context(attributes_kept(model))
@@ -43,6 +44,12 @@ def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
     """
     name = "make_inputs_require_grad"  # with an s in transformers
     return {key: hook for key, hook in hooks.items() if name not in getattr(hook, "__name__", "")}
+
+
+def _without_watching(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """Forward pre-hooks but the one by which `train_only` watches for replaced parameters."""
+    name = "notice_replaced_parameters"
+    return {key: hook for key, hook in hooks.items() if getattr(hook, "__name__", "") != name}
 
 
 @contextlib.contextmanager

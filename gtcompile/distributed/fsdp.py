@@ -70,6 +70,11 @@ def link(model: nn.Module) -> bool:
     return bool(new)
 
 
+def is_linked(model: nn.Module) -> bool:
+    """Whether `link` knows every sharded module of the model, and so what stands for its parameters."""
+    return all(module in _own for module in shards(model))
+
+
 def renew_reduction(model: nn.Module) -> None:
     """Have torch work out anew how gradients are reduced of modules that had none to reduce before.
 

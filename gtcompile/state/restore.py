@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gtcompile.state.trained_set import train_only, trained_parameters, was_trainable
+from gtcompile.state.trained_set import (
+    follow_names,
+    set_requires_grad,
+    train_only,
+    trained_parameters,
+    was_trainable,
+)
 
 
 @contextlib.contextmanager
@@ -28,12 +34,11 @@ def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> 
     Like `train_only` it drops the gradients of what it freezes; `restored` around it keeps them.
     """
     former = trained_parameters(model)
-    with flags_kept(model):
-        try:
-            train_only(model, patterns)
-            yield
-        finally:
-            train_only(model, former)
+    try:
+        train_only(model, patterns)
+        yield
+    finally:
+        train_only(model, former)
 
 
 @contextlib.contextmanager
@@ -44,19 +49,20 @@ def everything_trainable(model: nn.Module) -> Iterator[None]:
     """
     with flags_kept(model):
         for parameter in model.parameters():
-            parameter.requires_grad_(was_trainable(parameter))
+            set_requires_grad(parameter, was_trainable(parameter))
         yield
 
 
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Every parameter's `requires_grad` is afterwards what it was."""
+    follow_names(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+            set_requires_grad(parameter, requires_grad)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gtcompile import train_only, trained_parameters
 from gtcompile.graph.names import match_patterns, near_names
-from gtcompile.state.trained_set import generation, is_trained, train_only, trained_parameters
+from gtcompile.state.trained_set import generation, is_trained
 from tests.support.models import Recipe, Regression, make_batch, random_sets, selectable, step, trained_sets
 
 NAMES = {f"layers.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
