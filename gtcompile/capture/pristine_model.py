@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gtcompile.capture.model_io import runs_as_one_region
 from gtcompile.distributed import fsdp
 from gtcompile.torch_internals import FakeTensorMode
 
@@ -98,6 +99,16 @@ def compiled_forward(module: nn.Module) -> Any:
             found = forward  # the innermost: wrappers copy its attributes
         forward = getattr(forward, "__wrapped__", None)
     return None if found is None or found.retired else found
+
+
+def uses_compiled_code(model: nn.Module) -> bool:
+    """Whether `torch.compile` wraps the model or any module in it."""
+    return runs_as_one_region(model) or any(map(is_compiled, model.modules()))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling this very module runs compiled code."""
+    return module._compiled_call_impl is not None or compiled_forward(module) is not None
 
 
 @contextlib.contextmanager

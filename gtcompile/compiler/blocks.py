@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from gtcompile.capture.model_io import unwrap
-from gtcompile.capture.pristine_model import compiled_forward, uncompile_block
+from gtcompile.capture.pristine_model import compiled_forward, uncompile_block, uses_compiled_code
 from gtcompile.compiler.backend import make_backend, parse_options
 from gtcompile.compiler.code_objects import CodeCopies
 from gtcompile.compiler.cuts import cut, is_cut
@@ -61,7 +61,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
-    if trained_set.uses_compiled_code(model):
+    if uses_compiled_code(model):
         raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
     refuse_string(blocks)
     names = tuple(find_blocks(model) if blocks is None else blocks)

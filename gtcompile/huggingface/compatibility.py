@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from gtcompile.capture.pristine_model import without_forcing
-from gtcompile.state.trained_set import uses_compiled_code
+from gtcompile.capture.pristine_model import uses_compiled_code, without_forcing
 
 logger = logging.getLogger(__name__)
 

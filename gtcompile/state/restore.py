@@ -8,13 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gtcompile.state.trained_set import (
-    follow_names,
-    set_requires_grad,
-    train_only,
-    trained_parameters,
-    was_trainable,
-)
+from gtcompile.state.parameter_records import set_requires_grad, was_trainable
+from gtcompile.state.replaced_parameters import follow_names
+from gtcompile.state.trained_set import train_only, trained_parameters
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from gtcompile import train_only, trained_parameters
+from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.compiler.backward_plans import Plan, Plans
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.compiler.hoisted import HoistedVariants
@@ -26,7 +28,6 @@ from gtcompile.compiler.operators import run_operators
 from gtcompile.costs.backward_costs import backward_costs
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import copy_module
-from gtcompile.state.trained_set import train_only, trained_parameters, uses_compiled_code
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.bench.baselines import Compilations, compilations
 from gtcompile.torch_internals import TorchDynamoException

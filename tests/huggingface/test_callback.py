@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import gtcompile
-from gtcompile import AdaptiveBackpropCallback, BudgetError, CaptureError
-from gtcompile.state.trained_set import train_only, trained_parameters, uses_compiled_code
+from gtcompile import AdaptiveBackpropCallback, BudgetError, CaptureError, train_only, trained_parameters
+from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
 pytestmark = [

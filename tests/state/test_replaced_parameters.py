@@ -189,7 +189,7 @@ def test_costs_and_reference_gradients_are_no_thawing_by_hand(caplog):
     gtcompile.backward_costs(model, batch)
     reference_gradients(model, batch)
     assert trained_by_a_step(model, model) == {"head.weight"}
-    assert not caplog.records
+    assert "by hand" not in caplog.text
 
 
 def test_functional_calls_with_other_tensors_replace_nothing():
