@@ -150,6 +150,16 @@ current_autograd_node = torch._C._current_autograd_node
 # What AOTAutograd compiles under: autocast has been traced already.
 no_autocast = torch._C._DisableAutocast
 
+# How autograd names the nodes of some functions, and transformers one of its hooks. These names are looked
+# for in histories and in modules; there is no public way to tell such nodes or hooks.
+REENTRANT_CHECKPOINT_NODE = "CheckpointFunctionBackward"
+"""A reentrant activation checkpoint: the parameters that it uses are no part of the history."""
+FSDP_POST_BACKWARD_NODE = "RegisterPostBackwardFunctionBackward"
+"""`fully_shard` puts it on the inputs of a module; it hands gradients on as they are."""
+EMBEDDING_HOOK = "make_inputs_require_grad"
+"""Begins the names of the forward hooks by which transformers ("...grads") and PEFT have the outputs of
+embeddings require grad, for the sake of activation checkpointing."""
+
 
 def compiled_code_stands_aside() -> bool:
     """Whether calls of compiled code run eagerly for now."""
@@ -224,6 +234,9 @@ def reentrant_checkpoints_passed_over() -> Iterator[None]:
 
 
 __all__ = [
+    "EMBEDDING_HOOK",
+    "FSDP_POST_BACKWARD_NODE",
+    "REENTRANT_CHECKPOINT_NODE",
     "BoxedCodeGen",
     "BufferAOTInput",
     "CountingMode",

@@ -11,7 +11,7 @@ from torch import nn
 
 from gtcompile.capture.model_io import runs_as_one_region
 from gtcompile.distributed import fsdp
-from gtcompile.torch_internals import FakeTensorMode
+from gtcompile.torch_internals import EMBEDDING_HOOK, FakeTensorMode
 
 _COLLECTIONS = (dict, OrderedDict, defaultdict, list, set, deque)
 """Attributes of these very types are put back with what was in them; others keep what they hold."""
@@ -43,8 +43,7 @@ def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
     Reentrant checkpointing needs them. Dynamo cannot trace them below frozen embeddings, and in what is
     compiled nothing runs for their sake.
     """
-    name = "make_inputs_require_grad"  # with an s in transformers
-    return {key: hook for key, hook in hooks.items() if name not in getattr(hook, "__name__", "")}
+    return {key: hook for key, hook in hooks.items() if EMBEDDING_HOOK not in getattr(hook, "__name__", "")}
 
 
 def _without_watching(hooks: Mapping[int, Any]) -> dict[int, Any]:

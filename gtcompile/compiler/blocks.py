@@ -15,10 +15,14 @@ from torch import fx, nn
 from gtcompile.capture.model_io import unwrap
 from gtcompile.capture.pristine_model import compiled_forward, uncompile_block, uses_compiled_code
 from gtcompile.compiler.backend import make_backend, parse_options
+from gtcompile.compiler.boundaries import (
+    Calibration,
+    boundary,
+    needs_gradient,
+    unwatch_embeddings,
+    watch_embeddings,
+)
 from gtcompile.compiler.code_objects import CodeCopies
-from gtcompile.compiler.cuts import cut, is_cut
-from gtcompile.compiler.first_forward import FirstForward
-from gtcompile.compiler.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
 from gtcompile.errors import CaptureError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.state import trained_set
@@ -71,13 +75,13 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
             f'or compile the model as a whole: torch.compile(model, backend="gtcompile")'
         )
     modules = [_submodule(model, name) for name in names]
-    first = FirstForward(model, modules)
+    calibration = Calibration(model, modules)
     kinds: dict[type[nn.Module], Kind] = {}
     own_code = {type(block): CodeCopies() for block in modules}
     for block in modules:
         kind = kinds.setdefault(type(block), Kind(type(block), make_backend(parsed)))
         compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind.capture, **_LIMIT)
-        block.forward = BlockForward(block, compiled, kind, first)
+        block.forward = BlockForward(block, compiled, kind, calibration)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained_set.expect_region(inside)
     trained_set.leave_to_eager(p for p in model.parameters() if p not in inside)
@@ -140,7 +144,7 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     for module in model.modules():
         if forward := compiled_forward(module):
-            forward.first.forget()
+            forward.calibration.remove_hooks()
             uncompile_block(module)
     unwatch_embeddings(model)
     chosen = trained_set.trained_parameters(model)
@@ -226,11 +230,11 @@ class BlockForward:
         block: nn.Module,
         compiled: Callable[..., Any],
         kind: Kind,
-        first: FirstForward,
+        calibration: Calibration,
     ) -> None:
         self.eager = block.forward
         self.compiled = compiled
-        self.first = first
+        self.calibration = calibration
         self.retired = False
         self._block = block
         self._kind = kind
@@ -243,7 +247,7 @@ class BlockForward:
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
-        self.first.called(self._block)
+        self.calibration.called(self._block)
         with _RAISED:
             output = self.compiled(*args, **kwargs)
         self._kind.called(self._block)
@@ -258,16 +262,19 @@ class BlockForward:
             return value
         if value.requires_grad:
             self._kind.differentiable.add(key)
-            return value if is_cut(value) or needs_gradient(value) else cut(value)
-        return cut(value) if self._cuts(key) else value
+            return value if needs_gradient(value) else boundary(value)
+        return boundary(value) if self._must_require_grad(key) else value
 
-    def _cuts(self, key: int | str) -> bool:
-        """Whether an input is cut: decided once per trained set, as a checkpointed block runs twice."""
+    def _must_require_grad(self, key: int | str) -> bool:
+        """Whether an input that does not require grad must look as if it did.
+
+        Decided once per trained set: a checkpointed block that is recomputed must see the same inputs.
+        """
         if self._generation != trained_set.generation():
             self._generation = trained_set.generation()
             self._decided.clear()
-        cuts = key in self._kind.differentiable and not self._kind.runs_eagerly
-        return self._decided.setdefault(key, cuts)
+        wanted = key in self._kind.differentiable and not self._kind.runs_eagerly
+        return self._decided.setdefault(key, wanted)
 
 
 def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,8 +12,7 @@ from torch import fx, nn
 
 from gtcompile.capture.model_io import refuse_subclasses
 from gtcompile.compiler.autograd_nodes import Histories, histories, places_among_gradients, region_node
-from gtcompile.compiler.cuts import ask, end, keeps_asking
-from gtcompile.compiler.forced_leaves import wants_gradient
+from gtcompile.compiler.boundaries import boundary_copy, calibrating, end_backward, needs_gradient
 from gtcompile.compiler.frozen import compile_frozen
 from gtcompile.compiler.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.compiler.region_graph import Live, output_sources
@@ -147,9 +146,11 @@ class Region:
             with self._compilation():
                 self._frozen = self._compile_frozen()
         outputs = self._frozen(*inputs)
-        if keeps_asking():  # as they would if anything were trained
+        if calibrating():  # as they would if anything were trained
             sources = zip(outputs, self._output_sources, strict=True)
-            outputs = [ask(out) if self._could_ask(out, positions) else out for out, positions in sources]
+            outputs = [
+                boundary_copy(out) if self._could_ask(out, positions) else out for out, positions in sources
+            ]
         return detach(outputs, range(len(outputs)))  # an input passed through may ask for a gradient
 
     def _could_ask(self, output: object, sources: Live) -> bool:
@@ -218,7 +219,7 @@ class Region:
         if self._generation != trained_set.generation():
             self._lives.clear()
             self._generation = trained_set.generation()
-        wanted = [i for i in self._activations if wants_gradient(inputs[i])]
+        wanted = [i for i in self._activations if needs_gradient(inputs[i])]
         parameters = self._parameters_among(inputs)
         key = (*wanted, *map(id, parameters))
         live = self._lives.get(key)
@@ -240,7 +241,7 @@ def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
     detached = list(outputs)
     for i in positions:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
-            detached[i] = end(outputs[i])
+            detached[i] = end_backward(outputs[i])
     return detached
 
 
