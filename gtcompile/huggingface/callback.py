@@ -22,8 +22,13 @@ from gtcompile.costs.budgets import check_budget
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, repair_model
 from gtcompile.huggingface.trainer_loss import TrainerLoss
-from gtcompile.state.complete_state import complete_when_saved, forget_state_of_others, parameters_with_state
-from gtcompile.state.optimizer_state import Setting, check_setting
+from gtcompile.state.optimizer_state import (
+    Setting,
+    check_setting,
+    complete_when_saved,
+    forget_state_of_others,
+    parameters_with_state,
+)
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
 

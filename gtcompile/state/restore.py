@@ -1,13 +1,12 @@
 """What running a model forward and backward changes beside its weights, put back afterwards."""
 
 import contextlib
-import random
 from collections.abc import Collection, Iterator
 
-import numpy as np
 import torch
 from torch import nn
 
+from gtcompile.capture.rng import random_state_kept
 from gtcompile.state.parameter_records import set_requires_grad, was_trainable
 from gtcompile.state.replaced_parameters import follow_names
 from gtcompile.state.trained_set import train_only, trained_parameters
@@ -19,7 +18,7 @@ def restored(module: nn.Module) -> Iterator[None]:
 
     Within, no parameter has a gradient. Gradients come back as the same tensor objects.
     """
-    with _random_states_kept(module), _buffers_kept(module), _gradients_set_aside(module):
+    with random_state_kept(), _buffers_kept(module), _gradients_set_aside(module):
         yield
 
 
@@ -59,20 +58,6 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, requires_grad in flags:
             set_requires_grad(parameter, requires_grad)
-
-
-@contextlib.contextmanager
-def _random_states_kept(module: nn.Module) -> Iterator[None]:
-    """Torch's generators on the CPU and the module's devices, Python's and numpy's: a forward may use any."""
-    devices = {parameter.device for parameter in module.parameters() if parameter.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 @contextlib.contextmanager

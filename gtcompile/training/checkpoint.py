@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import unwrap
-from gtcompile.capture.rng import random_state, restore_random_state
+from gtcompile.capture.rng import check_random_state, random_state, restore_random_state
 from gtcompile.distributed.fsdp import sharded
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
@@ -109,6 +109,7 @@ def load_training(
     parameters, weights = _by_name(model), unwrap(model).state_dict()
     current, values = ranks.together(lambda: _read(path))
     ranks.together(lambda: _refuse_other(path, values, _shapes(weights), _groups(optimizer, parameters)))
+    ranks.together(lambda: [check_random_state(state) for state in values["random"]])
     state = {name: _room(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
         load({"weights": weights, "state": state}, checkpoint_id=current, **processes)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from gtcompile.capture.model_io import loss_of
-from gtcompile.capture.rng import random_state, restore_random_state
+from gtcompile.capture.rng import check_random_state, random_state, restore_random_state
 from gtcompile.compiler.blocks import compile_blocks, find_blocks
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
@@ -208,6 +208,7 @@ class Training:
         """
         state = self.folder.load_state()
         check_same_model(self.module, state["model"], self.folder.checkpoint)
+        check_random_state(state["random"][self.ranks.rank])
         self.folder.cut_metrics(state["steps"])
         self.load_state_dict(state)
         self.folder.write_selections(self.selections)

@@ -1,12 +1,12 @@
-"""What an optimizer saves is whole, what it has is not; what was invented is gone after loading."""
+"""What an optimizer saves is whole, what it has is not; what was made up is gone after loading."""
 
 import copy
 
 import pytest
 import torch
 
-from gtcompile.state.complete_state import complete_when_saved, forget_state_of_others, parameters_with_state
-from gtcompile.state.trained_set import train_only
+from gtcompile import train_only
+from gtcompile.state.optimizer_state import complete_when_saved, forget_state_of_others, parameters_with_state
 from tests.support.models import Regression, make_batch, step
 
 OPTIMIZERS = {
@@ -44,7 +44,7 @@ def test_a_saved_state_is_whole_and_the_optimizers_own_stays_partial(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_what_was_invented_is_forgotten(kind):
+def test_what_was_made_up_is_forgotten(kind):
     model, optimizer = partly_trained(kind)
     complete_when_saved(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
