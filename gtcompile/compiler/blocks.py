@@ -31,16 +31,16 @@ from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 logger = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
-"""What `compile_blocks` does unless told otherwise: a new trained set compiles nothing."""
+"""Defaults of `compile_blocks` that differ from `RegionOptions`: a new trained set compiles nothing."""
 CAPTURES = 64
-"""Graphs captured of one class of blocks before it is an error: something must be different at every call."""
+"""How many graphs of one class may be captured. More is an error: something differs at every call."""
 _MORE = 4 * CAPTURES
-"""Dynamo's own limit, which is a silent fall back to eager and must not be reached before ours."""
+"""Dynamo's own limit. Beyond it Dynamo silently runs eagerly, so our limit must be reached first."""
 _LIMIT: dict[str, Any] = {}
 _RAISED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
     _LIMIT = {"recompile_limit": _MORE}
-else:  # changing Dynamo's settings around every call takes longer than the rest of its dispatch
+else:  # avoided where possible: patching the settings at every call takes longer than the rest of a dispatch
     _RAISED = dynamo_config.patch(recompile_limit=_MORE)
 
 
@@ -93,22 +93,22 @@ class Kind:
     """What the compiled blocks of one class share.
 
     Args:
-        block_class: theirs.
-        backend: compiles what Dynamo captures of them.
+        block_class: the class.
+        backend: compiles the graphs that Dynamo captures.
     """
 
     def __init__(self, block_class: type[nn.Module], backend: Backend) -> None:
         self.differentiable: set[int | str] = set()
-        """Inputs, by position or name, that required a gradient once."""
+        """Inputs, by position or name, that have required grad once."""
         self._class, self._backend = block_class, backend
         self._captures, self._calls = 0, 0
         self._eager = weakref.WeakSet[nn.Module]()
 
     def capture(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph that Dynamo captured, unless it captures again and again.
+        """Compile a graph that Dynamo captured.
 
         Raises:
-            CaptureError: it does.
+            CaptureError: Dynamo captures again and again.
         """
         self._captures += 1
         if self._captures > CAPTURES:
@@ -120,11 +120,11 @@ class Kind:
 
     @property
     def runs_eagerly(self) -> bool:
-        """Whether Dynamo has captured nothing of these blocks, though they ran."""
+        """Whether these blocks have run without Dynamo capturing anything."""
         return not self._captures and self._calls > 0
 
     def called(self, block: nn.Module) -> None:
-        """Note that a block has run; where Dynamo passes over it, its parameters are eager code's."""
+        """Note that a block has run. If Dynamo skipped it, eager code computes its gradients."""
         self._calls += 1
         if not self.runs_eagerly:
             return
@@ -157,9 +157,8 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
 def find_blocks(model: nn.Module) -> Iterator[str]:
     """FQNs of the repeated blocks: members of a container that share a class, outermost first.
 
-    A container is any module; a block is a member with parameters and submodules of its own, so that the
-    linear layers of a multi-layer perceptron are not blocks, and the experts inside a transformer block
-    belong to it.
+    A container is any module. A block is a member that has parameters and submodules. So the linear layers of
+    a multi-layer perceptron are no blocks, and the experts inside a transformer block belong to that block.
     """
     yield from _blocks_below(model, "")
 
@@ -182,10 +181,10 @@ def _could_be_block(module: nn.Module) -> bool:
 
 
 def _is_stack(module: nn.Module, *, in_list: bool) -> bool:
-    """Whether a module itself holds a list of repeated blocks, as an encoder or a decoder does.
+    """Whether a module holds a list of repeated blocks, as an encoder or a decoder does.
 
-    Where the module is a member of a list itself, a stage of blocks is told from a block with a list of
-    experts: experts are made of single operators, blocks of modules that have modules of their own.
+    A member of a list may be a stage of blocks, or a block with a list of experts. Experts consist of single
+    operators, whereas blocks contain modules with modules of their own.
     """
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
     return any(_is_list_of_blocks(members, nested=in_list) for members in lists)
@@ -213,16 +212,14 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 class BlockForward:
-    """A block's forward: compiled while gradients are enabled, and with inputs that always look the same.
+    """A block's forward: compiled while gradients are enabled, eager otherwise.
 
-    An input that required a gradient once and does not now comes from frozen parameters. It is cut, so that
-    it still looks as it did, and no guard fails. So is one that requires a gradient only because a forced
-    leaf asks for it.
+    Inputs always look the same to Dynamo, so that no guard fails. An input that has required grad once, and
+    does not now because only frozen parameters are upstream, is replaced by an autograd boundary, which
+    requires grad. So is an input that requires grad though nothing trained is upstream (`boundaries.py`).
 
-    Retired it runs eagerly from then on, where a wrapper around it cannot let go of it.
-
-    A copy of the block, deep or pickled, has the eager forward in its place: compiled code is bound to the
-    parameters of this one.
+    Copies of the block, deep or pickled, have the eager forward, because compiled code is bound to the
+    parameters of this block.
     """
 
     def __init__(
@@ -236,6 +233,7 @@ class BlockForward:
         self.compiled = compiled
         self.calibration = calibration
         self.retired = False
+        """Set by `uncompile_block` if another wrapper still calls this forward: it runs eagerly from then on."""
         self._block = block
         self._kind = kind
         self._decided: dict[int | str, bool] = {}
@@ -254,10 +252,11 @@ class BlockForward:
         return output
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        """What copies and pickles hold instead."""
+        """Have copies and pickles hold the eager forward."""
         return _itself, (self.eager,)
 
     def _steady(self, key: int | str, value: Any) -> Any:
+        """The input as Dynamo has seen it before: requiring grad, if it ever did."""
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         if value.requires_grad:

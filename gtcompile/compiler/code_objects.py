@@ -1,8 +1,8 @@
 """Methods with code objects of their own.
 
-Dynamo keeps what it compiled, and counts how often, by code object. All blocks of transformers run one and
-the same wrapper around their forward, so another compiled model in the process would spend the limit of this
-one, whose blocks would run eagerly from then on.
+Dynamo keeps compiled code, and counts recompilations, by code object. All blocks of transformers run one
+wrapper function around their forward. Without copies, another compiled model in the process would use up the
+recompile limit of this one, and this one's blocks would silently run eagerly.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,16 @@ from typing import Any
 
 
 class CodeCopies:
-    """Copies of methods; those of one function share one new code object."""
+    """Copies of methods. Methods with the same function share one new code object."""
 
     def __init__(self) -> None:
         self._copies: dict[FunctionType, FunctionType] = {}
 
     def of(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The same method with the code object of this collection; what is no method of Python's, itself."""
+        """The method bound to this collection's copy of its function.
+
+        Callables that are not Python methods are returned unchanged.
+        """
         if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
             return method
         function = method.__func__

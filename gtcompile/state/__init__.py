@@ -1,1 +1,1 @@
-"""Which parameters are trained, and everything put back as it was: flags, optimizer state, random states."""
+"""What is trained now, and how to leave a training as it was: flags, gradients, buffers, optimizer state."""

@@ -1,4 +1,4 @@
-"""What running a model forward and backward changes beside its weights, put back afterwards."""
+"""Context managers that undo what running a model changes, apart from its weights."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -14,9 +14,9 @@ from gtcompile.state.trained_set import train_only, trained_parameters
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Random states, buffers (batch-norm statistics) and accumulated gradients are afterwards what they were.
+    """Restore random states, buffers (batch-norm statistics) and accumulated gradients after the block.
 
-    Within, no parameter has a gradient. Gradients come back as the same tensor objects.
+    Inside the block, no parameter has a gradient at first. Gradients come back as the same tensor objects.
     """
     with random_state_kept(), _buffers_kept(module), _gradients_set_aside(module):
         yield
@@ -24,9 +24,9 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> Iterator[None]:
-    """`train_only` for the length of a with-block, the former trained set afterwards.
+    """Call `train_only` for the block, and restore the former trained set after it.
 
-    Like `train_only` it drops the gradients of what it freezes; `restored` around it keeps them.
+    Gradients of parameters that it freezes are dropped, unless `restored` is around it.
     """
     former = trained_parameters(model)
     try:
@@ -38,9 +38,9 @@ def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> 
 
 @contextlib.contextmanager
 def everything_trainable(model: nn.Module) -> Iterator[None]:
-    """All that was trainable when gtcompile first saw the model asks for a gradient within the block.
+    """Within the block, set `requires_grad` for all that was trainable when gtcompile first saw the model.
 
-    That alone: the trained set, gradients and the other ranks know nothing of it.
+    Nothing else changes: not the trained set, not gradients, nothing on other ranks.
     """
     with flags_kept(model):
         for parameter in model.parameters():
@@ -50,7 +50,8 @@ def everything_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Every parameter's `requires_grad` is afterwards what it was."""
+    """Restore every parameter's `requires_grad` after the block."""
+    # flags that the user has set by hand are taken note of first; after this they count as set by us
     follow_names(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -62,7 +63,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """The same tensors with the same values, whether the forward writes to buffers or replaces them."""
+    """Restore buffers: the same tensors with their values, if the forward wrote to them or replaced them."""
     owners = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
     values = {tensor: tensor.detach().clone() for _, _, tensor in owners if tensor is not None}
     try:

@@ -1,4 +1,4 @@
-"""What an optimizer's next step would do to one parameter, worked out on a shadow of the optimizer."""
+"""What an optimizer's next step would do to one parameter, computed with a copy of the optimizer."""
 
 import copy
 import inspect
@@ -11,20 +11,20 @@ from torch.optim import Optimizer
 
 
 class ShadowOptimizer:
-    """Steps copies of single parameters with an optimizer's own rule, moments and hyperparameters.
+    """Steps copies of single parameters by an optimizer's own rule, moments and hyperparameters.
 
-    The optimizer is read, never written. One parameter is stepped at a time, so the memory needed is a small
-    multiple of that parameter: its copy, copies of its moments, the rule's temporaries.
+    The optimizer itself is only read. One parameter is stepped at a time, so the memory needed is a small
+    multiple of that parameter: its copy, copies of its moments, temporaries of the rule.
 
-    A learning rate of 0 that a scheduler is about to raise (the first step of a warm-up) would make every
-    update 0: where a group's `lr` is 0, its `initial_lr`, which schedulers leave there, is used instead.
+    In the first step of a warm-up the learning rate is 0, and every update would be 0. So if the `lr` of a
+    group is 0, its `initial_lr` is used, which learning rate schedulers set.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` whose rule treats each parameter by itself; wrappers that keep
-            one in `.optimizer`, as accelerate's do, are looked through.
+        optimizer: any `torch.optim.Optimizer` that updates each parameter independently; also a wrapper with
+            one in `.optimizer`, such as accelerate's.
 
     Raises:
-        TypeError: for something else.
+        TypeError: for anything else.
         ValueError: when its step needs a closure (LBFGS), or every learning rate is 0.
     """
 
@@ -44,31 +44,31 @@ class ShadowOptimizer:
         return parameter in self._groups
 
     def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """The parameter's value after the optimizer's next step with this gradient, a new tensor.
+        """The parameter's value after the optimizer's next step with this gradient, as a new tensor.
 
         Args:
-            parameter: one the optimizer owns.
-            gradient: of its shape, on any device; consumed, since a rule may write to it.
+            parameter: one that the optimizer owns.
+            gradient: of the parameter's shape, on any device. The rule may overwrite it.
         """
         return self._step(parameter, gradient)[0].detach()
 
     def state_after(self, parameter: nn.Parameter, gradient: torch.Tensor) -> dict[str, Any]:
-        """The state the optimizer would have of it after that step, new tensors; arguments as there."""
+        """Optimizer state for `parameter` after that step, as new tensors. Arguments as in `stepped`."""
         twin, shadow = self._step(parameter, gradient)
         return dict(shadow.state[twin])
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """What the optimizer's next step would add to the parameter; arguments as for `stepped`.
+        """What the optimizer's next step would add to the parameter. Arguments as in `stepped`.
 
-        All of it, weight decay included: that is what training the parameter would do to it, and what
-        freezing it leaves out. (Only a decoupled decay could be told apart; SGD's goes through its momentum.)
+        Weight decay is included, because freezing the parameter leaves it out as well. (It could be separated
+        only where it is decoupled; SGD's goes through the momentum.)
         """
         return self.stepped(parameter, gradient).sub_(parameter)
 
     @torch.no_grad()
     def _step(self, parameter: nn.Parameter, gradient: torch.Tensor) -> tuple[nn.Parameter, Optimizer]:
-        """A twin of the parameter, and the shadow that stepped it."""
+        """A stepped copy of the parameter, and the optimizer that stepped it."""
         twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         twin.grad = gradient.to(parameter.device)
         shadow = self._shadow(parameter, twin)
@@ -76,9 +76,10 @@ class ShadowOptimizer:
         return twin, shadow
 
     def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
-        """An optimizer of the same kind that owns `twin` alone, made the way unpickling makes one.
+        """An optimizer of the same class that owns `twin` alone, made as unpickling makes one.
 
-        Hooks on the step, and wrappers that schedulers or compilers put around it, belong to the real one.
+        Hooks of the real optimizer, and wrappers that schedulers or compilers put around its `step`, are left
+        out.
         """
         own = {
             name: value
@@ -95,7 +96,11 @@ class ShadowOptimizer:
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself behind wrappers that keep it in `.optimizer`."""
+    """The optimizer inside wrappers that keep it in `.optimizer`.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     inner = getattr(optimizer, "optimizer", None)
@@ -112,7 +117,7 @@ def _refuse_closure(optimizer: Optimizer) -> None:
 
 
 def _moving(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's hyperparameters, with the learning rate it starts from where it has not started."""
+    """The group's hyperparameters, with its initial learning rate if the current one is 0."""
     starts = _is_zero(group.get("lr")) and "initial_lr" in group
     return {**group, "lr": group["initial_lr"]} if starts else group
 
@@ -122,9 +127,10 @@ def _is_zero(rate: float | torch.Tensor | None) -> bool:
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """A copy, on the parameter's device where a frozen parameter's moments were moved to the host.
+    """A copy on the parameter's device, since moments of a frozen parameter may have been moved to the host.
 
-    A tensor made of others (moments in 8 bits) is copied part by part: as a whole it need not know how.
+    A tensor that consists of others (moments in 8 bits) is copied part by part, because its class need not
+    support copying between devices.
     """
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
         kind: Any = type(value)
