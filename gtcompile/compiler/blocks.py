@@ -233,7 +233,7 @@ class BlockForward:
         self.compiled = compiled
         self.calibration = calibration
         self.retired = False
-        """Set by `uncompile_block` if another wrapper still calls this forward: it runs eagerly from then on."""
+        """Set by `uncompile_block` if another wrapper still calls this forward: it runs eagerly then."""
         self._block = block
         self._kind = kind
         self._decided: dict[int | str, bool] = {}

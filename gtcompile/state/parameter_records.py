@@ -89,9 +89,9 @@ def requires_grad_of(role: Role | None, *, frozen: bool) -> bool:
 
 def set_requires_grad(parameter: nn.Parameter, value: bool) -> None:
     """Set the flag for gtcompile's own purposes: it does not count as set by hand."""
-    parameter.requires_grad_(value)
     if (record := _records.get(parameter)) is not None:
         record.requires_grad = value
+    parameter.requires_grad_(value)
 
 
 def is_frozen(parameter: nn.Parameter) -> bool:
@@ -116,14 +116,15 @@ def record_of(parameter: nn.Parameter) -> Record:
 def freeze(parameter: nn.Parameter, default: Role) -> None:
     """Freeze a parameter; `default` is its role if none is known."""
     record = record_of(parameter)
-    record.role = record.role or default
     parameter.grad = None
+    record.role = record.role or default
     if record.hook is None:
         # autograd takes hooks only where a gradient is required; a whole parameter of FSDP's follows the flag
         # of its sharded one when it is next gathered
         differentiable = whole(parameter).requires_grad_()
         record.hook = differentiable.register_post_accumulate_grad_hook(_drop_stray_gradient)
-    set_requires_grad(parameter, requires_grad_of(record.role, frozen=True))
+    record.requires_grad = requires_grad_of(record.role, frozen=True)
+    parameter.requires_grad_(record.requires_grad)
 
 
 def thaw(parameter: nn.Parameter) -> None:
@@ -131,8 +132,8 @@ def thaw(parameter: nn.Parameter) -> None:
     record = record_of(parameter)
     if record.hook is not None:
         record.hook.remove()
-        record.hook = None
-        set_requires_grad(parameter, True)
+        record.hook, record.requires_grad = None, True
+        parameter.requires_grad_(True)
 
 
 def is_set_by_hand(record: Record, parameter: nn.Parameter) -> bool:

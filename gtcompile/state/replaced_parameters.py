@@ -52,11 +52,11 @@ def follow_names(model: nn.Module) -> None:
     """
     model = unwrap(model)
     names: dict[str, Named] | None = _names.get(model)
-    if names is None or not fsdp.is_linked(model):
+    if names is None or all(_is_as_recorded(names.get(name), p) for name, p in _every_name(model)):
         return
+    if not fsdp.is_linked(model):
+        return  # which sharded parameter stands for which whole one is not known yet
     current = {name: sharded(parameter) for name, parameter in _every_name(model)}
-    if all(_is_as_recorded(names.get(name), parameter) for name, parameter in current.items()):
-        return
     before = {id(named.parameter()) for named in names.values()}
     foreign = {name: parameter for name, parameter in current.items() if id(parameter) not in before}
     for name in foreign.keys() & names.keys():
@@ -65,7 +65,7 @@ def follow_names(model: nn.Module) -> None:
     thawed = [name for name, parameter in current.items() if _thaw_if_set_by_hand(parameter)]
     _warn("new since the trained set was chosen, so trained until train_only is called again", added)
     _warn("frozen by train_only and given requires_grad=True by hand, so trained from now on", thawed)
-    remember_names(model)
+    _remember_names(model)
     begin_generation()
 
 
@@ -82,11 +82,17 @@ def notice_replaced_parameters(model: nn.Module, _inputs: object) -> None:
         follow_names(model)
 
 
-def remember_names(model: nn.Module) -> None:
-    """Note which parameter has which name, and which record, now."""
+def begin_following(model: nn.Module) -> None:
+    """Follow the names of this model from now on."""
     model = unwrap(model)
-    if notice_replaced_parameters not in model._forward_pre_hooks.values():
+    if model not in _names:
+        _remember_names(model)
+    if notice_replaced_parameters not in model._forward_pre_hooks.values():  # a deep copy has it already
         model.register_forward_pre_hook(notice_replaced_parameters, prepend=True)
+
+
+def _remember_names(model: nn.Module) -> None:
+    """Note which parameter has which name, and which record, now."""
     owned = [(name, sharded(parameter)) for name, parameter in _every_name(model)]
     _names[model] = {name: Named(TensorWeakRef(parameter), record_of(parameter)) for name, parameter in owned}
 

@@ -27,7 +27,7 @@ from gtcompile.state.parameter_records import (
     thaw,
     was_trainable,
 )
-from gtcompile.state.replaced_parameters import follow_names, followed_models, remember_names
+from gtcompile.state.replaced_parameters import begin_following, follow_names, followed_models
 
 __all__ = [
     "enter_eager",
@@ -81,7 +81,7 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
             thaw(parameter)
         else:
             freeze(parameter, default)
-    remember_names(model)
+    begin_following(model)
     fsdp.renew_reduction(unwrap(model))
     begin_generation()
     return trained
