@@ -76,6 +76,7 @@ from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
 
 # What placeholders and outputs of a joint graph mean.
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
+    BackwardTokenAOTOutput,
     BufferAOTInput,
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -93,6 +94,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition  #
 
 # Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
 from torch._guards import TracingContext, tracing  # noqa: E402
+
+# The operator that AOTAutograd wraps around one with a side effect.
+from torch._higher_order_ops.effects import with_effects  # noqa: E402
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files  # noqa: E402
 
@@ -256,6 +260,7 @@ __all__ = [
     "SAVED_RANDOM_STATE",
     "STATIC_INPUTS",
     "VISIBLE_OUTPUTS",
+    "BackwardTokenAOTOutput",
     "BoxedCodeGen",
     "BufferAOTInput",
     "CountingMode",
@@ -309,4 +314,5 @@ __all__ = [
     "tracing",
     "tree_map",
     "unset_fake_temporarily",
+    "with_effects",
 ]

@@ -17,7 +17,7 @@ from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedRegion:
-    """What Dynamo handed to the backend, kept because later variants are compiled when Dynamo has finished."""
+    """What Dynamo handed to the backend, kept because later variants are compiled when Dynamo is done."""
 
     graph: fx.GraphModule
     """As Dynamo captured it; a compilation works on a copy."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from gtcompile.compiler.operators import Boxed
-from gtcompile.graph.flops import output_flops, planning_flops
+from gtcompile.graph.flops import known_flops, output_flops
 from gtcompile.passes.output_masks import MASKED_OPERATORS
 
 aten = torch.ops.aten
@@ -124,15 +124,15 @@ class OperatorProgram:
         return {position: reach[position] for position in self._outputs if position is not None}
 
     def _count_flops(self, nodes: Iterable[fx.Node]) -> dict[int, int]:
-        """FLOPs by position of node. Those of a convolution's backward stand at the nodes that pick an output."""
+        """FLOPs by position of node; those of a convolution's backward stand at its outputs."""
         work: dict[int, int] = {}
         for node in (node for node in nodes if node.op == "call_function"):
             if by_output := output_flops(node):
                 picked = ((user, by_output.get(user.args[1], 0)) for user in node.users)
                 work |= {self._positions[user]: flops for user, flops in picked}
-            else:
-                work[self._positions[node]] = planning_flops(node)
-        return {position: flops for position, flops in work.items() if flops}
+            elif flops := known_flops(node):
+                work[self._positions[node]] = flops
+        return work
 
     def _step(self, node: fx.Node) -> Step:
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target

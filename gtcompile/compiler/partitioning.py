@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from gtcompile.compiler.region_graph import region_joint
 from gtcompile.graph.joint_graph import copy_module
+from gtcompile.passes.effect_tokens import EFFECTS, without_effect_tokens
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
     RECOMPUTE,
@@ -116,13 +117,14 @@ class HoistingPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward."""
-        slots, outputs = region_joint(gm).slots, kwargs["num_fwd_outputs"]
+        outputs = kwargs["num_fwd_outputs"]
+        slots = tuple(None if name == EFFECTS else name for name in region_joint(gm).slots)
         descriptors = gm.graph.output_node().meta["desc"][:outputs]
         forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
         saved = _saved_positions(forward, backward, outputs)
-        self.partition = Partition(
-            copy_module(backward), saved, slots, _tangent_positions(backward, descriptors)
-        )
+        tangents, kept = _tangent_positions(backward, descriptors), copy_module(backward)
+        without_effect_tokens(kept)
+        self.partition = Partition(kept, saved, slots, tangents)
         return forward, backward
 
     def uuid(self) -> str:

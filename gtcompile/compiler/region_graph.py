@@ -13,8 +13,10 @@ from torch import fx
 from gtcompile.capture.capture import count_forward_outputs
 from gtcompile.capture.model_io import tensors_of
 from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.passes.effect_tokens import EFFECTS
 from gtcompile.torch_internals import (
     COMPILED_REGION,
+    BackwardTokenAOTOutput,
     GradAOTOutput,
     PlainAOTInput,
     get_unwrapped,
@@ -33,7 +35,7 @@ def requires_grad(value: object) -> bool:
 
 
 def region_joint(graph: fx.GraphModule) -> JointGraph:
-    """The joint graph AOTAutograd made of a region, its slots named by the position of the input."""
+    """The joint graph AOTAutograd made of a region, with slots named by the position of their input."""
     descriptors = graph.graph.output_node().meta["desc"]
     forward_outputs = count_forward_outputs(descriptors)
     slots = tuple(_slot_name(desc) for desc in descriptors[forward_outputs:])
@@ -46,6 +48,8 @@ def input_name(position: int) -> str:
 
 
 def _slot_name(descriptor: object) -> str | None:
+    if isinstance(descriptor, BackwardTokenAOTOutput):
+        return EFFECTS
     if not isinstance(descriptor, GradAOTOutput):
         return None
     source = descriptor.grad_of
@@ -144,7 +148,7 @@ def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def histories(inputs: Iterable[object]) -> Histories:
-    """The autograd nodes that computed the inputs of a call; to be taken before it, as it may write to them."""
+    """The autograd nodes that computed the inputs of a call. The call may write to inputs: ask before it."""
     return frozenset(value.grad_fn for value in inputs if isinstance(value, torch.Tensor))
 
 

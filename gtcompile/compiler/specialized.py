@@ -15,6 +15,7 @@ from gtcompile.compiler.operators import run_operators
 from gtcompile.compiler.partitioning import partition
 from gtcompile.compiler.region_graph import Live, histories, input_name, region_joint
 from gtcompile.compiler.unused_outputs import UnusedOutputs
+from gtcompile.passes.effect_tokens import EFFECTS, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
@@ -90,7 +91,9 @@ class TrainedSetPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward for the live gradients."""
-        joint = restrict_gradients(region_joint(gm), {input_name(i) for i in self.live})
+        keep = {input_name(i) for i in self.live}
+        joint = drop_unneeded_checks(region_joint(gm), keep)
+        joint = restrict_gradients(joint, keep | {EFFECTS})
         return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
 
     def uuid(self) -> tuple[bytes, tuple[int, ...], float]:

@@ -195,7 +195,7 @@ def has_flops(node: fx.Node) -> bool:
         return True
 
 
-def planning_flops(node: fx.Node) -> int:
+def known_flops(node: fx.Node) -> int:
     """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
 
     Never to be reported: training an operator needs no formula, a cost does.
