@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtcompile.compiler.backend import gtcompile
 from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
+from gtcompile.compiler.options import CompileOptions
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
 from gtcompile.importance.estimators import measure_importance
@@ -21,6 +22,7 @@ __all__ = [
     "BackwardCosts",
     "BudgetError",
     "CaptureError",
+    "CompileOptions",
     "GTCompileError",
     "GraphContractError",
     "Selection",

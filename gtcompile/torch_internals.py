@@ -36,7 +36,6 @@ def check_version(version: str, *, anyway: bool) -> None:
 
 check_version(torch.__version__, anyway=os.environ.get("GTCOMPILE_ANY_TORCH") == "1")
 
-# The memory of a tensor inside `vmap`, which has none of its own.
 # Ours to patch for the length of a capture or a compilation.
 import torch._dynamo.config as dynamo_config  # noqa: E402
 
@@ -44,7 +43,9 @@ import torch._dynamo.config as dynamo_config  # noqa: E402
 import torch._dynamo.eval_frame as eval_frame  # noqa: E402
 import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor  # noqa: E402
+
+# Tensors inside transforms such as `vmap`, which have no memory of their own, and whether one is under way.
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level  # noqa: E402
 
 # What operators that ONNX has not are made of.
 from torch._decomp import get_decompositions  # noqa: E402
@@ -62,8 +63,12 @@ from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._dynamo.eval_frame import innermost_fn  # noqa: E402
 
 # Dynamo: the error it raises on what it cannot capture, the errors of a backend that have it run a graph
-# uncompiled, and counters of its captures.
-from torch._dynamo.exc import TorchDynamoException, exceptions_allowed_to_be_fallback  # noqa: E402
+# uncompiled, the errors of a backend that it hands on unchanged, and counters of its captures.
+from torch._dynamo.exc import (  # noqa: E402
+    ShortenTraceback,
+    TorchDynamoException,
+    exceptions_allowed_to_be_fallback,
+)
 
 # Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented).
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export  # noqa: E402
@@ -71,6 +76,7 @@ from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
 
 # What placeholders and outputs of a joint graph mean.
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
+    BackwardTokenAOTOutput,
     BufferAOTInput,
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -88,11 +94,11 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition  #
 
 # Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
 from torch._guards import TracingContext, tracing  # noqa: E402
+
+# The operator that AOTAutograd wraps around one with a side effect.
+from torch._higher_order_ops.effects import with_effects  # noqa: E402
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files  # noqa: E402
-
-# Where Inductor keeps what it compiled.
-from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
 
 # Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
@@ -110,14 +116,8 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
 # What operators are traced with.
 from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 
-# A graph with its fake tensors as bytes.
-from torch.fx._graph_pickler import GraphPickler  # noqa: E402
-from torch.fx._graph_pickler import Options as GraphPicklerOptions  # noqa: E402
-
-# Sizes of fake tensors, in a process that has none yet; which are symbols, and which only a run tells.
+# Sizes of fake tensors that only a run tells, and comparisons of sizes that are symbols.
 from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
-    ShapeEnv,
-    has_free_symbols,
     has_free_unbacked_symbols,
     statically_known_true,
     sym_eq,
@@ -161,9 +161,36 @@ EMBEDDING_HOOK = "make_inputs_require_grad"
 embeddings require grad, for the sake of activation checkpointing."""
 
 
+# Strings that torch gives a meaning to, and that nothing but its source promises.
+
+COMPILED_REGION = "CompiledFunctionBackward"
+"""Name of the autograd node that AOTAutograd makes for a call of compiled code."""
+BACKWARD_HOOKS = "_backward_hooks"
+"""Attribute of a tensor: the hooks that autograd calls with its gradient, or None."""
+BOXED_CALL = "_boxed_call"
+"""Attribute that tells AOTAutograd that a function takes one list of inputs and empties it."""
+IS_BACKWARD = "is_backward"
+"""Keyword argument of `compile_fx_inner`: whether the graph is a backward."""
+STATIC_INPUTS = "static_input_idxs"
+"""Keyword argument of `compile_fx_inner`: positions of inputs that always have the same address."""
+VISIBLE_OUTPUTS = "user_visible_output_idxs"
+"""Key in the metadata of a graph's output node: positions of outputs whose strides Inductor must keep."""
+RECOMPUTE = "recompute"
+"""Key in a node's metadata: a `CheckpointPolicy` for the partitioner."""
+SAVED_RANDOM_STATE = "rng_state_output"
+"""Prefix of the names of random states that a forward saves so that its backward can draw the same
+numbers."""
+INDUCTOR_RANDOM = "inductor_rand"
+"""Part of the names of Inductor's operators that draw random numbers, for which there is no eager code."""
+
+
 def compiled_code_stands_aside() -> bool:
-    """Whether calls of compiled code run eagerly for now."""
-    return eval_frame._stance.stance == "force_eager"
+    """Whether calls of compiled code run eagerly for now.
+
+    They do under `torch.compiler.set_stance("force_eager")`, and inside the transforms of `torch.func`, whose
+    tensors compiled code cannot differentiate.
+    """
+    return eval_frame._stance.stance == "force_eager" or maybe_current_level() is not None
 
 
 def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Graph:
@@ -237,6 +264,16 @@ __all__ = [
     "EMBEDDING_HOOK",
     "FSDP_POST_BACKWARD_NODE",
     "REENTRANT_CHECKPOINT_NODE",
+    "BACKWARD_HOOKS",
+    "BOXED_CALL",
+    "COMPILED_REGION",
+    "INDUCTOR_RANDOM",
+    "IS_BACKWARD",
+    "RECOMPUTE",
+    "SAVED_RANDOM_STATE",
+    "STATIC_INPUTS",
+    "VISIBLE_OUTPUTS",
+    "BackwardTokenAOTOutput",
     "BoxedCodeGen",
     "BufferAOTInput",
     "CountingMode",
@@ -246,20 +283,17 @@ __all__ = [
     "FakeTensorMode",
     "FunctionalTensor",
     "GradAOTOutput",
-    "GraphPickler",
-    "GraphPicklerOptions",
     "HigherOrderOperator",
     "InputMutationAOTOutput",
     "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",
-    "ShapeEnv",
+    "ShortenTraceback",
     "TangentAOTInput",
     "TorchDynamoException",
     "TracingContext",
     "aot_autograd",
     "aot_export_joint_with_descriptors",
-    "cache_dir",
     "captured_as_compiled",
     "check_version",
     "compile_fx",
@@ -274,7 +308,6 @@ __all__ = [
     "get_decompositions",
     "get_hash_for_files",
     "get_unwrapped",
-    "has_free_symbols",
     "has_free_unbacked_symbols",
     "has_symbolic_numbers",
     "inductor_config",
@@ -294,4 +327,5 @@ __all__ = [
     "tracing",
     "tree_map",
     "unset_fake_temporarily",
+    "with_effects",
 ]

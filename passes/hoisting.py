@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.graph.flops import node_flops
+from gtcompile.graph.flops import known_flops
 from gtcompile.graph.joint_graph import ancestors
 
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ class Part:
     @property
     def flops(self) -> int:
         """FLOPs of running it once."""
-        return sum(node_flops(node) for node in self.module.graph.nodes if node.op == "call_function")
+        return sum(known_flops(node) for node in self.module.graph.nodes if node.op == "call_function")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +193,7 @@ def _operands(body: Sequence[fx.Node]) -> dict[fx.Node, None]:
 
 
 def _has_flops(node: fx.Node) -> bool:
-    return node.op == "call_function" and node_flops(node) > 0
+    return node.op == "call_function" and known_flops(node) > 0
 
 
 def _leaf(
@@ -210,7 +210,7 @@ def _leaf(
         slots=slots,
         handed_on=tuple(sources[node].index for node in handed_on),
         module=_leaf_module(body, operands, [*(gradients[slot] for slot in slots), *handed_on]),
-        flops=sum(map(node_flops, body)),
+        flops=sum(map(known_flops, body)),
         operands=tuple(sources[operand] for operand in operands),
     )
 

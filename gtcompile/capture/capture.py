@@ -37,6 +37,7 @@ from gtcompile.graph.joint_graph import (
     names_of,
     verify,
 )
+from gtcompile.passes.effect_tokens import without_effect_tokens
 from gtcompile.torch_internals import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -166,6 +167,7 @@ def _returned_beside(model: nn.Module) -> Iterator[list[Any]]:
 
 def _whole_model(module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str) -> JointGraph:
     canonical = names_of(parameters) | {ZERO: ASKED}
+    without_effect_tokens(module)
     descriptors = module.graph.output_node().meta["desc"]
     forward_outputs = count_forward_outputs(descriptors)
     slots = tuple(

@@ -1,12 +1,22 @@
 """The `torch.compile` backend."""
 
-import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from types import FrameType
+from typing import Any
 
 from torch import fx
 
-from gtcompile.compiler.region import Region, RegionOptions
+from gtcompile.compiler.options import CompileOptions, parse_options
+from gtcompile.compiler.region import Region
+from gtcompile.torch_internals import ShortenTraceback
+
+
+class RefusedOptionError(ShortenTraceback, ValueError):
+    """A `ValueError` that Dynamo raises as it is, instead of wrapping it in an error of its own."""
+
+    def __init__(self, message: str, frame: FrameType | None) -> None:
+        super().__init__(message, first_useful_frame=frame)
 
 
 def gtcompile(
@@ -14,25 +24,31 @@ def gtcompile(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Callable[..., Any]:
-    """Compile a graph so that its backward can be narrowed to a trained set.
+    """Compile a graph so that its backward computes the gradients of the trained parameters alone.
 
     Used as `torch.compile(model, backend="gtcompile")`.
 
     Args:
-        graph: as Dynamo captured it, parameters lifted to inputs.
-        example_inputs: one per placeholder.
-        options: fields of `RegionOptions`, as given to `torch.compile(options=...)`.
+        graph: as Dynamo captured it; parameters are among its inputs.
+        example_inputs: one per input of the graph.
+        options: fields of `CompileOptions`, as given to `torch.compile(options=...)`.
+        **others: what else `torch.compile` was given for its backend, such as `mode`.
 
     Raises:
-        ValueError: for an unknown option or value, listing the known ones.
+        ValueError: for an unknown option or value, listing the known ones, and for anything in `others`.
     """
-    return make_backend(parse_options(options or {}))(graph, example_inputs)
+    try:
+        parsed = parse_options(options or {})
+        _refuse(others)
+    except ValueError as error:
+        raise RefusedOptionError(str(error), inspect.currentframe()) from None
+    return Region(graph, example_inputs, parsed)
 
 
-def make_backend(options: RegionOptions) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """A backend with its options decided; blocks compiled with the same one share their captures."""
+def make_backend(options: CompileOptions) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """Return a backend that compiles with these options."""
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return Region(graph, example_inputs, options)
@@ -40,27 +56,17 @@ def make_backend(options: RegionOptions) -> Callable[[fx.GraphModule, Sequence[A
     return backend
 
 
-def parse_options(options: Mapping[str, Any]) -> RegionOptions:
-    """Check the options of a backend.
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse what only other backends understand.
 
     Raises:
-        ValueError: for an unknown option or value, listing the known ones.
+        ValueError: naming what was given and what to use instead.
     """
-    known = {field.name for field in dataclasses.fields(RegionOptions)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(
-            f"unknown option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
-        )
-    hints = get_type_hints(RegionOptions)
-    for name, value in options.items():
-        choices = get_args(hints[name])
-        if choices and value not in choices:
-            raise ValueError(f"option {name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-    kept = options.get("variants_kept", 1)
-    if not isinstance(kept, int) or kept < 1:
-        raise ValueError(f"option variants_kept={kept!r}: expected a whole number of at least 1")
-    memory = options.get("activation_memory_budget", 1.0)
-    if not isinstance(memory, (int, float)) or not 0 <= memory <= 1:
-        raise ValueError(f"option activation_memory_budget={memory!r}: expected a share from 0 to 1")
-    return RegionOptions(**options)
+    if not arguments:
+        return
+    given = ", ".join(f"{name}={value!r}" for name, value in sorted(arguments.items()))
+    raise ValueError(
+        f'torch.compile(..., {given}) has no meaning for backend="gtcompile"; use options={{...}} with the '
+        f"fields of gtcompile.CompileOptions instead. Settings of Inductor, such as max_autotune, are "
+        f"made in torch._inductor.config."
+    )

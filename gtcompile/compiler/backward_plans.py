@@ -1,14 +1,19 @@
-"""Plans: how a hoisted region runs its backward for each set of live gradients.
+"""How a hoisted region runs its backward for each set of live gradients.
 
-The backward graph is split into the chain of activation gradients, which is compiled, and leaves, which are
-not (`passes/hoisting.py`): weight gradients, and those of what else a block is given, such as the encoder's
-output in a decoder. A plan runs
+Three strategies run a part of the backward graph. All compute exactly the live gradients; they differ in what
+they need compiled, and in the work they do besides:
 
-* the compiled chain, then the leaves of the live gradients, where the whole chain is needed;
-* where it is not, in the block in which the backward ends: what is needed of the backward graph, operator by
-  operator (`programs.py`), for a compilation would cost seconds for one block of many.
+* *chain and leaves*: the chain of activation gradients, compiled once, then the leaves of the live gradients,
+  one by one (`passes/hoisting.py`). Leaves are weight gradients, and gradients of whatever else a block is
+  given, such as the encoder's output in a decoder. No set compiles anything, but the whole chain runs.
+* *operator program*: the operators that the live gradients need, called one by one (`operator_program.py`).
+  It compiles nothing and does no other work.
+* *compiled excerpt*: the same operators, compiled for this one set.
 
-Either way the FLOPs are exactly those of the live gradients.
+A *plan* is the cheapest strategy for one set. Where chain and leaves do no more work than the live gradients
+need, they win. Otherwise the backward ends inside this graph, which happens in one block of many: that block
+runs the operator program, or the compiled excerpt if the options ask for it (`cut_chains="compile"`) or only
+compiled code can run it.
 """
 
 import functools
@@ -18,45 +23,28 @@ from typing import Any, Literal
 
 from torch import fx
 
-from gtcompile.compiler.background import Contest
+from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, run_part
-from gtcompile.compiler.operator_program import Program
+from gtcompile.compiler.operator_program import OperatorProgram
 from gtcompile.compiler.operators import Boxed
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name
-from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.graph.joint_graph import copy_module
-from gtcompile.passes.hoisting import HoistedBackward, Leaf, Operand, Part, extract, hoist_weight_gradients
+from gtcompile.passes.hoisting import (
+    HoistedBackward,
+    Leaf,
+    Operand,
+    Part,
+    extract,
+    hoist_weight_gradients,
+)
 from gtcompile.passes.output_masks import narrow_masks
 from gtcompile.passes.split_convolutions import split_convolutions
+from gtcompile.torch_internals import INDUCTOR_RANDOM
 
 PLANS_KEPT = 256
-"""Plans a region keeps, the least recently used is dropped; making one again takes microseconds."""
-CODE_KEPT = 16
-"""The same where a plan may have code of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one set of live gradients asks of a region."""
-
-    released: tuple[int, ...]
-    """Positions among the forward graph's outputs of the saved values that the backward will not read."""
-    backward: Boxed
-    """From the backward graph's inputs to one gradient or None per slot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The backward of a region, split and compiled."""
-
-    activation: Slots
-    """The slot it leads to, if any."""
-    hoisted: HoistedBackward
-    run: Boxed
-    """The compiled part."""
-    flops: int
-    """FLOPs of the compiled part."""
+"""Plans a region keeps; the least recently used is dropped. Making one again takes microseconds, or finds its
+code in Inductor's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +58,48 @@ class PlanOptions:
     inputs: frozenset[str]
     """Names of all of the region's inputs."""
     cut_chains: Literal["run", "compile"]
-    """Whether what is left of a chain runs operator by operator or is compiled."""
-    beside: bool
-    """Whether another process compiles the backward of sets that stay."""
+    """Whether what is needed of a chain runs operator by operator or is compiled."""
+
+    @classmethod
+    def of(cls, region: CapturedRegion, parts: InductorParts | None) -> "PlanOptions":
+        """Read the options off a region."""
+        return cls(
+            parts=parts,
+            parameters=frozenset(map(input_name, region.parameters)),
+            inputs=frozenset(map(input_name, range(len(region.example_inputs)))),
+            cut_chains=region.options.cut_chains,
+        )
 
 
-class Plans:
-    """The plans of a region, each made when it is first asked for.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one set of live gradients is computed."""
+
+    released: frozenset[int]
+    """Positions among the forward graph's outputs of the saved values that the backward will not read."""
+    backward: Boxed
+    """From the backward graph's inputs to one gradient or None per slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The backward of a region, split into chain and leaves, with the chain compiled."""
+
+    activation: Slots
+    """The slot of the activation gradient that the chain computes; empty where there is none."""
+    hoisted: HoistedBackward
+    """The chain and the leaves as graphs."""
+    run: Boxed
+    """The compiled chain."""
+    flops: int
+    """FLOPs of the chain."""
+
+
+class BackwardPlans:
+    """The plans of a region, each made when it is first needed.
+
+    The backward graph of a region is known at its compilation. More of them appear at run time, for backwards
+    in which some tangents are zero because nothing was differentiated through their outputs.
 
     Args:
         partition: of the region.
@@ -85,108 +108,131 @@ class Plans:
 
     def __init__(self, partition: Partition, options: PlanOptions) -> None:
         self._partition, self._options = partition, options
-        self.of = functools.lru_cache(CODE_KEPT if options.beside else PLANS_KEPT)(self._plan)
-        self.within = functools.lru_cache(PLANS_KEPT)(self._plan_within)
-        self._without_zero: dict[frozenset[int], Plans | None] = {}
-        self._work = partition.work()
-        self._program = Program(partition.backward)
-        self._random = recomputes_random_numbers(partition.backward)
+        self._full = BackwardGraph(partition, options)
+        self._full.compile_ahead()
+        self._graphs: dict[frozenset[int], BackwardGraph] = {frozenset(): self._full}
+        """By zero tangents, the graph to run; the full one where leaving them out saves no FLOPs."""
+        self._plan = functools.lru_cache(PLANS_KEPT)(self._make_plan)
+        """By live gradients and graph, the plan."""
 
-    def without(self, zero: frozenset[int]) -> "Plans | None":
-        """The plans for backwards in which some tangents are zero, if that saves any FLOPs.
+    def released(self, live: Live) -> frozenset[int]:
+        """Which saved values a forward may release: those that no backward seen so far would read.
 
         Args:
-            zero: positions among the backward's inputs.
+            live: positions of the region's inputs whose gradients are live.
+
+        Returns:
+            Positions among the forward graph's outputs.
         """
-        if zero not in self._without_zero:
-            plans = Plans(self._partition.without(zero), self._options)
-            self._without_zero[zero] = plans if _total(plans._work) < _total(self._work) else None
-            self.of.cache_clear()  # what those backwards read is not let go from now on
-        return self._without_zero[zero]
+        plans = [self._plan(live, graph) for graph in set(self._graphs.values())]
+        return frozenset.intersection(*(plan.released for plan in plans))
 
-    def compile_chain(self) -> None:
-        """Compile now what the first set to need it would wait for."""
-        if self._options.parts is not None and self._options.cut_chains == "run":
-            self._chain  # noqa: B018
+    def backward(self, live: Live, zero: frozenset[int], released: frozenset[int]) -> Boxed:
+        """The backward of a call.
 
-    def _plan_within(self, live: Live, released: tuple[int, ...]) -> Plan:
-        """The plan for values of which a forward has let some go already."""
-        plan = self.of(live)
-        return plan if set(released) <= set(plan.released) else self._least(self._live_slots(live))
+        Args:
+            live: positions of the region's inputs whose gradients are live.
+            zero: positions among the backward's inputs of the tangents that are zero.
+            released: what the forward of the call released.
+        """
+        graph = self._graph(zero)
+        plan = self._plan(live, graph)
+        if not released <= plan.released:  # the forward ran before this combination of zeros was known
+            plan = graph.least(self._live_slots(live))
+        return plan.backward
+
+    def _graph(self, zero: frozenset[int]) -> "BackwardGraph":
+        if zero not in self._graphs:
+            reduced = BackwardGraph(self._partition.without(zero), self._options)
+            self._graphs[zero] = reduced if reduced.full_flops < self._full.full_flops else self._full
+        return self._graphs[zero]
+
+    def _make_plan(self, live: Live, graph: "BackwardGraph") -> Plan:
+        return graph.cheapest(self._live_slots(live))
 
     def _live_slots(self, live: Live) -> Slots:
+        """The slots of live inputs, and those of no input at all, which are always computed."""
         names = {input_name(i) for i in live}
         slots = enumerate(self._partition.slots)
         return frozenset(
             i for i, name in slots if name in names or (name and name not in self._options.inputs)
         )
 
-    def _plan(self, live: Live) -> Plan:
-        plan = self._plan_by_itself(self._live_slots(live))
-        others = [plans.of(live) for plans in self._without_zero.values() if plans is not None]
-        kept = {i for i in plan.released if any(i not in other.released for other in others)}
-        return Plan(tuple(i for i in plan.released if i not in kept), plan.backward)
 
-    def _plan_by_itself(self, live: Slots) -> Plan:
-        parts = self._options.parts
-        if parts is None:
-            return self._least(live)
-        plan = self._whole_chain(live) or self._least(live)
-        return self._contested(plan, live, parts) if self._options.beside and parts.static else plan
+class BackwardGraph:
+    """One backward graph of a region, and the strategies that run a part of it.
 
-    def _contested(self, plan: Plan, live: Slots, parts: InductorParts) -> Plan:
-        """The plan, until code for this set alone, compiled beside the training, is faster."""
-        needed = self._needed(live)
-        contest = Contest(
-            plan.backward,
-            prepare=lambda: parts.compile_beside(needed),
-            fetch=lambda: functools.partial(run_part, needed.inputs, parts.compile(needed)),
-        )
-        unread = set(self._partition.released(set(needed.inputs)))
-        return Plan(tuple(i for i in plan.released if i in unread), contest)
+    Args:
+        partition: has the graph.
+        options: of the region.
+    """
 
-    def _least(self, live: Slots) -> Plan:
-        """The plan that runs what is needed and nothing else, by itself.
+    def __init__(self, partition: Partition, options: PlanOptions) -> None:
+        self._partition, self._options = partition, options
+        self._program = OperatorProgram(partition.backward)
+        self._draws = recomputes_random_numbers(partition.backward)
 
-        It is compiled where that is asked for, or where only compiled code can run it.
-        """
-        parts, run = self._options.parts, self._options.cut_chains == "run"
-        if parts is None or (run and not self._random):
-            return self._operators(live)
-        needed = self._needed(live)
-        if run and not recomputes_random_numbers(needed.module):
-            return self._operators(live)
-        backward = functools.partial(run_part, needed.inputs, parts.compile(needed))
-        return Plan(self._partition.released(set(needed.inputs)), backward)
+    @property
+    def full_flops(self) -> int:
+        """FLOPs of the backward with every gradient live."""
+        return self._program.flops(range(len(self._partition.slots)))
 
-    def _operators(self, live: Slots) -> Plan:
-        """The plan that runs what is needed operator by operator."""
+    def compile_ahead(self) -> None:
+        """Compile the chain now, unless it may turn out that no set needs it."""
+        if self._options.parts is not None and self._options.cut_chains == "run":
+            self._chain  # noqa: B018
+
+    def cheapest(self, live: Slots) -> Plan:
+        """The plan that does the least work, chain and leaves if all do the same."""
+        return self.chain_and_leaves(live) or self.least(live)
+
+    def least(self, live: Slots) -> Plan:
+        """The plan that does no work but what these gradients need, and reads no more than any other plan."""
+        return self.compiled_excerpt(live) if self._must_compile(live) else self.operator_program(live)
+
+    def _must_compile(self, live: Slots) -> bool:
+        if self._options.parts is None:
+            return False
+        if self._options.cut_chains == "compile":
+            return True
+        return self._draws and recomputes_random_numbers(self._excerpt(live).module)
+
+    def chain_and_leaves(self, live: Slots) -> Plan | None:
+        """Run the compiled chain, then leaves; None where that is more work than the live gradients need."""
+        if self._options.parts is None:
+            return None
+        chain = self._chain
+        leaves = tuple(leaf for leaf in chain.hoisted.leaves if not leaf.serves.isdisjoint(live))
+        flops = chain.flops + sum(leaf.flops for leaf in leaves)
+        if not chain.activation <= live or flops != self._program.flops(live):
+            return None
+        read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
+        slots = len(self._partition.slots)
+        backward = functools.partial(run_chain, chain, with_last_reads(leaves), live, slots)
+        return Plan(self._partition.released(read), backward)
+
+    def operator_program(self, live: Slots) -> Plan:
+        """Call the operators that are needed one by one."""
         excerpt = self._program.excerpt(live)
         backward = functools.partial(run_part, excerpt.inputs, excerpt.run)
         return Plan(self._partition.released(set(excerpt.inputs)), backward)
 
-    def _needed(self, live: Slots) -> Part:
-        """What is needed of the backward graph."""
-        needed = extract(self._partition.backward, self._partition.gradients(live))
-        narrow_masks(needed.module.graph)
-        return needed
+    def compiled_excerpt(self, live: Slots) -> Plan:
+        """Compile what is needed for this set alone."""
+        assert self._options.parts is not None
+        excerpt = self._excerpt(live)
+        backward = functools.partial(run_part, excerpt.inputs, self._options.parts.compile(excerpt))
+        return Plan(self._partition.released(set(excerpt.inputs)), backward)
 
-    def _whole_chain(self, live: Slots) -> Plan | None:
-        """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
-        chain = self._chain
-        leaves = tuple(leaf for leaf in chain.hoisted.leaves if not leaf.serves.isdisjoint(live))
-        flops = chain.flops + sum(leaf.flops for leaf in leaves)
-        if not chain.activation <= live or flops != self._flops(live):
-            return None
-        read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
-        backward = functools.partial(
-            run_chain, chain, with_last_reads(leaves), live, len(self._partition.slots)
-        )
-        return Plan(self._partition.released(read), backward)
+    def _excerpt(self, live: Slots) -> Part:
+        """The part of the graph that these gradients need."""
+        excerpt = extract(self._partition.backward, self._partition.gradients(live))
+        narrow_masks(excerpt.module.graph)
+        return excerpt
 
     @functools.cached_property
     def _chain(self) -> Chain:
-        """The compiled backward of the activation whose gradient takes most; other gradients are leaves."""
+        """The compiled backward of the costliest activation gradient; all other gradients are leaves."""
         parts = self._options.parts
         assert parts is not None
         backward = copy_module(self._partition.backward)
@@ -197,18 +243,9 @@ class Plans:
         return Chain(activation, hoisted, parts.compile(hoisted.chain), hoisted.chain.flops)
 
     def _costliest(self, slots: Iterable[int]) -> Slots:
-        """The slot whose gradient takes most FLOPs, by itself; nothing where there are none."""
-        costs = {slot: self._flops({slot}) for slot in slots}
+        """The slot whose gradient takes most FLOPs by itself; empty where there are no slots."""
+        costs = {slot: self._program.flops({slot}) for slot in slots}
         return frozenset({max(costs, key=costs.__getitem__)} if costs else ())
-
-    def _flops(self, live: Iterable[int]) -> int:
-        """FLOPs of a backward that computes these slots and no others."""
-        names = set(map(str, live))
-        return sum(work.flops for work in self._work if not work.parameters.isdisjoint(names))
-
-
-def _total(work: Iterable[SharedWork]) -> int:
-    return sum(shared.flops for shared in work)
 
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
@@ -224,7 +261,7 @@ def run_chain(
     slots: int,
     inputs: list[Any],
 ) -> Sequence[Any]:
-    """Run the chain, then the leaves one by one; what no later leaf reads is let go."""
+    """Run the chain, then the leaves one by one, letting go of every value that no later leaf reads."""
     hoisted = chain.hoisted
     saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
     computed = [*run_part(hoisted.chain.inputs, chain.run, inputs), *[None] * hoisted.handed_on]
@@ -246,5 +283,5 @@ def run_chain(
 
 
 def recomputes_random_numbers(module: fx.GraphModule) -> bool:
-    """Whether a backward draws random numbers again, which only compiled code can."""
-    return any("inductor_rand" in str(node.target) for node in module.graph.nodes)
+    """Whether a backward draws random numbers again, which only compiled code can do."""
+    return any(INDUCTOR_RANDOM in str(node.target) for node in module.graph.nodes)

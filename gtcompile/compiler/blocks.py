@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from gtcompile.capture.model_io import unwrap
 from gtcompile.capture.pristine_model import compiled_forward, uncompile_block, uses_compiled_code
-from gtcompile.compiler.backend import make_backend, parse_options
+from gtcompile.compiler.backend import make_backend
 from gtcompile.compiler.boundaries import (
     Calibration,
     boundary,
@@ -23,6 +23,7 @@ from gtcompile.compiler.boundaries import (
     watch_embeddings,
 )
 from gtcompile.compiler.code_objects import CodeCopies
+from gtcompile.compiler.options import parse_options
 from gtcompile.errors import CaptureError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.state import trained_set
@@ -54,7 +55,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     Args:
         model: any module; changed in place, `uncompile_blocks` undoes it.
         blocks: FQNs of the modules to compile, instead of those `find_blocks` finds.
-        **options: fields of `RegionOptions`, by default `variants="hoisted"`, `cut_chains="run"`.
+        **options: fields of `CompileOptions`, by default `variants="hoisted"`, `cut_chains="run"`.
 
     Returns:
         The same model.

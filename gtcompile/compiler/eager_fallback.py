@@ -1,24 +1,23 @@
-"""What runs a region where its graph cannot be traced any further: eager PyTorch, for the same gradients."""
+"""Runs a region whose graph cannot be traced any further in eager PyTorch, with the same gradients."""
 
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
-from gtcompile.compiler.region_graph import Live
+from gtcompile.compiler.region_graph import Live, requires_grad
 from gtcompile.torch_internals import exceptions_allowed_to_be_fallback
 
 logger = logging.getLogger(__name__)
 UNTRACEABLE = exceptions_allowed_to_be_fallback
-"""What a tracer raises on a graph that Dynamo could capture: a size that data decide, an operator without a
-fake kernel. `torch.compile` leaves such a graph to eager PyTorch whatever its backend."""
+"""What a tracer raises on a graph that Dynamo could capture: a size that depends on data, an operator without
+a fake kernel. With any backend, `torch.compile` runs such a graph in eager PyTorch."""
 
 
 def run_as_captured(graph: fx.GraphModule, live: Live, reason: Exception) -> Callable[..., Any]:
-    """A Dynamo graph as eager PyTorch runs and differentiates it; logs a warning that says why.
+    """Make a Dynamo graph a function that eager PyTorch runs and differentiates; warn and say why.
 
     Args:
         graph: left as it is.
@@ -39,5 +38,4 @@ def _run(module: fx.GraphModule, live: Live, *inputs: Any) -> Any:
 
 
 def _without_gradient(value: Any) -> Any:
-    asks = isinstance(value, torch.Tensor) and value.requires_grad
-    return value.detach() if asks else value
+    return value.detach() if requires_grad(value) else value

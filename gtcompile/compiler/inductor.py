@@ -1,4 +1,29 @@
-"""Compile parts of a hoisted region's backward with Inductor: when asked for, or beside the training."""
+"""Everything that Inductor compiles for a region beside its specialized variants.
+
+Two things are compiled here: the forward for calls that need no gradient, and *parts* of a hoisted region's
+backward. The parts are the difficult ones, because most are compiled when the compilation of the region is
+over:
+
+    Dynamo's graph --- compile_fx ---> AOTAutograd ---> partitioner
+                                                         |- forward  ---> compile_fx_inner ---> code
+                                                         `- backward ---> kept as a graph
+                                                                            |
+      now, or in the backward of some later step:                          part
+                       resumable_compilation() ---> compile_fx_inner ---> code
+
+`compile_fx_inner` expects to run inside `compile_fx`. So a part is compiled inside the same surroundings:
+
+* the tracing context and the fake mode of the region: sizes that are symbols belong to them;
+* without gradients and without autocast: AOTAutograd has traced both already;
+* Inductor's settings of the region, with a partitioner of ours, which is there for its cache key alone;
+* nothing donated.
+
+Donation: AOTAutograd marks the values saved for the backward as *donated*, because nobody else holds them,
+and Inductor's backward then overwrites them. A hoisted leaf reads saved values after the compiled chain has
+run; with donation it would read garbage, and a gradient would be wrong by its own size without any error. So
+donation is off. Inductor's disk cache must know it, or code that donates would be served: the partitioner's
+`uuid` is in its key. AOTAutograd's cache has no such key and is off.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,16 +33,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from gtcompile.compiler.background import Compilation, compile_beside
+from gtcompile.compiler.captured_region import CapturedRegion
+from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
 from gtcompile.compiler.operators import Boxed
 from gtcompile.errors import GraphContractError
 from gtcompile.passes.hoisting import Part
 from gtcompile.torch_internals import (
+    STATIC_INPUTS,
+    VISIBLE_OUTPUTS,
     CustomPartitionerFn,
     TracingContext,
+    compile_fx,
     compile_fx_inner,
     functorch_config,
-    has_free_symbols,
     inductor_config,
     inductor_state,
     no_autocast,
@@ -25,97 +53,117 @@ from gtcompile.torch_internals import (
 )
 
 
-class NothingDonated(CustomPartitionerFn):
-    """Partitions nothing, for parts are; tells Inductor's cache that their code overwrites no input.
+def compile_frozen(region: CapturedRegion) -> Callable[..., Any]:
+    """Compile the forward for calls that need no gradient: without autograd, with nothing saved for backward.
 
-    It has no state: Inductor's key is made of its bytes, which must be the same in every process.
+    The `eager` compiler runs the graph as Dynamo captured it.
+
+    Returns:
+        A function of the graph's inputs whose outputs do not require grad.
+    """
+    run: Any = fx.GraphModule(region.graph, region.graph.graph)  # makes its Python code now, not at a call
+    if region.options.compiler == "inductor":
+        try:
+            with torch.no_grad():
+                run = compile_fx(run, list(region.example_inputs), config_patches=region.inductor_settings)
+        except UNTRACEABLE as error:
+            run = run_as_captured(region.graph, frozenset(), error)
+
+    def forward(*inputs: Any) -> Any:
+        with torch.no_grad():
+            outputs = run(*inputs)
+        return [_writable(output) for output in outputs]
+
+    return forward
+
+
+def _writable(output: Any) -> Any:
+    """Return an output that may be written to, which autograd forbids for views made without it."""
+    return output.data if isinstance(output, torch.Tensor) and output._is_view() else output
+
+
+@dataclass(frozen=True, slots=True)
+class InductorParts:
+    """How Inductor compiles parts of one backward graph, whenever they are needed."""
+
+    example_inputs: Sequence[Any]
+    """Fake tensors and numbers, one per input of the whole backward graph."""
+    options: Mapping[str, Any]
+    """Keyword arguments of `compile_fx_inner` for the whole backward graph."""
+    settings: Mapping[str, Any]
+    """Inductor's settings for the region."""
+    resume: Callable[[], contextlib.AbstractContextManager[None]]
+    """Enters the compilation of the region again."""
+
+    def compile(self, part: Part) -> Boxed:
+        """Compile a part to a function of the inputs that it reads; code on the disk is taken from there."""
+        keep_output_strides(part.module)
+        inputs = [self.example_inputs[i] for i in part.inputs]
+        settings = {**self.settings, "custom_partitioner_fn": NothingDonated()}
+        with self.resume(), inductor_config.patch(settings):
+            return cast(Boxed, compile_fx_inner(part.module, inputs, **self._options(part)))
+
+    def _options(self, part: Part) -> dict[str, Any]:
+        # Saved values have fixed addresses, tangents do not: they may be views at any offset.
+        fixed = set(self.options[STATIC_INPUTS])
+        return {**self.options, STATIC_INPUTS: [k for k, i in enumerate(part.inputs) if i in fixed]}
+
+
+class NothingDonated(CustomPartitionerFn):
+    """Tells Inductor's cache that the code of a part overwrites none of its inputs; it partitions nothing.
+
+    It has no state: Inductor's key contains its bytes, which must be the same in every process.
     """
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Never called.
+        """Never called, since a part has no joint graph.
 
         Raises:
-            GraphContractError: a part has a joint graph.
+            GraphContractError: always.
         """
         raise GraphContractError("a part of a backward was about to be split into forward and backward")
 
     def uuid(self) -> str:
-        """The same for all parts."""
+        """Return the same key for all parts."""
         return "nothing donated"
 
 
-@dataclass(frozen=True, slots=True)
-class InductorParts:
-    """How Inductor compiles parts of one backward graph, long after its forward was compiled."""
-
-    example_inputs: Sequence[Any]
-    """Of the backward graph, fake tensors and numbers."""
-    options: Mapping[str, Any]
-    """Keyword arguments of `compile_fx_inner`."""
-    settings: Mapping[str, Any]
-    """Of Inductor, beside that nothing is donated."""
-    resume: Callable[[], contextlib.AbstractContextManager[None]]
-    """Enters the compilation of the forward again."""
-
-    def compile(self, part: Part) -> Boxed:
-        """From the inputs that the part reads to its outputs; code on the disk is taken from there."""
-        mark_outputs_visible(part.module)
-        with self.resume(), inductor_config.patch(self._settings):
-            return cast(Boxed, compile_fx_inner(part.module, self._inputs(part), **self._options(part)))
-
-    def compile_beside(self, part: Part) -> Compilation | None:
-        """Have another process put the part's code on the disk, unless it is busy."""
-        mark_outputs_visible(part.module)
-        return compile_beside(part.module, self._inputs(part), self._options(part), self._settings)
-
-    @property
-    def static(self) -> bool:
-        """Whether all sizes are known; others are guarded, and another process knows no guards."""
-        return not any(map(has_free_symbols, self.example_inputs))
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {**self.settings, "custom_partitioner_fn": NothingDonated()}
-
-    def _inputs(self, part: Part) -> list[Any]:
-        return [self.example_inputs[i] for i in part.inputs]
-
-    def _options(self, part: Part) -> dict[str, Any]:
-        return {**self.options, "static_input_idxs": range(len(part.inputs))}
-
-
 def run_part(positions: Sequence[int], run: Boxed, inputs: list[Any]) -> Sequence[Any]:
-    """Run a part on those of the backward graph's inputs that it reads; all are let go."""
+    """Run a part on those of the backward graph's inputs that it reads, and let go of all of them."""
     own = [inputs[i] for i in positions]
     inputs.clear()
     return run(own)
 
 
-def mark_outputs_visible(module: fx.GraphModule) -> None:
-    """Have Inductor keep the strides of all outputs: leaves and autograd read them."""
+def keep_output_strides(module: fx.GraphModule) -> None:
+    """Have Inductor keep the strides of all outputs, which leaves and autograd read."""
     output = module.graph.output_node()
     outputs: Any = output.args[0]
-    output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(outputs) if node is not None]
+    output.meta[VISIBLE_OUTPUTS] = [i for i, node in enumerate(outputs) if node is not None]
 
 
 @contextlib.contextmanager
 def without_donation() -> Iterator[None]:
-    """Compile code that never overwrites saved values: leaves read them afterwards (`TORCH.md`, 16).
+    """Compile code that never overwrites saved values, and the backward together with the forward.
 
-    AOTAutograd's cache is left out, for its key does not know; Inductor's does, through the partitioner's
-    `uuid`. The backward is compiled with the forward, so that no later set has to.
+    The module's docstring has the reasons. The backward is compiled at once, so that no later set has to.
     """
-    settings = dict.fromkeys(("donated_buffer", "enable_autograd_cache"), False)
-    with functorch_config.patch({**settings, "force_non_lazy_backward_lowering": True}):
+    settings = {
+        "donated_buffer": False,
+        "enable_autograd_cache": False,
+        "force_non_lazy_backward_lowering": True,
+    }
+    with functorch_config.patch(settings):
         yield
     metadata: Any = TracingContext.get().fw_metadata
-    metadata.bw_donated_idxs = []  # None would have AOTAutograd refuse to retain the graph
+    # Positions of donated saved values. With None, AOTAutograd would refuse `backward(retain_graph=True)`.
+    metadata.bw_donated_idxs = []
 
 
 def resumable_compilation() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Remember the compilation under way; what is returned enters it again later."""
+    """Remember the compilation under way; the result enters it again later."""
     context, fake_mode = TracingContext.get(), inductor_state.fake_mode
 
     @contextlib.contextmanager

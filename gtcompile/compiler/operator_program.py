@@ -1,8 +1,8 @@
-"""A backward graph as a list of operator calls, of which any part can be run without another graph.
+"""A backward graph as a list of operator calls, of which any part can be run without making another graph.
 
 The block in which the backward ends needs another part of its backward for almost every trained set. Making
-an FX graph of that part, and Python code of the graph, takes milliseconds; choosing among calls that were
-prepared once takes microseconds.
+an FX graph of that part takes milliseconds, and so does making Python code of it; `fx.Interpreter` takes some
+microseconds more for every operator. Choosing among calls that were prepared once takes microseconds.
 """
 
 import functools
@@ -15,15 +15,17 @@ import torch
 from torch import fx
 
 from gtcompile.compiler.operators import Boxed
+from gtcompile.graph.flops import known_flops, output_flops
 from gtcompile.passes.output_masks import MASKED_OPERATORS
 
 aten = torch.ops.aten
 Values = list[Any]
-"""One place per node of the graph, in the graph's order."""
-Places = int
-"""A set of places, one bit each: graphs of whole models have thousands of nodes."""
+"""One value per node of the graph, in the graph's order; None before it is computed and after its last
+use."""
+NodeSet = int
+"""A set of nodes, one bit per position in the graph: graphs of whole models have thousands of nodes."""
 Call = Callable[..., Any]
-"""Computes one node from the values so far; of a masked operator, only the outputs in `read`."""
+"""Computes one node from the values so far; for a masked operator, only the outputs in `read`."""
 Filler = Callable[[Values], Any]
 """Makes an operator's arguments from the values so far."""
 
@@ -32,115 +34,138 @@ Filler = Callable[[Values], Any]
 class Step:
     """One operator call of a program."""
 
-    place: int
-    """Of its result among the values."""
+    position: int
+    """Position of its result among the values."""
     call: Call
-    """The operator on its arguments."""
+    """Calls the operator on its arguments."""
     reads: tuple[int, ...]
-    """Places of its operands."""
+    """Positions of its operands among the values."""
     masked: Mapping[int, int] | None
-    """Of an operator with an output mask: from places of the nodes that pick an output to its index; None
-    where the tuple itself is read, or there is no mask."""
+    """For an operator with an output mask: from the position of each node that picks an output to the index
+    of the output. None if there is no mask, or the tuple of outputs itself is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """What some outputs need of a program."""
+    """The part of a program that some outputs need."""
 
     inputs: tuple[int, ...]
-    """Positions among the graph's inputs of those that are read."""
+    """Positions, among the graph's inputs, of those that are read."""
     run: Boxed
-    """From those inputs to all outputs of the graph, None where not asked for."""
+    """From those inputs to all outputs of the graph, None for outputs that were not requested."""
 
 
-class Program:
+class OperatorProgram:
     """A graph's operator calls, and what each of its outputs needs.
 
     Args:
-        graph: without side effects; left as it is. Views may become copies where strides ask for it.
+        graph: without side effects; left as it is. Views become copies where the strides of a result require
+        it.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         nodes = list(graph.graph.nodes)
-        self._places = {node: place for place, node in enumerate(nodes)}
+        self._positions = {node: position for position, node in enumerate(nodes)}
         outputs: Any = graph.graph.output_node().args[0]
-        self._outputs = tuple(None if node is None else self._places[node] for node in outputs)
-        self._inputs = [self._places[node] for node in graph.graph.find_nodes(op="placeholder")]
-        self._constants = {self._places[n]: _constant(graph, n) for n in nodes if n.op == "get_attr"}
+        self._outputs = tuple(None if node is None else self._positions[node] for node in outputs)
+        self._inputs = [self._positions[node] for node in graph.graph.find_nodes(op="placeholder")]
+        self._constants = {self._positions[n]: _constant(graph, n) for n in nodes if n.op == "get_attr"}
         self._steps = [self._step(node) for node in nodes if node.op == "call_function"]
         self._needs = self._reach()
+        self._flops = self._count_flops(nodes)
 
     def excerpt(self, outputs: Iterable[int]) -> Excerpt:
-        """The part that computes some of the outputs.
+        """Select the part that computes some of the outputs.
 
         Args:
-            outputs: their positions; those that are None in the graph stay so.
+            outputs: positions of the outputs; an output that is None in the graph stays None.
         """
         wanted = {i: self._outputs[i] for i in outputs}
-        kept = {i: place for i, place in wanted.items() if place is not None}
-        needed = functools.reduce(or_, (self._needs[place] for place in kept.values()), 0)
-        calls = tuple(self._frugal(kept, needed))
-        positions = tuple(i for i, place in enumerate(self._inputs) if needed >> place & 1)
+        kept = {i: position for i, position in wanted.items() if position is not None}
+        needed = self._needed(kept)
+        calls = tuple(self._calls(kept, needed))
+        positions = tuple(i for i, position in enumerate(self._inputs) if needed >> position & 1)
         results = tuple(kept.get(i) for i in range(len(self._outputs)))
         run = functools.partial(_run, self._empty, [self._inputs[i] for i in positions], calls, results)
         return Excerpt(positions, run)
 
+    def flops(self, outputs: Iterable[int]) -> int:
+        """FLOPs of the part that computes some of the outputs, given by their positions."""
+        needed = self._needed(outputs)
+        return sum(flops for position, flops in self._flops.items() if needed >> position & 1)
+
+    def _needed(self, outputs: Iterable[int]) -> NodeSet:
+        """The nodes that some outputs are computed from."""
+        positions = (self._outputs[i] for i in outputs)
+        return functools.reduce(or_, (self._needs[p] for p in positions if p is not None), 0)
+
     def _empty(self) -> Values:
-        values: Values = [None] * len(self._places)
-        for place, constant in self._constants.items():
-            values[place] = constant
+        values: Values = [None] * len(self._positions)
+        for position, constant in self._constants.items():
+            values[position] = constant
         return values
 
-    def _frugal(self, kept: Mapping[int, int], needed: Places) -> list[tuple[int, Call, list[int]]]:
-        """The calls, each with the places that no later call reads."""
+    def _calls(self, kept: Mapping[int, int], needed: NodeSet) -> list[tuple[int, Call, list[int]]]:
+        """The calls, each with the positions of the values that no later call reads."""
         alive = set(kept.values())
         calls = []
         for step in reversed(self._steps):
-            if needed >> step.place & 1:
-                last = [place for place in dict.fromkeys(step.reads) if place not in alive]
+            if needed >> step.position & 1:
+                last = [position for position in dict.fromkeys(step.reads) if position not in alive]
                 alive.update(last)
-                calls.append((step.place, _narrowed(step, needed), last))
+                calls.append((step.position, _narrowed(step, needed), last))
         return calls[::-1]
 
-    def _reach(self) -> dict[int, Places]:
-        """Per place of an output, the places of everything it is computed from."""
-        reach = {place: 1 << place for place in range(len(self._places))}
+    def _reach(self) -> dict[int, NodeSet]:
+        """Per position of an output, the nodes that it is computed from."""
+        reach = {position: 1 << position for position in range(len(self._positions))}
         for step in self._steps:
-            reach[step.place] |= functools.reduce(or_, (reach[place] for place in step.reads), 0)
-        return {place: reach[place] for place in self._outputs if place is not None}
+            reach[step.position] |= functools.reduce(or_, (reach[position] for position in step.reads), 0)
+        return {position: reach[position] for position in self._outputs if position is not None}
+
+    def _count_flops(self, nodes: Iterable[fx.Node]) -> dict[int, int]:
+        """FLOPs by position of node; those of a convolution's backward stand at its outputs."""
+        work: dict[int, int] = {}
+        for node in (node for node in nodes if node.op == "call_function"):
+            if by_output := output_flops(node):
+                picked = ((user, by_output.get(user.args[1], 0)) for user in node.users)
+                work |= {self._positions[user]: flops for user, flops in picked}
+            elif flops := known_flops(node):
+                work[self._positions[node]] = flops
+        return work
 
     def _step(self, node: fx.Node) -> Step:
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target
-        reads = tuple(self._places[source] for source in node.all_input_nodes)
-        call = _caller(target, _filler(node.args, self._places), _filler(node.kwargs, self._places))
+        reads = tuple(self._positions[source] for source in node.all_input_nodes)
+        call = _caller(target, _filler(node.args, self._positions), _filler(node.kwargs, self._positions))
         masked = self._picks(node) if node.target in MASKED_OPERATORS else None
-        return Step(self._places[node], call, reads, masked)
+        return Step(self._positions[node], call, reads, masked)
 
     def _picks(self, node: fx.Node) -> dict[int, int] | None:
         picks: dict[int, int] = {}
         for user in node.users:
             if user.target is not getitem:
                 return None
-            picks[self._places[user]] = user.args[1]  # type: ignore[assignment]
+            picks[self._positions[user]] = user.args[1]  # type: ignore[assignment]
         return picks
 
 
 def _run(
     empty: Callable[[], Values],
-    places: Sequence[int],
+    positions: Sequence[int],
     calls: Sequence[tuple[int, Call, Sequence[int]]],
     results: Sequence[int | None],
     inputs: list[Any],
 ) -> Sequence[Any]:
-    """Run the calls on the inputs, which are let go; every value goes after its last use."""
+    """Run the calls on the inputs; let go of every input and value after its last use."""
     values = empty()
-    for place in reversed(places):
-        values[place] = inputs.pop()
-    for place, call, last in calls:
-        values[place] = call(values)
+    for position in reversed(positions):
+        values[position] = inputs.pop()
+    for position, call, last in calls:
+        values[position] = call(values)
         for dead in last:
             values[dead] = None
-    return tuple(None if place is None else values[place] for place in results)
+    return tuple(None if position is None else values[position] for position in results)
 
 
 def _constant(graph: fx.GraphModule, node: fx.Node) -> Any:
@@ -150,11 +175,11 @@ def _constant(graph: fx.GraphModule, node: fx.Node) -> Any:
     return value
 
 
-def _narrowed(step: Step, needed: Places) -> Call:
-    """The call, asked for the outputs that are read and no others."""
+def _narrowed(step: Step, needed: NodeSet) -> Call:
+    """The call, computing only those outputs of its operator that are read."""
     if step.masked is None:
         return step.call
-    read = {index for place, index in step.masked.items() if needed >> place & 1}
+    read = {index for position, index in step.masked.items() if needed >> position & 1}
     return functools.partial(step.call, read=read)
 
 
@@ -171,19 +196,19 @@ def _caller(target: Callable[..., Any], arguments: Filler, keywords: Filler) -> 
     return lambda values: target(*arguments(values), **keywords(values))
 
 
-def _filler(template: Any, places: Mapping[fx.Node, int]) -> Filler:
-    """A function that puts values where a template has nodes."""
+def _filler(template: Any, positions: Mapping[fx.Node, int]) -> Filler:
+    """Make a function that puts values where a template has nodes."""
     if isinstance(template, fx.Node):
-        place = places[template]
-        return lambda values: values[place]
+        position = positions[template]
+        return lambda values: values[position]
     if isinstance(template, dict):
-        named = {name: _filler(part, places) for name, part in template.items()}
+        named = {name: _filler(part, positions) for name, part in template.items()}
         return lambda values: {name: fill(values) for name, fill in named.items()}
     if isinstance(template, slice):
-        ends = [_filler(end, places) for end in (template.start, template.stop, template.step)]
+        ends = [_filler(end, positions) for end in (template.start, template.stop, template.step)]
         return lambda values: slice(*(fill(values) for fill in ends))
     if isinstance(template, (tuple, list)) and _has_nodes(template):
-        parts = [_filler(part, places) for part in template]
+        parts = [_filler(part, positions) for part in template]
         if isinstance(template, tuple):
             return lambda values: tuple(fill(values) for fill in parts)
         return lambda values: [fill(values) for fill in parts]

@@ -1,4 +1,4 @@
-"""Run an FX graph operator by operator: no code is generated but Python that calls each."""
+"""Run an FX graph operator by operator: the only generated code is Python that calls each operator."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 from torch import fx
 
 from gtcompile.passes.hoisting import free_strides
-from gtcompile.torch_internals import BoxedCodeGen
+from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
-"""From a list of inputs, which it empties, to outputs."""
+"""A function from a list of inputs, which it empties, to outputs."""
 
 
 def boxed(function: Boxed) -> Boxed:
-    """Tell AOTAutograd that a function takes one list and empties it."""
+    """Mark a function as one that takes a list and empties it, as AOTAutograd expects."""
 
     def call(inputs: list[Any]) -> Sequence[Any]:
         return function(inputs)
 
-    call._boxed_call = True  # type: ignore[attr-defined]
+    setattr(call, BOXED_CALL, True)
     return call
 
 
 def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxed:
-    """The graph as a function that frees every value after its last use.
+    """Make the graph a function that frees every value after its last use.
 
     Views may become copies: some operators lay out their results in another way than when they were traced.
 
     Args:
-        module: taken over.
-        example_inputs: not needed; AOTAutograd gives a compiler both.
+        module: changed, and owned by the result from now on.
+        example_inputs: not needed; AOTAutograd gives every compiler both.
     """
     free_strides(module.graph)
     module.graph.set_codegen(BoxedCodeGen())

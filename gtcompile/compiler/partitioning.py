@@ -1,7 +1,7 @@
-"""A joint graph split into forward and backward, saving no more for backward than a budget of memory."""
+"""Splits a joint graph into forward and backward, saving no more for the backward than a budget of memory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from gtcompile.compiler.region_graph import region_joint
-from gtcompile.costs.backward_costs import SharedWork, costs_of
-from gtcompile.graph.joint_graph import JointGraph, copy_module
+from gtcompile.graph.joint_graph import copy_module
+from gtcompile.passes.effect_tokens import EFFECTS, without_effect_tokens
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
+    RECOMPUTE,
+    SAVED_RANDOM_STATE,
     CustomPartitionerFn,
     OpOverload,
     TangentAOTInput,
@@ -23,7 +25,7 @@ from gtcompile.torch_internals import (
 )
 
 LEAST_BUDGET = 1e-9
-"""Stands for 0, at which torch's partitioner saves the inputs and nothing else, random numbers included."""
+"""Used instead of 0, at which torch's partitioner saves only the inputs and draws random numbers again."""
 Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
 
@@ -31,28 +33,29 @@ Slots = frozenset[int]
 def partition(
     graph: fx.GraphModule, joint_inputs: Sequence[object], memory_budget: float, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph where least is saved for backward, and recompute what a budget leaves no room for.
+    """Split a joint graph where least is saved for the backward; recompute what exceeds the budget.
 
-    Sound because whatever draws random numbers is saved: drawn again, they would be others.
+    Sound because the results of operators that draw random numbers are always saved: drawn again, the numbers
+    would differ.
 
     Args:
-        graph: taken over.
+        graph: changed.
         joint_inputs: as AOTAutograd hands them to a partitioner.
-        memory_budget: the share, in [0, 1], of the bytes saved beside the inputs when nothing that costs
-            FLOPs is recomputed.
+        memory_budget: fraction, in [0, 1], of the bytes that would be saved, inputs aside, if nothing that
+            costs FLOPs were recomputed.
         **kwargs: as AOTAutograd hands them to a partitioner.
     """
     if memory_budget < 1:
         for node in graph.graph.nodes:
             if draws_random_numbers(node):
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                node.meta[RECOMPUTE] = CheckpointPolicy.MUST_SAVE
     with functorch_config.patch(activation_memory_budget=max(memory_budget, LEAST_BUDGET)):
         forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
     return forward, backward
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether running a node twice gives two results; attention does so where it drops anything."""
+    """Whether running a node twice gives two results. Attention does if its dropout is not 0."""
     operator = node.target
     if not isinstance(operator, OpOverload) or torch.Tag.nondeterministic_seeded not in operator.tags:
         return False
@@ -70,16 +73,20 @@ class Partition:
     backward: fx.GraphModule
     """Inputs: saved values and tangents; outputs: one gradient or None per slot."""
     saved: dict[int, int]
-    """Of the saved tensors: from positions among the backward's inputs to positions among the forward's
+    """The saved tensors: from their position among the backward's inputs to that among the forward's
     outputs."""
     slots: tuple[str | None, ...]
     """Per slot, the name of the region's input it is the gradient of."""
     tangents: dict[int, int | None]
-    """From positions of the tangents among the backward's inputs to those of their outputs among the
-    forward's; None for an output that is not one of the forward's."""
+    """From the position of a tangent among the backward's inputs to the position of its output among the
+    forward's outputs; None for an output that is not one of the forward's."""
 
     def without(self, zero: frozenset[int]) -> "Partition":
-        """The same where the tangents at some positions are known to be zero."""
+        """This partition with a backward that leaves out what is zero because some tangents are.
+
+        Args:
+            zero: positions of these tangents among the backward's inputs.
+        """
         backward = without_zero_tangents(self.backward, self.tangents, zero)
         return dataclasses.replace(self, backward=backward)
 
@@ -88,14 +95,13 @@ class Partition:
         outputs: Any = self.backward.graph.output_node().args[0]
         return [node if slot in live else None for slot, node in enumerate(outputs)]
 
-    def work(self) -> tuple[SharedWork, ...]:
-        """The backward's FLOPs by the slots that need them, written as decimals."""
-        slots = tuple(map(str, range(len(self.slots))))
-        return costs_of(JointGraph(module=self.backward, forward_outputs=0, slots=slots)).shared_work
+    def released(self, read: Set[int]) -> frozenset[int]:
+        """Positions among the forward's outputs of the saved values that a backward does not read.
 
-    def released(self, read: set[int]) -> tuple[int, ...]:
-        """Where among the forward's outputs the saved values are that the backward will not read."""
-        return tuple(output for position, output in self.saved.items() if position not in read)
+        Args:
+            read: positions among the backward's inputs of what it reads.
+        """
+        return frozenset(output for position, output in self.saved.items() if position not in read)
 
 
 class HoistingPartitioner(CustomPartitionerFn):
@@ -111,29 +117,31 @@ class HoistingPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward."""
-        slots, outputs = region_joint(gm).slots, kwargs["num_fwd_outputs"]
+        outputs = kwargs["num_fwd_outputs"]
+        slots = tuple(None if name == EFFECTS else name for name in region_joint(gm).slots)
         descriptors = gm.graph.output_node().meta["desc"][:outputs]
         forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
         saved = _saved_positions(forward, backward, outputs)
-        self.partition = Partition(
-            copy_module(backward), saved, slots, _tangent_positions(backward, descriptors)
-        )
+        tangents, kept = _tangent_positions(backward, descriptors), copy_module(backward)
+        without_effect_tokens(kept)
+        self.partition = Partition(kept, saved, slots, tangents)
         return forward, backward
 
     def uuid(self) -> str:
-        """Tells Inductor's cache that what is compiled under this key is given nothing to overwrite."""
+        """Tell Inductor's cache that code compiled under this key has nothing donated to overwrite."""
         return f"hoisted: {self.memory_budget} {get_hash_for_files((__file__,))!r}"
 
 
 def _saved_positions(forward: fx.GraphModule, backward: fx.GraphModule, first_saved: int) -> dict[int, int]:
-    """Per tensor the forward saves, its place among the backward's inputs and among the forward's outputs.
+    """Per saved tensor, its position among the backward's inputs and among the forward's outputs.
 
-    They go by one name, except random states saved for recomputation, which come in one order.
+    A saved tensor has the same name in both graphs, except for random states saved for recomputation: these
+    come in the same order.
     """
     positions = {node.name: i for i, node in enumerate(backward.graph.find_nodes(op="placeholder"))}
     outputs: Any = forward.graph.output_node().args[0]
     tensors = [(i, node.name) for i, node in enumerate(outputs) if i >= first_saved and _is_tensor(node)]
-    random_states = (i for name, i in positions.items() if name.startswith("rng_state_output"))
+    random_states = (i for name, i in positions.items() if name.startswith(SAVED_RANDOM_STATE))
     return {positions[name] if name in positions else next(random_states): i for i, name in tensors}
 
 

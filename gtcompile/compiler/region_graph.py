@@ -1,7 +1,10 @@
-"""What the graphs of a region mean, by the position of its inputs: where outputs come from, and slots."""
+"""What the graphs of a region mean: inputs, outputs, the way of gradients, the autograd node of a call.
+
+A *region* is a graph that Dynamo captured; its inputs are known by their position.
+"""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +12,11 @@ from torch import fx
 
 from gtcompile.capture.capture import count_forward_outputs
 from gtcompile.capture.model_io import tensors_of
-from gtcompile.graph.joint_graph import JointGraph, ancestors
+from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.passes.effect_tokens import EFFECTS
 from gtcompile.torch_internals import (
+    COMPILED_REGION,
+    BackwardTokenAOTOutput,
     GradAOTOutput,
     PlainAOTInput,
     get_unwrapped,
@@ -19,10 +25,17 @@ from gtcompile.torch_internals import (
 
 Live = frozenset[int]
 """Positions of a region's inputs whose gradients are computed."""
+Histories = frozenset[torch.autograd.graph.Node | None]
+"""The autograd nodes that computed some tensors; None for leaves and tensors that do not require grad."""
+
+
+def requires_grad(value: object) -> bool:
+    """Whether an input is a tensor that requires grad."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def region_joint(graph: fx.GraphModule) -> JointGraph:
-    """The joint graph AOTAutograd made of a region, its slots named by the position of the input."""
+    """The joint graph AOTAutograd made of a region, with slots named by the position of their input."""
     descriptors = graph.graph.output_node().meta["desc"]
     forward_outputs = count_forward_outputs(descriptors)
     slots = tuple(_slot_name(desc) for desc in descriptors[forward_outputs:])
@@ -34,24 +47,79 @@ def input_name(position: int) -> str:
     return f"input {position}"
 
 
+def _slot_name(descriptor: object) -> str | None:
+    if isinstance(descriptor, BackwardTokenAOTOutput):
+        return EFFECTS
+    if not isinstance(descriptor, GradAOTOutput):
+        return None
+    source = descriptor.grad_of
+    return input_name(source.idx) if isinstance(source, PlainAOTInput) else str(source)
+
+
 def output_sources(graph: fx.GraphModule) -> tuple[Live, ...]:
-    """Per output of a Dynamo graph, the positions of the inputs it may be computed from."""
+    """Per output of a Dynamo graph, the positions of the inputs whose gradients may need it.
+
+    An output depends on an input only along tensors that autograd differentiates: not through `detach`, code
+    under `no_grad`, comparisons, `argmin` or integer tensors.
+
+    Args:
+        graph: with an `example_value` at every node that is or has tensors.
+    """
     positions = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    writers = possible_writers(graph.graph)
     outputs: Any = graph.graph.output_node().args[0]
+    flow = DifferentiableFlow(graph.graph)
     return tuple(
-        frozenset(positions[n] for n in ancestors([node], writers) if n in positions)
+        frozenset(positions[n] for n in flow.ancestors([node]) if n in positions)
         if isinstance(node, fx.Node)
         else frozenset()
         for node in outputs
     )
 
 
-def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
-    """By node whose memory is written to, the nodes that may have done that: all that read of the memory.
+class DifferentiableFlow:
+    """Which nodes of a Dynamo graph the gradients of others flow back to.
 
-    Dynamo's graphs are not functional: `y[0] = z` leaves `y` what it was for all later nodes, and views share
-    the memory. Which operators write is not asked but what fake tensors know: their memory and its version.
+    Args:
+        graph: with an `example_value` at every node that is or has tensors.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._writers = possible_writers(graph)
+        # A node in memory that is written to may get its gradient from the writer, whatever it was made as.
+        self._ends = {node for node in graph.nodes if node not in self._writers and _ends_gradients(node)}
+
+    def ancestors(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """Return the nodes and everything their gradients flow back to."""
+        seen: set[fx.Node] = set()
+        todo = [node for node in nodes if node not in self._ends]
+        while todo:
+            node = todo.pop()
+            if node not in seen:
+                seen.add(node)
+                sources = {*node.all_input_nodes, *self._writers.get(node, ())}
+                todo.extend(sources - self._ends)
+        return frozenset(seen)
+
+
+def _ends_gradients(node: fx.Node) -> bool:
+    """Whether a node has tensors of which none requires grad, so that no gradient flows back through it."""
+    tensors = tensors_of(node.meta.get("example_value"))
+    # Inside a function transform, tensors do not show whether the code around it differentiates them.
+    hidden = any(map(is_functorch_wrapped_tensor, tensors))
+    return bool(tensors) and not hidden and not any(map(_is_differentiated, tensors))
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    # A view whose base was written to learns of its new history when it is asked for its `grad_fn`.
+    return tensor.grad_fn is not None or tensor.requires_grad
+
+
+def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
+    """By node whose memory is written to, the nodes that may have written: all that read the memory.
+
+    Dynamo's graphs are not functional: after `y[0] = z` later nodes still read the node `y`, and views share
+    its memory. Fake tensors know which memory was written to by its version, so no list of operators is
+    needed.
 
     Args:
         graph: with an `example_value` at every node that is or has tensors.
@@ -69,18 +137,56 @@ def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
         readers = {user for holder in holders[memory] for user in holder.users}
         for holder in holders[memory]:
             writers[holder] |= readers
-    return writers
+    return dict(writers)
 
 
 def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """What a tensor inside `vmap` wraps; any other itself."""
+    """Return what a tensor inside `vmap` wraps, and any other tensor itself."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
-def _slot_name(descriptor: object) -> str | None:
-    if not isinstance(descriptor, GradAOTOutput):
-        return None
-    source = descriptor.grad_of
-    return input_name(source.idx) if isinstance(source, PlainAOTInput) else str(source)
+def histories(inputs: Iterable[object]) -> Histories:
+    """The autograd nodes that computed the inputs of a call. The call may write to inputs: ask before it."""
+    return frozenset(value.grad_fn for value in inputs if isinstance(value, torch.Tensor))
+
+
+def region_node(outputs: Iterable[object], before: Histories) -> torch.autograd.graph.Node | None:
+    """The autograd node of one call of a compiled region, or None when nothing needs a gradient.
+
+    Views of outputs lead to it too. An output that is an input passed through, and not written into, leads
+    to the node of whatever computed the input, which is not the one.
+
+    Args:
+        outputs: of the call.
+        before: the histories of its inputs before the call.
+    """
+    others: set[torch.autograd.graph.Node | None] = set(before)
+    todo = [value.grad_fn for value in outputs if isinstance(value, torch.Tensor)]
+    while todo:
+        node = todo.pop(0)
+        if node is None or node in others:
+            continue
+        if node.name() == COMPILED_REGION:
+            return node
+        others.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return None
+
+
+def gradient_positions(outputs: Sequence[object], node: torch.autograd.graph.Node) -> dict[int, int]:
+    """Where the gradient of each output of a call is among those that its autograd node receives.
+
+    Args:
+        outputs: of the call; views of one output share a position, and inputs passed through have none.
+        node: of the call.
+    """
+    positions = {}
+    for i, output in enumerate(outputs):
+        edge = (output.grad_fn, output.output_nr) if isinstance(output, torch.Tensor) else (None, 0)
+        while edge[0] is not None and edge[0] is not node:
+            edge = next(iter(edge[0].next_functions), (None, 0))
+        if edge[0] is node:
+            positions[i] = edge[1]
+    return positions

@@ -3,16 +3,19 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import fx
 
+from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
+from gtcompile.compiler.hoisted import HoistedVariants
 from gtcompile.compiler.operators import run_operators
 from gtcompile.compiler.partitioning import partition
-from gtcompile.compiler.region_graph import Live, input_name, region_joint
+from gtcompile.compiler.region_graph import Live, histories, input_name, region_joint
+from gtcompile.compiler.unused_outputs import UnusedOutputs
+from gtcompile.passes.effect_tokens import EFFECTS, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.torch_internals import (
     CustomPartitionerFn,
@@ -26,58 +29,58 @@ Compiled = Callable[..., Any]
 
 
 class SpecializedVariants:
-    """Compiles a region anew for every set of live gradients and keeps the most recently used."""
+    """Compiles a region anew for every set of live gradients and keeps the most recently used variants.
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        *,
-        compiler: Literal["inductor", "eager"],
-        patches: Mapping[str, Any],
-        kept: int,
-        memory_budget: float,
-        compilation: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._graph = graph
-        self._example_inputs = example_inputs
-        self._compiler = compiler
-        self._patches = patches
-        self._memory_budget = memory_budget
-        self._compilation = compilation
-        self._variant = functools.lru_cache(kept)(self._compile)
+    A specialized backward runs zeros back through outputs that nobody differentiates. Where the first
+    backward shows that this costs FLOPs, a hoisted variant takes over: it sees at every backward which
+    outputs are differentiated.
+    """
+
+    def __init__(self, region: CapturedRegion) -> None:
+        self._region = region
+        self._variant = functools.lru_cache(region.options.variants_kept)(self._compile)
+        self._unused_outputs = UnusedOutputs(region.graph)
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
-        return self._variant(live)(*inputs)
+        if self._unused_outputs.costly:
+            return self._hoisted(live, inputs)
+        if not self._unused_outputs.unknown:
+            return self._variant(live)(*inputs)
+        before = histories(inputs)
+        outputs = self._variant(live)(*inputs)
+        self._unused_outputs.watch(outputs, before)
+        return outputs
 
-    def compile(self, live: Live) -> None:
-        """Make the variant for these gradients, unless it is there."""
+    def prepare(self, live: Live) -> None:
+        """Compile the variant for these gradients, unless it is there."""
         self._variant(live)
 
     @property
     def kept(self) -> int:
-        """How many variants there are now."""
+        """How many variants are kept now."""
         return self._variant.cache_info().currsize
+
+    @functools.cached_property
+    def _hoisted(self) -> HoistedVariants:
+        with self._region.compilation():
+            return HoistedVariants(self._region)
 
     def _compile(self, live: Live) -> Compiled:
         logger.info("compiling a variant with %d live inputs", len(live))
-        graph = copy.copy(self._graph)
-        partitioner = TrainedSetPartitioner(live, self._memory_budget)
+        memory_budget = self._region.options.activation_memory_budget
         try:
-            with self._compilation():
-                return compile_specialized(
-                    graph, self._example_inputs, partitioner, self._compiler, self._patches
-                )
+            with self._region.compilation():
+                return compile_specialized(self._region, TrainedSetPartitioner(live, memory_budget))
         except UNTRACEABLE as error:
-            return run_as_captured(self._graph, live, error)
+            return run_as_captured(self._region.graph, live, error)
 
 
 class TrainedSetPartitioner(CustomPartitionerFn):
-    """Rewrites the joint graph for one trained set, then splits it within a budget of memory.
+    """Rewrites the joint graph for one trained set, then splits it into forward and backward.
 
-    Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so no trained
-    set is ever served the code of another.
+    Inductor and AOTAutograd keep what they compile on disk under a key that contains `uuid()`, so that no
+    trained set is ever served the code of another.
     """
 
     def __init__(self, live: Live, memory_budget: float) -> None:
@@ -88,39 +91,33 @@ class TrainedSetPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split a joint graph into forward and backward for the live gradients."""
-        joint = restrict_gradients(region_joint(gm), {input_name(i) for i in self.live})
+        keep = {input_name(i) for i in self.live}
+        joint = drop_unneeded_checks(region_joint(gm), keep)
+        joint = restrict_gradients(joint, keep | {EFFECTS})
         return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
 
     def uuid(self) -> tuple[bytes, tuple[int, ...], float]:
-        """What the result depends on beside the graph: this code, the trained set and the budget."""
+        """Return all that the result depends on apart from the graph: this code, the set and the budget."""
         return get_hash_for_files((__file__,)), tuple(sorted(self.live)), self.memory_budget
 
 
-def compile_specialized(
-    graph: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    partitioner: TrainedSetPartitioner,
-    compiler: Literal["inductor", "eager"],
-    patches: Mapping[str, Any],
-) -> Compiled:
-    """Compile a Dynamo graph so that its backward computes the live gradients alone.
+def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartitioner) -> Compiled:
+    """Compile a region so that its backward computes the live gradients alone.
 
     Args:
-        graph: taken over.
-        example_inputs: fake tensors and numbers, one per placeholder.
+        region: what to compile, and how.
         partitioner: knows the inputs whose gradients are wanted.
-        compiler: who turns the two graphs into code.
-        patches: of Inductor's settings.
     """
+    graph, inputs = copy.copy(region.graph), list(region.example_inputs)
     code: Any
-    if compiler == "inductor":
-        settings = {**patches, "custom_partitioner_fn": partitioner}
-        code = compile_fx(graph, example_inputs, config_patches=settings)
+    if region.options.compiler == "inductor":
+        settings = {**region.inductor_settings, "custom_partitioner_fn": partitioner}
+        code = compile_fx(graph, inputs, config_patches=settings)
     else:
         code = aot_autograd(
             fw_compiler=run_operators,
             bw_compiler=run_operators,
             partition_fn=partitioner,
             keep_inference_input_mutations=True,
-        )(graph, example_inputs)
+        )(graph, inputs)
     return cast(Compiled, code)

@@ -195,6 +195,19 @@ def has_flops(node: fx.Node) -> bool:
         return True
 
 
+def known_flops(node: fx.Node) -> int:
+    """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
+
+    Never to be reported: training an operator needs no formula, a cost does.
+    """
+    try:
+        return node_flops(node)
+    except CaptureError:
+        made = _concrete(node.meta["val"])
+        results = made if isinstance(made, (tuple, list)) else [made]
+        return max(1, sum(result.numel() for result in results if isinstance(result, torch.Tensor)))
+
+
 def output_flops(node: fx.Node) -> dict[int, int]:
     """FLOPs each output of a masked multi-output backward operator asks for by itself; empty for other nodes.
 

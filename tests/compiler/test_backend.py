@@ -10,11 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtcompile.compiler.backend import parse_options
-from gtcompile.compiler.region import RegionOptions
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import CompileOptions, backward_costs, train_only
+from gtcompile.compiler.options import parse_options
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import (
     RANDOM_LAYERS,
@@ -184,8 +182,8 @@ def test_autocast_is_respected(variants):
         ({"variants": "both"}, r"option variants='both': expected one of 'specialized', 'hoisted'"),
         ({"cut_chains": None}, r"option cut_chains=None: expected one of 'run', 'compile'"),
         ({"variants_kept": 0}, r"option variants_kept=0: expected a whole number of at least 1"),
-        ({"activation_memory_budget": 1.5}, r"activation_memory_budget=1.5: expected a share from 0 to 1"),
-        ({"activation_memory_budget": "half"}, r"activation_memory_budget=.half.: expected a share"),
+        ({"activation_memory_budget": 1.5}, r"activation_memory_budget=1.5: expected a fraction from 0 to 1"),
+        ({"activation_memory_budget": "half"}, r"activation_memory_budget=.half.: expected a fraction"),
         ({"variants_kept": "many"}, r"option variants_kept='many': expected a whole number"),
         (
             {"compilers": "eager", "x": 1},
@@ -200,8 +198,8 @@ def test_a_wrong_option_is_refused_with_the_choices(options, message):
 
 
 def test_no_options_are_the_defaults():
-    assert parse_options({}) == RegionOptions()
-    assert parse_options({"variants": "hoisted"}) == RegionOptions(variants="hoisted")
+    assert parse_options({}) == CompileOptions()
+    assert parse_options({"variants": "hoisted"}) == CompileOptions(variants="hoisted")
 
 
 def test_a_wrong_option_reaches_the_user_of_torch_compile():
@@ -214,8 +212,7 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from gtcompile.testing import assert_same_gradients, reference_gradients
-from gtcompile.state.trained_set import train_only
-import gtcompile
+from gtcompile import train_only
 
 variants, *sets = sys.argv[1:]
 torch.manual_seed(0)

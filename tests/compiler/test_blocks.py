@@ -21,7 +21,7 @@ from transformers import (
 
 from gtcompile import train_only, trained_parameters
 from gtcompile.capture.pristine_model import uses_compiled_code
-from gtcompile.compiler.backward_plans import Plan, Plans
+from gtcompile.compiler.backward_plans import BackwardGraph, Plan
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.compiler.hoisted import HoistedVariants
 from gtcompile.compiler.operators import run_operators
@@ -650,21 +650,21 @@ class OperatorParts:
 
 
 @pytest.fixture
-def by_operators(monkeypatch) -> list[Plans]:
-    """The plans of the blocks whose backward ran without a compiled chain, which "eager" has here too."""
-    ran: list[Plans] = []
-    take_operators, run_operators_alone = HoistedVariants._take_operators, Plans._operators
+def by_operators(monkeypatch) -> list[BackwardGraph]:
+    """The graphs of the blocks whose backward ran without a compiled chain, which "eager" has here too."""
+    ran: list[BackwardGraph] = []
+    take_operators, operator_program = HoistedVariants._take_operators, BackwardGraph.operator_program
 
     def take(variants, *arguments):
         variants._parts = OperatorParts()
         return take_operators(variants, *arguments)
 
-    def operators(plans, live):
-        plan = run_operators_alone(plans, live)
-        return Plan(plan.released, lambda inputs: ran.append(plans) or plan.backward(inputs))
+    def noted(graph, live):
+        plan = operator_program(graph, live)
+        return Plan(plan.released, lambda inputs: ran.append(graph) or plan.backward(inputs))
 
     monkeypatch.setattr(HoistedVariants, "_take_operators", take)
-    monkeypatch.setattr(Plans, "_operators", operators)
+    monkeypatch.setattr(BackwardGraph, "operator_program", noted)
     return ran
 
 

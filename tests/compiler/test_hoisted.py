@@ -14,12 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from gtcompile import backward_costs, compile_blocks, train_only, trained_parameters
 from gtcompile.compiler import backward_plans
-from gtcompile.compiler.backward_plans import Plans
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile.compiler.backward_plans import BackwardPlans
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only, trained_parameters
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.bench.baselines import compilations
 from tests.support.models import (
@@ -208,8 +206,13 @@ def test_after_the_backward_nothing_is_kept():
 
 def test_each_set_is_planned_once(monkeypatch):
     planned = []
-    plan = Plans._plan
-    monkeypatch.setattr(Plans, "_plan", lambda self, live: planned.append(live) or plan(self, live))
+    make_plan = BackwardPlans._make_plan
+
+    def note(plans, live, graph):
+        planned.append(live)
+        return make_plan(plans, live, graph)
+
+    monkeypatch.setattr(BackwardPlans, "_make_plan", note)
     model, batch = Regression(3), make_batch()
     run = compiled(model)
     sets = random_sets(selectable(model), 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gtcompile.compiler.operator_program import Program
+from gtcompile.compiler.operator_program import OperatorProgram
 from gtcompile.graph.flops import count_flops
 from gtcompile.passes.hoisting import extract
 from gtcompile.passes.output_masks import narrow_masks
@@ -38,7 +38,7 @@ def test_an_excerpt_computes_what_the_graph_does_from_the_inputs_it_needs(recipe
     inputs, gradients = random_inputs(backward), gradients_of(backward)
     live = {slot for slot, gradient in enumerate(gradients) if gradient is not None}
     chosen = data.draw(st.sets(st.sampled_from(sorted(live))))
-    excerpt = Program(backward).excerpt(chosen)
+    excerpt = OperatorProgram(backward).excerpt(chosen)
     part = extract(backward, [node if slot in chosen else None for slot, node in enumerate(gradients)])
     narrow_masks(part.module.graph)
     assert excerpt.inputs == part.inputs
@@ -53,7 +53,7 @@ def test_an_excerpt_computes_what_the_graph_does_from_the_inputs_it_needs(recipe
 def test_one_program_serves_many_parts_and_leaves_the_graph_alone():
     backward = backward_of(capture_of(Recipe(("norm", "residual"))))
     text, inputs = str(backward.graph), random_inputs(backward)
-    program, whole = Program(backward), run_graph(backward, inputs)
+    program, whole = OperatorProgram(backward), run_graph(backward, inputs)
     live = [slot for slot, gradient in enumerate(gradients_of(backward)) if gradient is not None]
     for slot in live + live[::-1]:
         excerpt = program.excerpt([slot])
@@ -80,7 +80,7 @@ def test_values_and_inputs_go_after_their_last_use():
     references = [weakref.ref(given)]
     inputs = [given]
     del given
-    (result,) = Program(graph_of(build)).excerpt([0]).run(inputs)
+    (result,) = OperatorProgram(graph_of(build)).excerpt([0]).run(inputs)
     assert inputs == []
     assert alive == [[True], [False, True], [False, False, True], [False, False, False, True]]
     assert torch.equal(result, torch.full((2,), 5.0))
@@ -105,7 +105,7 @@ def test_operators_are_asked_for_the_outputs_that_are_read(chosen, mask):
 
     x, small, row = torch.randn(3, 4), torch.ones(3, 1), torch.ones(4)
     with Recorder():
-        results = Program(graph_of(build)).excerpt(chosen).run([x, x, small, small, row, row])
+        results = OperatorProgram(graph_of(build)).excerpt(chosen).run([x, x, small, small, row, row])
     assert masks == [mask]
     assert [value is not None for value in results] == mask
 
@@ -117,7 +117,7 @@ def test_arguments_may_hold_values_in_lists_slices_and_keywords():
         part = graph.call_function(lambda value, index: value[index], (joined, (slice(None, n), 0)))
         return [graph.call_function(torch.mul, (), {"input": part, "other": 2}), n]
 
-    excerpt = Program(graph_of(build)).excerpt([0, 1])
+    excerpt = OperatorProgram(graph_of(build)).excerpt([0, 1])
     doubled, n = excerpt.run([torch.arange(4.0).reshape(2, 2), 3])
     assert doubled.tolist() == [0.0, 4.0, 0.0]
     assert n == 3
@@ -129,10 +129,10 @@ def test_constants_of_the_graph_are_found():
     inner = torch.nn.Module()
     inner.two = torch.tensor(2.0)
     module = fx.GraphModule({"inner.two": inner.two}, graph)
-    assert Program(module).excerpt([0]).run([torch.tensor(1.0)])[0].item() == 3
+    assert OperatorProgram(module).excerpt([0]).run([torch.tensor(1.0)])[0].item() == 3
 
 
 def test_nothing_asked_for_reads_nothing():
-    excerpt = Program(graph_of(lambda graph: [graph.placeholder("x")])).excerpt([])
+    excerpt = OperatorProgram(graph_of(lambda graph: [graph.placeholder("x")])).excerpt([])
     assert excerpt.inputs == ()
     assert excerpt.run([]) == (None,)

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from gtcompile import GraphContractError, compile_blocks, train_only
 from gtcompile.compiler import region, specialized
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.errors import GraphContractError
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import Recipe, Regression, captures, make_batch, random_sets, selectable, step
 
@@ -29,9 +27,9 @@ def compilations(monkeypatch) -> list[frozenset[int]]:
     seen = []
     compile_specialized = specialized.compile_specialized
 
-    def note(graph, example_inputs, partitioner, compiler, patches):
+    def note(captured, partitioner):
         seen.append(partitioner.live)
-        return compile_specialized(graph, example_inputs, partitioner, compiler, patches)
+        return compile_specialized(captured, partitioner)
 
     monkeypatch.setattr(specialized, "compile_specialized", note)
     return seen
@@ -246,10 +244,9 @@ def test_gradients_reach_what_lies_before_the_region(variants):
 
 
 def test_a_variant_that_hands_out_a_frozen_gradient_is_caught(monkeypatch):
-    def ignore_the_set(graph, example_inputs, partitioner, compiler, patches):
-        everything = frozenset(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
-        partitioner.live = everything or partitioner.live
-        return compile_specialized(graph, example_inputs, partitioner, compiler, patches)
+    def ignore_the_set(captured, partitioner):
+        partitioner.live = frozenset(captured.parameters)
+        return compile_specialized(captured, partitioner)
 
     compile_specialized = specialized.compile_specialized
     monkeypatch.setattr(specialized, "compile_specialized", ignore_the_set)
@@ -313,8 +310,8 @@ def test_what_a_region_remembers_is_bounded(monkeypatch):
         expected = reference_gradients(run, batch)
         step(run, batch)
         assert_same_gradients(run, expected)
-    remembered = [r for r in alive(region.Region) if r not in others and r._cut_positions]
-    assert [len(region._cut_positions) for region in remembered] == [3]
+    remembered = [r for r in alive(region.Region) if r not in others and r._ends_of]
+    assert [len(region._ends_of) for region in remembered] == [3]
 
 
 def test_a_parameter_in_the_place_of_one_that_is_gone_is_not_taken_for_it():

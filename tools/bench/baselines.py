@@ -226,7 +226,7 @@ def plain_blocks(workload: Trainee, recompile_limit: int | None = None) -> Rival
 
 
 def hoisted_blocks(workload: Workload, **options: Any) -> Rival:
-    """`gtcompile.compile_blocks` with `train_only`; options are those of `RegionOptions`."""
+    """`gtcompile.compile_blocks` with `train_only`; options are those of `CompileOptions`."""
     return Rival(workload, functools.partial(compile_blocks, **options), train_only)
 
 

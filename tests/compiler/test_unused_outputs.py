@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gtcompile.compiler.autograd_nodes import places_among_gradients, region_node
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import backward_costs, compile_blocks, train_only
+from gtcompile.compiler.region_graph import gradient_positions, region_node
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import captures
 
@@ -164,9 +162,9 @@ def test_the_gradient_of_an_output_is_found_through_views_and_not_through_inputs
     x = torch.randn(2, 2)
     outputs = torch.compile(Several(), backend="aot_eager")(x)
     node = region_node(outputs, [x])
-    places = places_among_gradients(outputs, node)
-    assert places.keys() == {0, 1, 3}
+    positions = gradient_positions(outputs, node)
+    assert positions.keys() == {0, 1, 3}
     seen = []
     node.register_prehook(lambda gradients: seen.extend(g is not None for g in gradients))
     outputs[0].sum().backward()
-    assert [seen[places[i]] for i in (0, 1, 3)] == [True, False, True]
+    assert [seen[positions[i]] for i in (0, 1, 3)] == [True, False, True]

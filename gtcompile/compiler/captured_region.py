@@ -1,0 +1,96 @@
+"""A graph that Dynamo captured, with everything needed to compile it again for another trained set."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gtcompile.compiler.options import CompileOptions
+from gtcompile.compiler.region_graph import requires_grad
+from gtcompile.passes import onednn_products
+from gtcompile.passes.loss_only import differentiate_loss_only
+from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedRegion:
+    """What Dynamo handed to the backend, kept because later variants are compiled when Dynamo is done."""
+
+    graph: fx.GraphModule
+    """As Dynamo captured it; a compilation works on a copy."""
+    example_inputs: tuple[Any, ...]
+    """Fake tensors and numbers, one per input of the graph."""
+    parameters: tuple[int, ...]
+    """Positions of the inputs that are parameters."""
+    activations: tuple[int, ...]
+    """Positions of the other inputs that required grad at the capture."""
+    differentiable: bool
+    """Whether gradients were enabled at the capture and any input required one."""
+    context: TracingContext
+    """Dynamo's compilation of this graph."""
+    options: CompileOptions
+    """How to compile it."""
+
+    @property
+    def inductor_settings(self) -> dict[str, Any]:
+        """Settings of Inductor for every compilation of this graph."""
+        fallback = {"fallback_random": self.options.random == "eager"}
+        return {**fallback, **onednn_products.inductor_settings()}
+
+    @contextlib.contextmanager
+    def compilation(self) -> Iterator[None]:
+        """Enter Dynamo's compilation of this graph again, to compile another variant."""
+        with tracing(self.context), torch.set_grad_enabled(self.differentiable):
+            yield
+
+
+def captured_region(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
+) -> CapturedRegion:
+    """Keep what Dynamo hands to a backend.
+
+    Args:
+        graph: with parameters among its inputs.
+        example_inputs: the real tensors and numbers of the first call, one per input.
+        options: how to compile the graph.
+    """
+    positions = range(len(example_inputs))
+    parameters = tuple(i for i in positions if isinstance(example_inputs[i], nn.Parameter))
+    differentiated = [i for i in positions if requires_grad(example_inputs[i])]
+    if options.differentiate == "loss":
+        graph = differentiate_loss_only(graph)
+    return CapturedRegion(
+        graph=graph,
+        example_inputs=tuple(_fake_inputs(graph, example_inputs)),
+        parameters=parameters,
+        activations=tuple(i for i in differentiated if i not in parameters),
+        differentiable=torch.is_grad_enabled() and bool(differentiated),
+        context=TracingContext.get(),
+        options=options,
+    )
+
+
+def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """What Dynamo traced with: later variants are compiled when the first example inputs are long gone."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    return [
+        _of_backend(node.meta.get("example_value", value))
+        for node, value in zip(placeholders, example_inputs, strict=True)
+    ]
+
+
+def _of_backend(value: Any) -> Any:
+    """Keep the symbol of a Python number that Dynamo turned into a tensor.
+
+    Backends trace in a fake mode of their own, and a fake tensor that is moved there forgets which symbol its
+    `.item()` stands for.
+    """
+    mode = TracingContext.get().fake_mode
+    if mode is None or not isinstance(value, FakeTensor) or value.item_memo is None:
+        return value
+    carried = mode.from_tensor(value)
+    carried.item_memo = value.item_memo
+    return carried
