@@ -25,9 +25,8 @@ from gtcompile.compiler.operators import Boxed
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name
 from gtcompile.costs.backward_costs import SharedWork
-from gtcompile.graph.joint_graph import copy_module
 from gtcompile.passes.hoisting import HoistedBackward, Leaf, Operand, Part, extract, hoist_weight_gradients
-from gtcompile.passes.output_masks import narrow_masks
+from gtcompile.passes.output_masks import narrow_output_masks
 from gtcompile.passes.split_convolutions import split_convolutions
 
 PLANS_KEPT = 256
@@ -168,8 +167,7 @@ class Plans:
     def _needed(self, live: Slots) -> Part:
         """What is needed of the backward graph."""
         needed = extract(self._partition.backward, self._partition.gradients(live))
-        narrow_masks(needed.module.graph)
-        return needed
+        return Part(narrow_output_masks(needed.module), needed.inputs)
 
     def _whole_chain(self, live: Slots) -> Plan | None:
         """The plan that runs the compiled chain, unless that would do more than the live gradients need."""
@@ -189,8 +187,7 @@ class Plans:
         """The compiled backward of the activation whose gradient takes most; other gradients are leaves."""
         parts = self._options.parts
         assert parts is not None
-        backward = copy_module(self._partition.backward)
-        split_convolutions(backward.graph)
+        backward = split_convolutions(self._partition.backward)
         slots = {i: name for i, name in enumerate(self._partition.slots) if name is not None}
         activation = self._costliest(i for i, name in slots.items() if name not in self._options.parameters)
         hoisted = hoist_weight_gradients(backward, keep=activation, hoist=slots.keys() - activation)

@@ -4,6 +4,7 @@ AOTAutograd traces and partitions the region once, with every gradient live. For
 *plan* (`plans.py`) says which saved values the forward may let go, and what the backward runs.
 """
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from gtcompile.compiler.inductor import InductorParts, resumable_compilation, wi
 from gtcompile.compiler.operators import Boxed, boxed, run_operators
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.region_graph import Live, input_name
-from gtcompile.passes.onednn_products import use_faster_products
+from gtcompile.passes.onednn_products import use_onednn_products
 from gtcompile.torch_internals import (
     aot_autograd,
     compile_fx,
@@ -71,9 +72,11 @@ class HoistedVariants:
         self._code = innermost_fn(code)  # regions run where Dynamo is disabled already
         if partitioner.partition is None:
             raise NoBackwardError
+        partition = partitioner.partition
         if compiler == "inductor":
-            use_faster_products(partitioner.partition.backward.graph)
-        self._tangents = partitioner.partition.tangents
+            backward = use_onednn_products(partition.backward)
+            partition = dataclasses.replace(partition, backward=backward)
+        self._tangents = partition.tangents
         options = PlanOptions(
             parts=self._parts,
             parameters=frozenset(map(input_name, parameters)),
@@ -81,7 +84,7 @@ class HoistedVariants:
             cut_chains=cut_chains,
             beside=beside,
         )
-        self._plans = Plans(partitioner.partition, options)
+        self._plans = Plans(partition, options)
         self._plans.compile_chain()
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.capture.capture import count_forward_outputs
 from gtcompile.capture.model_io import tensors_of
-from gtcompile.graph.joint_graph import JointGraph, ancestors
+from gtcompile.graph.joint_graph import JointGraph, ancestors, count_forward_outputs
 from gtcompile.torch_internals import (
     GradAOTOutput,
     PlainAOTInput,

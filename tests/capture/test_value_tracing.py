@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from gtcompile import (
+    AdaptiveBackprop,
+    BackwardCosts,
+    CaptureError,
+    backward_costs,
+    compile_blocks,
+    train_only,
+)
 from gtcompile.capture.capture import capture
 from gtcompile.capture.value_tracing import ValuesMode
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.errors import CaptureError
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import ONE_BATCH
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
-from gtcompile.training.adaptive import AdaptiveBackprop
 from tests.support.models import random_sets
 
 ROWS, WIDTH = 7, 11
