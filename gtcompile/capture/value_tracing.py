@@ -93,8 +93,8 @@ class NoMemoryAccess(TorchFunctionMode):
             args, kwargs = (_numbers(args[0]), *args[1:]), _common_dtype(args[0]) | kwargs
         if func in ON_PACKED and _are_counts(args):
             func = ON_PACKED[func]
-        if func is torch.ctc_loss:
-            func = _ctc_loss
+        if func in (functional.ctc_loss, torch.ctc_loss):
+            args, kwargs = _lengths_as_tensors(args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -171,12 +171,12 @@ ON_PACKED: Mapping[Callable[..., Any], Callable[..., Any]] = {
 """Replacements of functions of torch where they are called on packed sequences."""
 
 
-def _ctc_loss(
-    log_probs: torch.Tensor, targets: torch.Tensor, input_lengths: Any, target_lengths: Any, *rest: Any
-) -> torch.Tensor:
-    """`torch.ctc_loss` with lengths as tensors: it copies a list of numbers into a new tensor's memory."""
-    lengths = [
-        length if isinstance(length, torch.Tensor) else torch.tensor(length)
-        for length in (input_lengths, target_lengths)
-    ]
-    return torch.ctc_loss(log_probs, targets, *lengths, *rest)
+def _lengths_as_tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `ctc_loss` with both lengths as tensors: it writes numbers into the memory of a new one."""
+    tensors = (*args[:2], *map(torch.as_tensor, args[2:4]), *args[4:])
+    return tensors, {
+        name: torch.as_tensor(value) if name in ("input_lengths", "target_lengths") else value
+        for name, value in kwargs.items()
+    }
