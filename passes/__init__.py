@@ -1,1 +1,1 @@
-"""Rewrites of joint graphs, one per module; `pipeline` puts them in order."""
+"""Rewrites of graphs, one per module, all with the interface of `contract`; `pipeline` puts some in order."""

@@ -1,62 +1,206 @@
-"""What every pass guarantees, enforced by the code that runs it."""
+"""The interface of every rewrite in this package, and the promises that the code around it checks.
+
+A graph is a `JointGraph` (forward and backward, its outputs named), or an `fx.GraphModule` where nothing is
+known but inputs and outputs: a backward graph after partitioning, the forward graph that Dynamo captured. All
+of them have `.graph`, and a pass is one function over that:
+
+* `@graph_pass`: a rewrite. The function edits a copy in place, in ordinary FX style. Callers give a graph and
+  get another of the same kind back; the one they gave is unchanged. A pass that needs slot names accepts a
+  `JointGraph` alone, and says so in its annotation.
+* `@interface_pass("inputs" | "outputs" | "names")`: a rewrite that changes how its result is called. It says
+  what it changes, and everything else is checked as for any other pass.
+* `@graph_split`: cuts a backward graph into several graphs that together compute the same gradients. It
+  cannot return one graph, so it has a decorator of its own, which makes the same checks of every part.
+
+Why not one kind of graph for all: a wrapper around backward graphs would hold a module and nothing else. Why
+not a class for each pass with `requires` and `ensures`, as in onnx/ir-py: no pass here needs a promise that
+is not already in the list above. Inductor calls one pass in place on its own graph; that pass calls its edit
+(`onednn_products.py`).
+"""
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, cast
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from torch import fx
 
 from gtcompile.errors import GraphContractError
-from gtcompile.graph.joint_graph import JointGraph, verify
+from gtcompile.graph.joint_graph import JointGraph, copy_module, returns_something, verify
 
 logger = logging.getLogger(__name__)
+Interface = Literal["inputs", "outputs", "names"]
+"""What of a graph's calling convention a pass may change."""
+
+
+class Parts(Protocol):
+    """The result of a split."""
+
+    @property
+    def modules(self) -> Sequence[fx.GraphModule]:
+        """The graphs of all parts; every call keeps its name."""
+
+    @property
+    def finished(self) -> Sequence[int]:
+        """Positions of the given graph's outputs that the parts compute."""
+
+
+G = TypeVar("G", bound="JointGraph | fx.GraphModule")
+S = TypeVar("S", bound=Parts)
 P = ParamSpec("P")
 
 
-def graph_pass(
-    edit: Callable[Concatenate[fx.Graph, JointGraph, P], None],
-) -> Callable[Concatenate[JointGraph, P], JointGraph]:
-    """Turn an in-place edit of an FX graph into a function from `JointGraph` to `JointGraph`.
+def graph_pass(edit: Callable[Concatenate[G, P], None]) -> Callable[Concatenate[G, P], G]:
+    """Turn an edit in place into a function from a graph to a new graph of the same kind.
 
-    Contract: the graph given is not changed; the result has the same placeholders, the same number of
-    outputs, the same forward outputs, no gradient that was not there before, and no name used twice. The
-    result is linted and recompiled, its provenance extended.
+    Contract: the given graph is unchanged. The result has the same inputs and as many outputs; an output that
+    was None is None; no call has lost its value (`meta["val"]`) or was added without one. A joint graph has
+    the same forward outputs, and the pass is added to its provenance. The result is linted and recompiled.
 
     Raises:
         GraphContractError: when the edit breaks the contract.
     """
-    name = edit.__name__
-
-    @functools.wraps(edit)
-    def run(joint: JointGraph, *args: P.args, **kwargs: P.kwargs) -> JointGraph:
-        verify(joint)
-        result = dataclasses.replace(joint.copy(), provenance=(*joint.provenance, name))
-        graph = result.module.graph
-        edit(graph, result, *args, **kwargs)
-        graph.lint()
-        verify(result)
-        _compare(name, joint, result)
-        result.module.recompile()
-        before, after = len(joint.module.graph.nodes), len(graph.nodes)
-        logger.debug("%s: %d -> %d nodes, %d gradients", name, before, after, len(result.live))
-        return result
-
-    return cast("Callable[Concatenate[JointGraph, P], JointGraph]", run)
+    return interface_pass()(edit)
 
 
-def _compare(name: str, before: JointGraph, after: JointGraph) -> None:
-    inputs = [
-        [node.name for node in joint.module.graph.find_nodes(op="placeholder")] for joint in (before, after)
-    ]
-    if inputs[0] != inputs[1]:
-        raise GraphContractError(f"{name} changed the inputs of the graph")
+def interface_pass(
+    *changes: Interface,
+) -> Callable[[Callable[Concatenate[G, P], None]], Callable[Concatenate[G, P], G]]:
+    """As `graph_pass`, for a rewrite that changes how its result is called.
+
+    Args:
+        *changes: "inputs": inputs appear or disappear; "outputs": outputs disappear, or are replaced by other
+            nodes; "names": inputs have other names, in the same order.
+
+    Raises:
+        GraphContractError: when the edit breaks what is left of the contract.
+    """
+
+    def decorate(edit: Callable[Concatenate[G, P], None]) -> Callable[Concatenate[G, P], G]:
+        name = edit.__name__
+
+        @functools.wraps(edit)
+        def run(given: G, *args: P.args, **kwargs: P.kwargs) -> G:
+            _verify(given)
+            result = _copy(given, name)
+            edit(result, *args, **kwargs)
+            _verify(result)
+            _check_graph(name, given.graph, result.graph)
+            _check_interface(name, given.graph, result.graph, changes)
+            if isinstance(given, JointGraph) and isinstance(result, JointGraph):
+                _check_joint(name, given, result)
+            _recompile(result)
+            logger.debug("%s: %d -> %d nodes", name, len(given.graph.nodes), len(result.graph.nodes))
+            return result
+
+        return run
+
+    return decorate
+
+
+def graph_split(
+    split: Callable[Concatenate[fx.GraphModule, P], S],
+) -> Callable[Concatenate[fx.GraphModule, P], S]:
+    """Check what a function makes of a backward graph that it cuts into parts.
+
+    Contract: the given graph is unchanged. Every call of a part is a call of the given graph, in no other
+    part; none has lost its value. Every output that the parts finish is finished once.
+
+    Raises:
+        GraphContractError: when the split breaks the contract.
+    """
+    name = split.__name__
+
+    @functools.wraps(split)
+    def run(given: fx.GraphModule, *args: P.args, **kwargs: P.kwargs) -> S:
+        before = _signatures(given.graph)
+        parts = split(given, *args, **kwargs)
+        if _signatures(given.graph) != before:
+            raise GraphContractError(f"{name} changed the graph it was given")
+        for module in parts.modules:
+            _check_graph(name, given.graph, module.graph)
+        calls = Counter(node.name for module in parts.modules for node in _calls(module.graph))
+        _refuse(calls.keys() - {node.name for node in given.graph.nodes}, f"{name} invented")
+        _refuse({call for call, times in calls.items() if times > 1}, f"{name} computes twice")
+        twice = {slot for slot, times in Counter(parts.finished).items() if times > 1}
+        _refuse(map(str, twice), f"{name} finishes twice the outputs")
+        logger.debug("%s: %d nodes -> %d parts", name, len(given.graph.nodes), len(parts.modules))
+        return parts
+
+    return run
+
+
+def _verify(given: JointGraph | fx.GraphModule) -> None:
+    if isinstance(given, JointGraph):
+        verify(given)
+
+
+def _copy(given: G, name: str) -> G:
+    if isinstance(given, JointGraph):
+        return dataclasses.replace(given.copy(), provenance=(*given.provenance, name))
+    return copy_module(given)  # type: ignore[return-value]
+
+
+def _recompile(given: JointGraph | fx.GraphModule) -> None:
+    module = given.module if isinstance(given, JointGraph) else given
+    module.recompile()
+
+
+def _check_graph(name: str, before: fx.Graph, after: fx.Graph) -> None:
+    """Check that a graph is well formed, and that no call has less of a value than it had."""
+    after.lint()
+    known = {node.name for node in _calls(before) if not _has_value(node)}
+    _refuse({n.name for n in _calls(after) if not _has_value(n)} - known, f"{name} left without meta['val']")
+
+
+def _check_interface(name: str, before: fx.Graph, after: fx.Graph, changes: Sequence[Interface]) -> None:
+    inputs = [graph.find_nodes(op="placeholder") for graph in (before, after)]
+    names = [[node.name for node in nodes] for nodes in inputs]
+    if "names" in changes and len(inputs[0]) == len(inputs[1]):
+        names = [[str(node.meta.get("desc")) for node in nodes] for nodes in inputs]
+    if names[0] != names[1] and "inputs" not in changes:
+        raise GraphContractError(f"{name} changed the inputs of the graph: {names[0]} became {names[1]}")
+    outputs = [_outputs(graph) for graph in (before, after)]
+    if "outputs" in changes:
+        if len(outputs[1]) > len(outputs[0]):
+            raise GraphContractError(f"{name} added outputs: {len(outputs[0])} became {len(outputs[1])}")
+        return
+    if len(outputs[0]) != len(outputs[1]):
+        raise GraphContractError(f"{name} made {len(outputs[1])} outputs of {len(outputs[0])}")
+    invented = [i for i, (old, new) in enumerate(zip(*outputs, strict=True)) if old is None is not new]
+    _refuse(map(str, invented), f"{name} computes what was None, at the outputs")
+
+
+def _check_joint(name: str, before: JointGraph, after: JointGraph) -> None:
     forward = [
         [node and node.name for node in joint.outputs[: joint.forward_outputs]] for joint in (before, after)
     ]
     if forward[0] != forward[1]:
         raise GraphContractError(f"{name} changed the forward outputs: {forward[0]} became {forward[1]}")
-    invented = after.live - before.live
-    if invented:
-        raise GraphContractError(f"{name} made gradients nobody had: {sorted(invented)}")
+
+
+def _refuse(wrong: object, what: str) -> None:
+    names = sorted(wrong)  # type: ignore[call-overload]
+    if names:
+        raise GraphContractError(f"{what} {', '.join(names[:5])}")
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op.startswith("call_")]
+
+
+def _has_value(node: fx.Node) -> bool:
+    """Whether a call carries what it returns; Dynamo's graphs keep it under `example_value`."""
+    return "val" in node.meta or "example_value" in node.meta or not returns_something(node)
+
+
+def _outputs(graph: fx.Graph) -> Sequence[fx.Node | None]:
+    outputs = graph.output_node().args[0]
+    return outputs if isinstance(outputs, (list, tuple)) else (outputs,)  # type: ignore[return-value]
+
+
+def _signatures(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """What each node is and reads; equal lists are equal graphs."""
+    return [(node.name, node.target, node.args, node.kwargs) for node in graph.nodes]

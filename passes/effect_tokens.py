@@ -22,7 +22,7 @@ EFFECTS = "effect tokens"
 
 
 @graph_pass
-def drop_unneeded_checks(graph: fx.Graph, joint: JointGraph, keep: Set[str]) -> None:
+def drop_unneeded_checks(joint: JointGraph, keep: Set[str]) -> None:
     """Check nothing that only gradients outside of `keep` need.
 
     Before: `x, info = solve(a, dy); token = with_effects(t, check, info); return (loss, x, db, token)`
@@ -35,14 +35,15 @@ def drop_unneeded_checks(graph: fx.Graph, joint: JointGraph, keep: Set[str]) -> 
     pairs = zip(joint.slots, joint.gradients, strict=True)
     forward = joint.outputs[: joint.forward_outputs]
     needed = ancestors(n for n in (*forward, *(g for slot, g in pairs if slot in keep)) if n is not None)
-    for node in graph.find_nodes(op="call_function", target=with_effects):
+    for node in joint.graph.find_nodes(op="call_function", target=with_effects):
         _token, operator, info = node.args[:3]
         if operator is aten._linalg_check_errors.default and needed.isdisjoint(_sources(info)):
-            node.replace_input_with(info, _zeros(graph, node, info))
+            node.replace_input_with(info, _zeros(joint.graph, node, info))
 
 
-def without_effect_tokens(module: fx.GraphModule) -> None:
-    """Set every effect token among the outputs of a graph to None, in place; the checks are dead then.
+@graph_pass
+def drop_effect_tokens(module: fx.GraphModule) -> None:
+    """Set every effect token among the outputs of a graph to None, and remove the checks, which are dead then.
 
     Before: `return (loss, x, db, token)`
     After:  `return (loss, x, db, None)`
@@ -56,6 +57,7 @@ def without_effect_tokens(module: fx.GraphModule) -> None:
     output.args = (
         tuple(None if isinstance(desc, BackwardTokenAOTOutput) else node for node, desc in meanings),
     )
+    module.graph.eliminate_dead_code()
 
 
 def _sources(info: fx.Node) -> set[fx.Node]:

@@ -1,7 +1,7 @@
 """Move weight gradients out of a backward graph, so that one compilation serves every trained set.
 
-Weight gradients are leaves of the backward: nothing reads them. What remains without them, the *chain* of
-activation gradients, is compiled once; it hands out the operands of the leaves, and a leaf runs only when its
+Weight gradients are leaves of the backward graph: no other node reads them. The rest, the *chain* of
+activation gradients, is compiled once and also returns the operands of the leaves. A leaf runs only if its
 parameter is trained.
 """
 
@@ -15,26 +15,10 @@ from torch import fx
 
 from gtcompile.graph.flops import known_flops
 from gtcompile.graph.joint_graph import ancestors
+from gtcompile.passes.contract import graph_split
+from gtcompile.passes.free_strides import free_strides
 
 aten = torch.ops.aten
-
-VIEWS = frozenset(
-    {
-        aten.t.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.expand.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.slice.Tensor,
-        aten.select.int,
-    }
-)
-"""Operators that cost nothing and may as well run next to the leaf they serve."""
 
 SCATTERS = frozenset(
     {
@@ -45,7 +29,7 @@ SCATTERS = frozenset(
         aten.index_add.default,
     }
 )
-"""Operators without FLOPs that write a gradient as large as the parameter."""
+"""Operators that have no FLOPs, and write a gradient as large as the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +44,20 @@ class Operand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """How to finish one weight gradient, or to compute what several leaves need and the chain does not."""
+    """Computes one weight gradient, or values that several leaves need and the chain does not."""
 
     serves: frozenset[int]
-    """Slots whose gradients need it."""
+    """Slots whose gradients need this leaf."""
     slots: tuple[int, ...]
-    """Those of them whose gradients it finishes."""
+    """The slots among them whose gradients it computes."""
     handed_on: tuple[int, ...]
-    """Positions among the computed values of what it computes for other leaves."""
+    """Positions, among the computed values, of its results that other leaves read."""
     module: fx.GraphModule
-    """From the operands to the finished gradients, then what is handed on."""
+    """From the operands to the gradients of `slots`, then the values of `handed_on`."""
     flops: int
     """FLOPs of running it once."""
     operands: tuple[Operand, ...]
-    """In the order `module` takes them."""
+    """In the order in which `module` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +65,19 @@ class Part:
     """A piece of a backward graph that can run by itself."""
 
     module: fx.GraphModule
-    """Takes the inputs it reads and no others; returns a tuple."""
+    """Takes the inputs that it reads and no others; returns a tuple."""
     inputs: tuple[int, ...]
-    """Their positions among the backward graph's inputs."""
+    """Positions of those inputs among the backward graph's inputs."""
+
+    @property
+    def modules(self) -> tuple[fx.GraphModule, ...]:
+        """The one graph."""
+        return (self.module,)
+
+    @property
+    def finished(self) -> tuple[int, ...]:
+        """Empty: a part returns any nodes, not only gradients."""
+        return ()
 
     @property
     def flops(self) -> int:
@@ -93,38 +87,49 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoistedBackward:
-    """A backward graph in two parts: what is compiled, and what runs on demand."""
+    """A backward graph in two parts: the chain, which is compiled, and the leaves, which run on demand."""
 
     chain: Part
-    """Outputs, the first of the computed values: the slots it computes itself, then the leaves' operands."""
+    """Returns the gradients of `chain_slots`, then the operands of the leaves: the first computed values."""
     chain_slots: tuple[int, ...]
-    """Slots the chain computes: gradients of activations, and of parameters too cheap to hoist."""
+    """Slots that the chain computes: gradients of activations, and of parameters too cheap to hoist."""
     leaves: tuple[Leaf, ...]
-    """In an order in which every leaf finds its operands."""
+    """In an order in which the operands of every leaf are computed before it runs."""
 
     @property
     def handed_on(self) -> int:
-        """How many computed values there are beside the chain's outputs."""
+        """How many computed values the leaves add to those of the chain."""
         return sum(len(leaf.handed_on) for leaf in self.leaves)
+
+    @property
+    def modules(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs of the chain and of the leaves."""
+        return (self.chain.module, *(leaf.module for leaf in self.leaves))
+
+    @property
+    def finished(self) -> tuple[int, ...]:
+        """Slots whose gradients the chain and the leaves compute."""
+        return (*self.chain_slots, *chain.from_iterable(leaf.slots for leaf in self.leaves))
 
     def __str__(self) -> str:
         size = len(self.chain.module.graph.nodes)
         return f"chain of {size} nodes with {len(self.chain_slots)} slots, {len(self.leaves)} leaves"
 
 
+@graph_split
 def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[int]) -> HoistedBackward:
     """Split a backward graph into the chain and its leaves.
 
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After:  chain `dx = mm(dy, w); return (dx, dy)`, leaf of slot 1 `(dy, x) -> mm(t(dy), x)`
 
-    Sound because the chain needs no node of a leaf, and a leaf sees the very values the graph would have fed
-    it. What several leaves need and no kept slot does, such as the gradient of attention scores by their keys
-    where those come from another module, is a leaf that runs before them.
+    Sound because the chain needs no node of a leaf, and a leaf reads the values that the nodes would have
+    read in the whole graph. Nodes that several leaves need and no kept slot does become a leaf that runs
+    before them: the gradient of attention scores, say, where the keys come from another module.
 
     Args:
-        backward: as the partitioner made it; left as it is.
-        keep: slots that the chain must compute; without any, it computes all that several slots need.
+        backward: as the partitioner made it; it stays unchanged.
+        keep: slots that the chain must compute; if empty, the chain computes what several slots need.
         hoist: slots that may become leaves; a slot without matrix products or scatters stays in the chain.
     """
     gradients: Any = backward.graph.output_node().args[0]
@@ -141,18 +146,20 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
     sources |= {node: Operand(saved=True, index=i) for i, node in inputs}
     finished = {slot: gradients[slot] for slot in slots}
     return HoistedBackward(
-        chain=extract(backward, handed_out),
+        chain=_extract(backward, handed_out),
         chain_slots=chain_slots,
         leaves=tuple(_leaf(serves, body, finished, sources, read) for serves, body in bodies.items()),
     )
 
 
 def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozenset[int], list[fx.Node]]:
-    """The matrix products or scatters that may run on demand, with what follows and the views before.
+    """Find the nodes that may run on demand: matrix products, scatters, and what is computed from them.
+
+    Nodes that several slots need may run on demand only if some slot is kept: without one, the chain
+    computes them.
 
     Returns:
-        Nodes by the slots that need them, those that most slots need first; what several slots need and a
-        kept one does not is on demand only where a slot is kept.
+        The nodes by the set of slots that need them, the largest sets first.
     """
     serves = _served_slots(graph, keep | hoist)
     movable = {
@@ -164,9 +171,6 @@ def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozens
     for node in movable:
         if any(source in body for source in node.all_input_nodes):
             body.add(node)
-    for node in reversed(movable):
-        if node.target in VIEWS and all(u in body and serves[u] == serves[node] for u in node.users):
-            body.add(node)
     bodies: dict[frozenset[int], list[fx.Node]] = {}
     for node in movable:
         if node in body:
@@ -175,7 +179,7 @@ def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozens
 
 
 def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[int]]:
-    """Per node, in the graph's order, which of some slots need it; nodes that none needs are left out."""
+    """Per node, in the order of the graph, which of the slots need it; nodes that no slot needs are missing."""
     output = graph.output_node()
     gradients: Any = output.args[0]
     serves: dict[fx.Node, frozenset[int]] = {}
@@ -187,7 +191,7 @@ def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[i
 
 
 def _operands(body: Sequence[fx.Node]) -> dict[fx.Node, None]:
-    """What these nodes read of others, in order."""
+    """The nodes outside of `body` that it reads, in order."""
     inside = set(body)
     return dict.fromkeys(i for node in body for i in node.all_input_nodes if i not in inside)
 
@@ -223,15 +227,27 @@ def _leaf_module(
     for node in body:
         twin[node] = graph.node_copy(node, twin.__getitem__)
     graph.output(tuple(twin[result] for result in results))
-    free_strides(graph)
-    return fx.GraphModule({}, graph)
+    return free_strides(fx.GraphModule({}, graph))
 
 
+@graph_split
 def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
-    """What these outputs need of a backward graph, which after partitioning has no side effects.
+    """Copy what some nodes need into a graph of their own.
 
-    Sizes are inputs of every part: guards that Inductor keeps with code on the disk are on such inputs alone.
+    Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
+    After, with the outputs (None, dw): `(dy, x) -> dw = mm(t(dy), x); return (None, dw)`
+
+    Sound because a backward graph has no side effects after partitioning. Symbolic sizes are inputs of every
+    part, read or not: the guards that Inductor stores with code on disk refer to such inputs alone.
+
+    Args:
+        backward: stays unchanged.
+        outputs: nodes of the graph, in the order in which the part returns them; None stays None.
     """
+    return _extract(backward, outputs)
+
+
+def _extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
     placeholders = backward.graph.find_nodes(op="placeholder")
     needed = ancestors(node for node in outputs if node is not None)
     needed |= {node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt)}
@@ -244,9 +260,3 @@ def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part
     result.meta = dict(backward.graph.output_node().meta)
     read = tuple(index for index, node in enumerate(placeholders) if node in needed)
     return Part(fx.GraphModule(backward, graph), read)
-
-
-def free_strides(graph: fx.Graph) -> None:
-    """Let views be copies where strides ask for it: compiled code may lay its outputs out in its own way."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default

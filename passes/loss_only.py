@@ -1,34 +1,33 @@
-"""Drop the tangents of outputs that nobody differentiates."""
+"""Detach the outputs of a forward graph that are not the loss."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import fx
 
+from gtcompile.passes.contract import interface_pass
 
-def differentiate_loss_only(graph: fx.GraphModule) -> fx.GraphModule:
-    """Detach every output of a forward graph but its scalars, when it has one.
 
-    Before: `return (loss, logits)`; the backward adds zeros of batch x length x vocabulary
-    After:  `return (loss, logits.detach())`, and a backward seeded by `loss` alone
+@interface_pass("outputs")
+def differentiate_loss_only(forward: fx.GraphModule) -> None:
+    """Detach every output of a forward graph except its scalars, if it has one.
 
-    Sound when nobody differentiates the other outputs, which only the user can know. A graph without a scalar
-    output, such as what comes before a graph break, is returned as it is: all that it returns may lead to the
-    loss.
+    Before: `return (loss, logits)`; the backward adds zeros of shape [batch, length, vocabulary]
+    After:  `return (loss, logits.detach())`, and `loss` alone seeds the backward
+
+    Sound if the loss is the only output through which the user differentiates, which only the user can know.
+    A graph without a scalar output stays as it is: before a graph break, say, any output may lead to the loss.
 
     Args:
-        graph: as Dynamo captured it; left as it is.
+        forward: as Dynamo captured it, with an `example_value` at every node.
     """
-    graph = copy.deepcopy(graph)
-    output = graph.graph.output_node()
+    output = forward.graph.output_node()
     outputs: Any = output.args[0]
     if not any(_is_scalar(node) for node in outputs):
-        return graph
-    with graph.graph.inserting_before(output):
-        output.args = (tuple(node if _is_scalar(node) else _detached(graph.graph, node) for node in outputs),)
-    graph.recompile()
-    return graph
+        return
+    with forward.graph.inserting_before(output):
+        detached = tuple(node if _is_scalar(node) else _detached(forward.graph, node) for node in outputs)
+    output.args = (detached,)
 
 
 def _is_scalar(node: Any) -> bool:

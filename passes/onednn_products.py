@@ -1,8 +1,7 @@
-"""Products of float32 matrices on processors for which torch's library has no fast code.
+"""Multiply float32 matrices with oneDNN on processors where MKL, torch's default, has no fast code.
 
-Torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone; oneDNN, which
-torch carries too, asks for the instructions and not for the vendor. On an AMD EPYC with AVX-512 it takes
-about half the time (`python -m benchmarks.onednn_products`).
+MKL uses AVX-512 on Intel's processors only. oneDNN, which torch also contains, uses it on every processor that
+has it: on an AMD EPYC it takes about half the time (`python -m benchmarks.onednn_products`).
 """
 
 import functools
@@ -14,6 +13,7 @@ from torch import fx
 from torch.utils.flop_counter import register_flop_formula
 
 from gtcompile.graph.flops import node_flops
+from gtcompile.passes.contract import G, graph_pass
 from gtcompile.torch_internals import (
     CustomGraphPass,
     get_hash_for_files,
@@ -25,7 +25,7 @@ from gtcompile.torch_internals import (
 aten = torch.ops.aten
 
 LEAST_FLOPS = 10_000_000
-"""Below, calling oneDNN costs more than it wins: some ten microseconds."""
+"""FLOPs of a product below which a call of oneDNN, some ten microseconds, costs more than it saves."""
 
 _library = torch.library.Library("gtcompile", "DEF")
 _library.define("product(Tensor left, Tensor right, Tensor? bias=None) -> Tensor")
@@ -33,7 +33,7 @@ _library.define("product(Tensor left, Tensor right, Tensor? bias=None) -> Tensor
 
 @torch.library.impl(_library, "product", "CPU")
 def _product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`left @ right`, of shapes (m, k) and (k, n), plus a bias of shape (n,), by oneDNN."""
+    """Compute `left @ right`, of shapes (m, k) and (k, n), plus a bias of shape (n,), with oneDNN."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return product
 
@@ -53,9 +53,10 @@ def _product_flops(left: Sequence[int], right: Sequence[int], *_: object, **__: 
 
 
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL here, by what each has code for.
+    """Whether oneDNN multiplies float32 matrices faster than MKL on this processor.
 
-    Never where the user has `torch.backends.mkldnn` disabled, which is how to turn it off.
+    Decided by the instructions that each has code for. False where `torch.backends.mkldnn` is disabled, which
+    is how users turn this pass off.
     """
     return (
         bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available() and _mkl_lacks_avx512()
@@ -64,23 +65,26 @@ def onednn_is_faster() -> bool:
 
 @functools.cache
 def _mkl_lacks_avx512() -> bool:
-    """Whether torch multiplies with MKL on a processor that has AVX-512 and is not Intel's."""
+    """Whether torch uses MKL on a processor that has AVX-512 and is not made by Intel."""
     processor = torch.cpu.get_capabilities()
     others = "Intel" not in processor.get("cpu_name", "Intel")
     return torch.backends.mkl.is_available() and others and bool(processor.get("avx512_f"))
 
 
-def use_faster_products(graph: fx.Graph) -> None:
-    """Have oneDNN compute the matrix products of a graph where it is faster.
+@graph_pass
+def use_onednn_products(given: G) -> None:
+    """Compute large matrix products with oneDNN where it is faster.
 
     Before: `y = addmm(bias, x, w)`
     After:  `y = product(x, w, bias)`
 
-    Sound because both are the same sums of the same products, in another order.
-
-    Args:
-        graph: of operators, with the metadata of AOTAutograd; changed in place.
+    Sound because both add the same products, in another order.
     """
+    _use_onednn(given.graph)
+
+
+def _use_onednn(graph: fx.Graph) -> None:
+    """Edit a graph in place, which is how Inductor calls a pass."""
     if not onednn_is_faster():
         return
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
@@ -93,28 +97,28 @@ def use_faster_products(graph: fx.Graph) -> None:
 
 
 def _is_worth_it(node: fx.Node) -> bool:
-    """Whether this is a large product of float32 matrices on the CPU, at the sizes it was captured with."""
+    """Whether this is a large product of float32 matrices on the CPU, at the captured sizes."""
     values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
-    ours = all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.is_cpu for v in values)
-    return ours and node_flops(node) >= LEAST_FLOPS
+    fits = all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.is_cpu for v in values)
+    return fits and node_flops(node) >= LEAST_FLOPS
 
 
 def _is_row_of(node: fx.Node, bias: Any) -> bool:
-    """Whether a bias is a vector with one element for each column of a product, and not broadcast."""
+    """Whether a bias is a vector with one element for each column of the product, so not broadcast."""
     return statically_known_true(sym_eq(bias.meta["val"].shape, node.meta["val"].shape[1:]))
 
 
-class _FasterProducts(CustomGraphPass):
-    """The rewriting as a pass of Inductor, known by its `uuid` to its cache on disk."""
+class _InductorPass(CustomGraphPass):
+    """The rewrite as a pass of Inductor; Inductor's cache on disk knows it by its `uuid`."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        use_faster_products(graph)
+        _use_onednn(graph)
 
     def uuid(self) -> tuple[bytes, int]:
         return get_hash_for_files((__file__,)), LEAST_FLOPS
 
 
 def inductor_settings() -> dict[str, Any]:
-    """What has Inductor use the faster products; nothing where the user has a pass of their own there."""
+    """Inductor settings that enable this pass; empty if the user has set a custom pass there."""
     taken = inductor_config.post_grad_custom_pre_pass is not None
-    return {} if taken or not onednn_is_faster() else {"post_grad_custom_pre_pass": _FasterProducts()}
+    return {} if taken or not onednn_is_faster() else {"post_grad_custom_pre_pass": _InductorPass()}

@@ -1,12 +1,11 @@
-"""Ask multi-output backward operators only for the outputs that are read."""
+"""Narrow the output masks of backward operators to the outputs that are read."""
 
 from operator import getitem
 
 import torch
 from torch import fx
 
-from gtcompile.graph.joint_graph import JointGraph
-from gtcompile.passes.contract import graph_pass
+from gtcompile.passes.contract import G, graph_pass
 
 aten = torch.ops.aten
 
@@ -22,7 +21,7 @@ MASKED_OPERATORS = (
 
 
 @graph_pass
-def narrow_output_masks(graph: fx.Graph, joint: JointGraph) -> None:
+def narrow_output_masks(given: G) -> None:
     """Clear the mask of every output of a backward operator that no node reads.
 
     Before: `g = native_layer_norm_backward(..., [True, True, True]); dx = g[0]`
@@ -31,12 +30,7 @@ def narrow_output_masks(graph: fx.Graph, joint: JointGraph) -> None:
     Sound because the outputs of these operators are independent of each other. Expects dead `getitem` nodes
     to be gone.
     """
-    narrow_masks(graph)
-
-
-def narrow_masks(graph: fx.Graph) -> None:
-    """The edit itself, on any FX graph."""
-    for node in graph.nodes:
+    for node in given.graph.nodes:
         if node.target in MASKED_OPERATORS:
             _narrow(node)
 
@@ -44,7 +38,7 @@ def narrow_masks(graph: fx.Graph) -> None:
 def _narrow(node: fx.Node) -> None:
     read = {user.args[1] for user in node.users if user.target is getitem}
     if len(read) < len(node.users):
-        return  # somebody reads the tuple itself
+        return  # a node reads the whole tuple
     mask = list(node.args[-1])  # type: ignore[arg-type]
     narrowed = [bool(wanted) and index in read for index, wanted in enumerate(mask)]
     if narrowed != mask:

@@ -1,4 +1,4 @@
-"""The passes in order: from everything a graph can compute to what a trained set needs."""
+"""The passes in order: from everything a joint graph can compute to what a trained set needs."""
 
 from collections.abc import Set
 
@@ -9,11 +9,11 @@ from gtcompile.passes.output_masks import narrow_output_masks
 
 
 def restrict_gradients(joint: JointGraph, keep: Set[str]) -> JointGraph:
-    """The joint graph that computes the gradients of `keep` and nothing that only the others needed.
+    """Return the joint graph that computes the gradients of `keep`, and nothing that only others needed.
 
     Args:
-        joint: left as it is.
-        keep: names of the inputs whose gradients stay live; those without a gradient change nothing.
+        joint: stays unchanged.
+        keep: names of the inputs whose gradients stay; a name without a gradient changes nothing.
     """
     joint = drop_gradients(joint, keep)
     joint = eliminate_dead_nodes(joint)

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from gtcompile.passes.contract import G, graph_pass
+
 aten = torch.ops.aten
 
 
-def split_convolutions(graph: fx.Graph) -> None:
+@graph_pass
+def split_convolutions(given: G) -> None:
     """Make the weight gradient of a convolution a leaf of the backward graph like any other.
 
     Before: `g = convolution_backward(dy, x, w, ..., [True, True, True]); dx = g[0]; dw = g[1]; db = g[2]`
@@ -17,8 +20,10 @@ def split_convolutions(graph: fx.Graph) -> None:
             `dw = convolution_backward(dy, x, w, ..., [False, True, False])[1]`, `db = sum(dy, [0, 2, ...])`
 
     Sound because the outputs are independent of each other, and FLOPs are counted for each by itself. The
-    bias is summed up as Inductor does it on a GPU: torch's CPU kernel would compute the weight gradient too.
+    bias gradient is a sum, as Inductor computes it on a GPU: torch's CPU kernel for the bias alone would
+    compute the weight gradient as well.
     """
+    graph = given.graph
     for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
         read = [user.args[1] for user in node.users if user.target is getitem]
         if 1 in read and len(read) == len(node.users) > 1:
@@ -33,8 +38,8 @@ def _compute_alone(graph: fx.Graph, together: fx.Node, output: fx.Node) -> None:
     gradient: Any = together.args[0]
     with graph.inserting_before(output):
         if index == 2:
-            places = range(2, gradient.meta["val"].dim())
-            alone = graph.call_function(aten.sum.dim_IntList, (gradient, [0, *places]))
+            spatial = range(2, gradient.meta["val"].dim())
+            alone = graph.call_function(aten.sum.dim_IntList, (gradient, [0, *spatial]))
         else:
             mask = [index == i for i in range(3)]
             node = graph.call_function(together.target, (*together.args[:-1], mask))  # type: ignore[arg-type]

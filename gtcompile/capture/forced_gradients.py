@@ -1,47 +1,44 @@
-"""Activations that a model itself has ask for a gradient, as Wav2Vec2 does for checkpointing's sake.
+"""Activations on which the model itself calls `requires_grad_()`, as Wav2Vec2 does for gradient checkpointing.
 
-The backward then runs down to them whatever is trained. So that a joint graph has that work, their gradients
-are traced as that of one more parameter, a zero that is added to each of them.
+The backward then runs down to them, whatever is trained. So that a joint graph contains that work, a zero is
+added to each of these activations, as one more parameter, and its gradient is traced. The pass
+`forget_added_zero` removes the zero from the graph again.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile.torch_internals import tree_map
 
 ZERO = "zero"
-"""The name of that parameter, outside of the model's."""
+"""Name of the parameter that is added, in the module around the model."""
 SETTERS = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)  # type: ignore[attr-defined]
 
 
-def trace_what_asks(module: nn.Module) -> nn.Module:
-    """Have a module's forward give activations that it has ask for a gradient one to be traced."""
+def trace_forced_gradients(module: nn.Module) -> nn.Module:
+    """Give a module the parameter `ZERO`, and a forward that adds it to activations with forced gradients.
+
+    Returns:
+        The module, changed in place.
+    """
     module.register_parameter(ZERO, nn.Parameter(torch.zeros(())))
     forward = module.forward
 
     def watched(**batch: Any) -> Any:
-        with _Asking(getattr(module, ZERO)):
+        with _ForcedGradients(getattr(module, ZERO)):
             return forward(**batch)
 
     module.forward = watched
     return module
 
 
-def forget_zero(zero: fx.Node) -> None:
-    """Take the added zero out of a joint graph that was traced with it; its gradient stays."""
-    for sum_ in list(zero.users):
-        sum_.replace_all_uses_with(sum_.args[0])  # type: ignore[arg-type]
-        zero.graph.erase_node(sum_)
-    zero.graph.erase_node(zero)
-
-
-class _Asking(TorchFunctionMode):
-    """Puts the sum with a zero in the place of every tensor that begins to ask for a gradient."""
+class _ForcedGradients(TorchFunctionMode):
+    """Replaces every tensor on which `requires_grad` is set by its sum with a zero."""
 
     def __init__(self, zero: torch.Tensor) -> None:
         super().__init__()
@@ -57,25 +54,25 @@ class _Asking(TorchFunctionMode):
     ) -> Any:
         """Call a function of torch."""
         kwargs = kwargs or {}
-        if func in SETTERS and self._asks(*args, **kwargs):
-            return self._begin(args[0])
+        if func in SETTERS and self._begins(*args, **kwargs):
+            return self._add_zero(args[0])
         if func in SETTERS:
             self._sums.pop(args[0], None)
         elif self._sums:
             args, kwargs = tree_map(self._sum, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _asks(self, tensor: torch.Tensor, requires_grad: bool = True) -> bool:
-        """Whether a tensor asks from now on, and did not by itself."""
+    def _begins(self, tensor: torch.Tensor, requires_grad: bool = True) -> bool:
+        """Whether `requires_grad` is set to True on a tensor where it was not, or was forced before."""
         return requires_grad and (tensor in self._sums or not tensor.requires_grad)
 
-    def _begin(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _add_zero(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor not in self._sums:
             with torch.enable_grad():
                 self._sums[tensor] = tensor + self._zero
         return tensor
 
     def _sum(self, argument: Any) -> Any:
-        """The sum for an activation; a parameter that a forward makes asks as it is made, and is none."""
+        """The sum that replaces an activation; a parameter that a forward creates has no sum."""
         is_activation = isinstance(argument, torch.Tensor) and not isinstance(argument, nn.Parameter)
         return self._sums.get(argument, argument) if is_activation else argument

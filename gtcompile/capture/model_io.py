@@ -13,41 +13,69 @@ from gtcompile.graph.joint_graph import Parameter, ParameterStatus
 from gtcompile.torch_internals import is_traceable_wrapper_subclass
 
 RETURNED_DEPTH = 8
-"""How deep tensors are looked for in what a model returns; a cache of caches of layers takes six."""
+"""How many levels of containers are searched for tensors; a cache of caches of layers has six."""
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The scalar loss in what a model returned: itself, `.loss`, `["loss"]`, or the first of a tuple.
+    """Find the scalar loss in what a model returned.
+
+    It is the output itself, `.loss`, `["loss"]`, the first element of a tuple, where transformers' Trainer
+    takes it, or the only scalar in a tuple.
 
     Raises:
-        CaptureError: when there is none.
+        CaptureError: there is none.
     """
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
-    elif isinstance(output, tuple) and not hasattr(output, "loss"):  # where transformers' Trainer takes it
-        loss = output[0] if output else None
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        loss = _loss_in_tuple(output)
     elif not isinstance(output, torch.Tensor):
         loss = getattr(output, "loss", None)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        got = (
-            f"a tensor of shape {list(loss.shape)}"
-            if isinstance(loss, torch.Tensor)
-            else type(output).__name__
-        )
+    if not _is_scalar(loss):
         raise CaptureError(
-            f"expected the model to return its loss (a scalar, first in a tuple or as .loss), got {got}. "
-            f"Does the batch contain labels?"
+            f"expected the model to return its loss (a scalar, as .loss, first in a tuple or the only scalar "
+            f"in it), got {_said(output, loss)}. Does the batch contain labels? "
+            f"If the loss is computed outside of the model, pass loss_fn=..."
         )
     return loss.reshape(())
 
 
+def scalar_loss(value: Any) -> torch.Tensor:
+    """Check what a loss function returned, and give it the shape [].
+
+    Raises:
+        CaptureError: it is not a tensor with one element.
+    """
+    if not _is_scalar(value):
+        raise CaptureError(f"expected loss_fn to return a scalar tensor, got {_said(value, value)}")
+    loss: torch.Tensor = value.reshape(())
+    return loss
+
+
+def _loss_in_tuple(output: tuple[Any, ...]) -> Any:
+    """The first element if it is a scalar, else the only scalar; the first element if there is not one."""
+    scalars = [element for element in output if _is_scalar(element)]
+    first = output[0] if output else None
+    return first if _is_scalar(first) or len(scalars) != 1 else scalars[0]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _said(output: Any, loss: Any) -> str:
+    if isinstance(loss, torch.Tensor):
+        return f"a tensor of shape {list(loss.shape)}"
+    return type(output).__name__
+
+
 def tensors_of(output: Any, depth: int = RETURNED_DEPTH) -> list[torch.Tensor]:
-    """Every tensor in what a model returned, in mappings, sequences and attributes of objects such as caches.
+    """Return every tensor in mappings, sequences and attributes of objects such as caches.
 
     Args:
-        output: anything.
-        depth: how deeply nested tensors are found, so that cycles end.
+        output: anything, such as what a model returned.
+        depth: how many levels of containers to search, so that cycles end.
     """
     if isinstance(output, torch.Tensor):
         return [output]
@@ -62,7 +90,7 @@ def tensors_of(output: Any, depth: int = RETURNED_DEPTH) -> list[torch.Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
+    """Return the user's module inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
     inner = without_replicas(getattr(without_replicas(model), "_orig_mod", without_replicas(model)))
     if not isinstance(inner, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
@@ -76,7 +104,7 @@ def runs_as_one_region(model: nn.Module) -> bool:
 
 
 def without_replicas(model: nn.Module) -> nn.Module:
-    """The module that `DistributedDataParallel` wraps, compiled or not; any other model itself."""
+    """Return the module that `DistributedDataParallel` wraps, compiled or not; any other model itself."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return inner
 
@@ -85,12 +113,13 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Refuse a batch that `model.forward` cannot take, before any work.
 
     Raises:
-        TypeError: when the batch is not a mapping from argument names.
-        ValueError: when the model takes no argument of some name, or needs one that is not there.
+        TypeError: the batch is not a mapping from argument names.
+        ValueError: the model takes no argument of some name, or requires one that is missing.
     """
     if not isinstance(batch, Mapping) or not all(isinstance(key, str) for key in batch):
         raise TypeError(
-            f"expected one batch as the keyword dictionary of the model's forward, got {type(batch).__name__}"
+            f"expected one batch as the keyword dictionary of the model's forward, got {type(batch).__name__}. "
+            f"For a batch of another kind pass loss_fn=..., a function of the model and the batch."
         )
     signature = inspect.signature(model.forward).parameters
     takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in signature.values())
@@ -114,7 +143,7 @@ def _is_required(argument: inspect.Parameter) -> bool:
 
 
 def refuse_subclasses(values: Iterable[object]) -> None:
-    """Refuse tensors that are made of other tensors.
+    """Refuse tensor subclasses that are made of other tensors.
 
     Raises:
         CaptureError: naming the type of the first.
@@ -123,14 +152,14 @@ def refuse_subclasses(values: Iterable[object]) -> None:
         if is_traceable_wrapper_subclass(value):
             raise CaptureError(
                 f"expected plain tensors, got a {type(value).__name__} of shape {list(value.shape)}: a joint "
-                f"graph sees the tensors that such a subclass is made of, not the one whose gradient is "
-                f"asked for. Convert it to a plain tensor, or leave the modules that use it out of "
+                f"graph contains the tensors that such a subclass is made of, and no gradient of the "
+                f"subclass. Convert it to a plain tensor, or leave the modules that use it out of "
                 f"compile_blocks(model, blocks=[...])."
             )
 
 
 def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
-    """Every parameter of the model in registration order, tied weights as one."""
+    """List the parameters of a model in registration order, tied weights as one."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     for fqn, parameter in model.named_parameters(remove_duplicate=False):

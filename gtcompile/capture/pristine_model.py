@@ -1,4 +1,4 @@
-"""A model as its author wrote it: neither compiled nor sharded, and on no meta device."""
+"""A model as its author wrote it: neither compiled nor sharded, and not on the meta device."""
 
 import contextlib
 import copy
@@ -14,14 +14,19 @@ from gtcompile.distributed import fsdp
 from gtcompile.torch_internals import EMBEDDING_HOOK, FakeTensorMode
 
 _COLLECTIONS = (dict, OrderedDict, defaultdict, list, set, deque)
-"""Attributes of these very types are put back with what was in them; others keep what they hold."""
+"""Attributes of exactly these types are restored together with their items; the items of others are not."""
 
 
 @contextlib.contextmanager
-def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """The model as its author wrote it, neither compiled nor sharded, and itself again afterwards."""
+def as_written(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo for a while what compiling and sharding did to a model.
+
+    Args:
+        model: changed in place, and as before afterwards.
+        device: of the fake tensors that stand for sharded parameters.
+    """
     memo: dict[int, torch.Tensor] = {}
-    fake, device = FakeTensorMode(allow_non_fake_inputs=True), _device_of(batch)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def twin(tensor: torch.Tensor) -> torch.Tensor:
         with fake:
@@ -38,10 +43,10 @@ def as_written(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
-    """Forward hooks but those by which transformers and PEFT have embeddings' outputs ask for a gradient.
+    """Return all forward hooks except those that call `requires_grad_()` on the outputs of embeddings.
 
-    Reentrant checkpointing needs them. Dynamo cannot trace them below frozen embeddings, and in what is
-    compiled nothing runs for their sake.
+    transformers and PEFT add them for reentrant checkpointing. Dynamo cannot trace them above frozen
+    embeddings, and compiled code runs no backward because of them.
     """
     return {key: hook for key, hook in hooks.items() if EMBEDDING_HOOK not in getattr(hook, "__name__", "")}
 
@@ -54,7 +59,7 @@ def _without_watching(hooks: Mapping[int, Any]) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
-    """The model as its author wrote it: forwards that `compile_blocks` replaced are back for a while."""
+    """Restore for a while the forwards that `compile_blocks` replaced."""
     outermost = {block: vars(block)["forward"] for block in compiled_blocks(model)}
     ours = [compiled_forward(block) for block in outermost]
     for module in outermost:
@@ -69,9 +74,9 @@ def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def uncompile_block(block: nn.Module) -> None:
-    """Let a block have the forward again that `compile_blocks` found: its class's, or one of the user's.
+    """Restore the forward that `compile_blocks` found on a block: its class's, or one that the user set.
 
-    Where somebody has put a wrapper around it since, the wrapper stays, around what runs eagerly.
+    A wrapper that was put around the compiled forward since then stays, and wraps the eager forward.
     """
     compiled = compiled_forward(block)
     if vars(block)["forward"] is not compiled:
@@ -83,14 +88,14 @@ def uncompile_block(block: nn.Module) -> None:
 
 
 def compiled_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward `compile_blocks` replaced."""
+    """Return the modules whose forward `compile_blocks` replaced."""
     return [module for module in model.modules() if compiled_forward(module) is not None]
 
 
 def compiled_forward(module: nn.Module) -> Any:
-    """The forward that `compile_blocks` gave a module, also behind what others put around it; None without.
+    """Return the forward that `compile_blocks` gave a module, also inside wrappers; None if there is none.
 
-    Accelerate wraps a model's forward for mixed precision, and `functools.wraps` says what it wraps.
+    Accelerate wraps a model's forward for mixed precision, with `functools.wraps`.
     """
     found, forward = None, vars(module).get("forward")
     while forward is not None:
@@ -112,10 +117,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Modules and their classes have their own attributes back afterwards, and collections what was in them.
+    """Restore the attributes of all modules and of their classes afterwards, and the items of collections.
 
-    A forward may write to them what is only traced, register hooks or put another module in a place, and a
-    trace misplaces tensors of a module with two names.
+    While it is traced, a forward may store traced tensors on modules, register hooks or replace a submodule;
+    and a trace exchanges the tensors of a module that has two names.
     """
     modules = list(model.modules())
     classes = {kind for module in modules for kind in type(module).__mro__} - {*nn.Module.__mro__}
@@ -138,7 +143,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _keep(values: Iterable[Any], kept: dict[int, tuple[Any, list[Any]]]) -> None:
-    """Note by identity what is in each of the built-in collections, and in those in them."""
+    """Record the items of every built-in collection, and of the collections in it, by identity."""
     todo = list(values)
     while todo:
         found = todo.pop()
@@ -156,26 +161,45 @@ def _restore_class(kind: type, values: Mapping[str, Any]) -> None:
             setattr(kind, name, value)
 
 
-def off_meta(model: nn.Module, batch: Mapping[str, Any]) -> nn.Module:
-    """The model itself, or for a model on the meta device its twin in fake tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if not any(tensor.is_meta for tensor in tensors):
-        return model
-    device = _device_of(batch)
-    twin = copy.deepcopy(model)
+def off_meta(
+    model: nn.Module, inputs: Mapping[str, Any], device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Replace tensors on the meta device by fake tensors on another one.
+
+    Args:
+        model: stays unchanged; a model with tensors on the meta device is copied.
+        inputs: the batch, by name.
+        device: of the fake tensors.
+
+    Returns:
+        The model or its copy, and the inputs.
+    """
     memo: dict[int, torch.Tensor] = {}
+    twin = copy.deepcopy(model) if any(map(_is_meta, _tensors(model))) else model
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in twin.modules():
-            for tensors_of in (module._parameters, module._buffers):
-                for name, tensor in tensors_of.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_meta:
-                        tensors_of[name] = _fake_twin(tensor, device, memo)  # type: ignore[assignment]
-    return twin
+                        tensors[name] = _fake_twin(tensor, device, memo)  # type: ignore[assignment]
+        return twin, {
+            name: _fake_twin(value, device, memo) if _is_meta(value) else value
+            for name, value in inputs.items()
+        }
 
 
-def _device_of(batch: Mapping[str, Any]) -> torch.device:
-    devices = (value.device for value in batch.values() if isinstance(value, torch.Tensor))
-    return next(devices, torch.device("cpu"))
+def device_of(model: nn.Module, inputs: Iterable[Any]) -> torch.device:
+    """The device of the first tensor that is not on the meta device, batch first; the CPU if all are."""
+    tensors = (value for value in (*inputs, *_tensors(model)) if isinstance(value, torch.Tensor))
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _fake_twin(tensor: torch.Tensor, device: torch.device, memo: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -1,53 +1,32 @@
-"""Fake tensors that know their values: what is traced with them may branch on data, as may sizes."""
+"""Fake tensors that know their values: code that is traced with them may branch on data."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gtcompile.capture.packed_sequences import in_operators
-from gtcompile.torch_internals import FakeTensor, FakeTensorMode, tree_map, unset_fake_temporarily
+from gtcompile.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    get_decompositions,
+    pack_padded_sequence,
+    pad_packed_sequence,
+    tree_map,
+    unset_fake_temporarily,
+)
 
-
-class NumbersByOperators(TorchFunctionMode):
-    """Has numbers in tensors read by an operator where torch reads their memory.
-
-    That is what `torch.tensor` does with tensors in a list, and what runs on packed sequences.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call a function of torch."""
-        kwargs = kwargs or {}
-        if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
-            args, kwargs = (_numbers(args[0]), *args[1:]), _type_of(args[0]) | kwargs
-        return in_operators(func, args)(*args, **kwargs)
-
-
-def _numbers(nested: Any) -> Any:
-    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, nested)
-
-
-def _type_of(nested: Any) -> dict[str, torch.dtype]:
-    """The type that the tensors in a list have together; nothing where there is none."""
-    found: list[torch.dtype] = []
-    tree_map(lambda leaf: found.append(leaf.dtype) if isinstance(leaf, torch.Tensor) else None, nested)
-    return {"dtype": functools.reduce(torch.promote_types, found)} if found else {}
+aten = torch.ops.aten
 
 
 class ValuesMode(FakeTensorMode):
-    """Runs every operator on values: fake tensors are shaped by what comes out, and numbers are read off it.
+    """Runs every operator on real values: shapes of fake tensors, and numbers read from them, are the results'.
 
-    So no operator needs a fake kernel. The values are copies, and kept here alone until `forget`; from then
-    on this is a fake mode like any other.
+    So no operator needs a fake kernel. The values are copies, held by this mode until `forget`; after that it
+    is an ordinary fake mode.
     """
 
     def __init__(self) -> None:
@@ -55,12 +34,12 @@ class ValuesMode(FakeTensorMode):
         self._values: WeakTensorKeyDictionary | None = WeakTensorKeyDictionary()
 
     def forget(self) -> None:
-        """Let all values go."""
+        """Free all values."""
         self._values = None
 
     def from_tensor(self, tensor: torch.Tensor, **settings: Any) -> FakeTensor:
-        """A fake tensor like this one, whose values are copied."""
-        values, self._values = self._values, None  # what is done to shape it has none
+        """Return a fake tensor like this one, and remember a copy of its values."""
+        values, self._values = self._values, None  # operators that shape the fake tensor have no values
         fake = super().from_tensor(tensor, **settings)
         self._values = values
         if values is not None and fake not in values:
@@ -92,3 +71,112 @@ class ValuesMode(FakeTensorMode):
         fake = super().from_tensor(result)
         self._values[fake] = result
         return fake
+
+
+class NoMemoryAccess(TorchFunctionMode):
+    """Replaces torch functions whose C++ code reads or writes the memory of tensors: fake tensors have none.
+
+    These are `torch.tensor` of a list of tensors, everything on packed sequences, and `ctc_loss` with lengths
+    given as numbers. The replacements are made of operators, and compute the same with the same FLOPs.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, or its replacement."""
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
+            args, kwargs = (_numbers(args[0]), *args[1:]), _common_dtype(args[0]) | kwargs
+        if func in ON_PACKED and _are_counts(args):
+            func = ON_PACKED[func]
+        if func in (functional.ctc_loss, torch.ctc_loss):
+            args, kwargs = _lengths_as_tensors(args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _numbers(nested: Any) -> Any:
+    """A nested list of numbers from one that may contain tensors."""
+    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, nested)
+
+
+def _common_dtype(nested: Any) -> dict[str, torch.dtype]:
+    """The `dtype` that the tensors in a list promote to; empty if there is no tensor."""
+    found: list[torch.dtype] = []
+    tree_map(lambda leaf: found.append(leaf.dtype) if isinstance(leaf, torch.Tensor) else None, nested)
+    return {"dtype": functools.reduce(torch.promote_types, found)} if found else {}
+
+
+def _are_counts(arguments: Sequence[Any]) -> bool:
+    """Whether a recurrent layer or a function on sequences is called with sizes or lengths in second place."""
+    counts = arguments[1] if len(arguments) > 1 else None
+    return isinstance(counts, torch.Tensor) and not counts.is_floating_point()
+
+
+def _pack(
+    padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop the padding of `[time, sequences, ...]`, longest sequence first: all of step 0, of step 1, ...
+
+    Returns:
+        The packed steps, `[sum of lengths, ...]`, and how many sequences each step has.
+    """
+    steps = padded.transpose(0, 1) if batch_first else padded
+    ends = lengths.tolist()
+    sizes = [sum(end > time for end in ends) for time in range(ends[0])]
+    packed = torch.cat([steps[time, :size] for time, size in enumerate(sizes)])
+    return packed, torch.tensor(sizes)
+
+
+def _pad(
+    packed: torch.Tensor,
+    batch_sizes: torch.Tensor,
+    batch_first: bool,
+    padding_value: float,
+    total_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `_pack`: `[time, sequences, ...]`, and the lengths."""
+    sizes = batch_sizes.tolist()
+    sizes += [0] * (total_length - len(sizes))
+    behind = (0, 0) * (packed.dim() - 1)
+    steps = [
+        functional.pad(step, (*behind, 0, sizes[0] - len(step)), value=padding_value)
+        for step in packed.split(sizes)
+    ]
+    lengths = [sum(size > sequence for size in sizes) for sequence in range(sizes[0])]
+    return torch.stack(steps, dim=int(batch_first)), torch.tensor(lengths)
+
+
+def _recurrent(operator: Any) -> Callable[..., Any]:
+    """A recurrent layer on packed sequences by torch's decomposition, which takes the sizes as numbers."""
+    decomposition = get_decompositions([operator])[operator]
+
+    def run(data: torch.Tensor, batch_sizes: torch.Tensor, *rest: Any) -> Any:
+        return decomposition(data, batch_sizes.tolist(), *rest)
+
+    return run
+
+
+ON_PACKED: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.gru: _recurrent(aten.gru.data),
+    torch.lstm: _recurrent(aten.lstm.data),
+    torch.rnn_relu: _recurrent(aten.rnn_relu.data),
+    torch.rnn_tanh: _recurrent(aten.rnn_tanh.data),
+    pack_padded_sequence: _pack,
+    pad_packed_sequence: _pad,
+}
+"""Replacements of functions of torch where they are called on packed sequences."""
+
+
+def _lengths_as_tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `ctc_loss` with both lengths as tensors: it writes numbers into the memory of a new one."""
+    tensors = (*args[:2], *map(torch.as_tensor, args[2:4]), *args[4:])
+    return tensors, {
+        name: torch.as_tensor(value) if name in ("input_lengths", "target_lengths") else value
+        for name, value in kwargs.items()
+    }

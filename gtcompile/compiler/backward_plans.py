@@ -29,7 +29,6 @@ from gtcompile.compiler.operator_program import OperatorProgram
 from gtcompile.compiler.operators import Boxed
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name
-from gtcompile.graph.joint_graph import copy_module
 from gtcompile.passes.hoisting import (
     HoistedBackward,
     Leaf,
@@ -38,7 +37,7 @@ from gtcompile.passes.hoisting import (
     extract,
     hoist_weight_gradients,
 )
-from gtcompile.passes.output_masks import narrow_masks
+from gtcompile.passes.output_masks import narrow_output_masks
 from gtcompile.passes.split_convolutions import split_convolutions
 from gtcompile.torch_internals import INDUCTOR_RANDOM
 
@@ -227,16 +226,14 @@ class BackwardGraph:
     def _excerpt(self, live: Slots) -> Part:
         """The part of the graph that these gradients need."""
         excerpt = extract(self._partition.backward, self._partition.gradients(live))
-        narrow_masks(excerpt.module.graph)
-        return excerpt
+        return Part(narrow_output_masks(excerpt.module), excerpt.inputs)
 
     @functools.cached_property
     def _chain(self) -> Chain:
         """The compiled backward of the costliest activation gradient; all other gradients are leaves."""
         parts = self._options.parts
         assert parts is not None
-        backward = copy_module(self._partition.backward)
-        split_convolutions(backward.graph)
+        backward = split_convolutions(self._partition.backward)
         slots = {i: name for i, name in enumerate(self._partition.slots) if name is not None}
         activation = self._costliest(i for i, name in slots.items() if name not in self._options.parameters)
         hoisted = hoist_weight_gradients(backward, keep=activation, hoist=slots.keys() - activation)

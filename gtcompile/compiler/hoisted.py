@@ -5,6 +5,7 @@ AOTAutograd traces and partitions the region once, with every gradient live. For
 """
 
 import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from gtcompile.compiler.inductor import InductorParts, resumable_compilation, wi
 from gtcompile.compiler.operators import Boxed, boxed, run_operators
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.region_graph import Live, histories, region_node
-from gtcompile.passes.onednn_products import use_faster_products
+from gtcompile.passes.onednn_products import use_onednn_products
 from gtcompile.torch_internals import (
     IS_BACKWARD,
     aot_autograd,
@@ -63,10 +64,11 @@ class HoistedVariants:
         self._code = innermost_fn(code)  # regions run where Dynamo is disabled already
         if partitioner.partition is None:
             raise NoBackwardError
+        partition = partitioner.partition
         if inductor:
-            use_faster_products(partitioner.partition.backward.graph)
-        self._tangents = partitioner.partition.tangents
-        self._plans = BackwardPlans(partitioner.partition, PlanOptions.of(region, self._parts))
+            partition = dataclasses.replace(partition, backward=use_onednn_products(partition.backward))
+        self._tangents = partition.tangents
+        self._plans = BackwardPlans(partition, PlanOptions.of(region, self._parts))
 
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from gtcompile.passes.hoisting import free_strides
+from gtcompile.passes.free_strides import free_strides
 from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -31,7 +31,7 @@ def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxe
         module: changed, and owned by the result from now on.
         example_inputs: not needed; AOTAutograd gives every compiler both.
     """
-    free_strides(module.graph)
+    module = free_strides(module)
     module.graph.set_codegen(BoxedCodeGen())
     module.recompile()
     return boxed(module.forward)

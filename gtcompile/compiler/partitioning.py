@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from gtcompile.compiler.region_graph import region_joint
-from gtcompile.graph.joint_graph import copy_module
-from gtcompile.passes.effect_tokens import EFFECTS, without_effect_tokens
+from gtcompile.passes.effect_tokens import EFFECTS, drop_effect_tokens
+from gtcompile.passes.random_draws import save_random_draws
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
-    RECOMPUTE,
     SAVED_RANDOM_STATE,
     CustomPartitionerFn,
-    OpOverload,
     TangentAOTInput,
     functorch_config,
     get_hash_for_files,
@@ -46,24 +43,10 @@ def partition(
         **kwargs: as AOTAutograd hands them to a partitioner.
     """
     if memory_budget < 1:
-        for node in graph.graph.nodes:
-            if draws_random_numbers(node):
-                node.meta[RECOMPUTE] = CheckpointPolicy.MUST_SAVE
+        graph = save_random_draws(graph)
     with functorch_config.patch(activation_memory_budget=max(memory_budget, LEAST_BUDGET)):
         forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
     return forward, backward
-
-
-def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether running a node twice gives two results. Attention does if its dropout is not 0."""
-    operator = node.target
-    if not isinstance(operator, OpOverload) or torch.Tag.nondeterministic_seeded not in operator.tags:
-        return False
-    names = [argument.name for argument in operator._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return bool(given.get("dropout_p", 0.0) != 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +105,8 @@ class HoistingPartitioner(CustomPartitionerFn):
         descriptors = gm.graph.output_node().meta["desc"][:outputs]
         forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
         saved = _saved_positions(forward, backward, outputs)
-        tangents, kept = _tangent_positions(backward, descriptors), copy_module(backward)
-        without_effect_tokens(kept)
-        self.partition = Partition(kept, saved, slots, tangents)
+        tangents = _tangent_positions(backward, descriptors)
+        self.partition = Partition(drop_effect_tokens(backward), saved, slots, tangents)
         return forward, backward
 
     def uuid(self) -> str:

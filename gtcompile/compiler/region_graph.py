@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.capture.capture import count_forward_outputs
 from gtcompile.capture.model_io import tensors_of
-from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.graph.joint_graph import JointGraph, count_forward_outputs
 from gtcompile.passes.effect_tokens import EFFECTS
 from gtcompile.torch_internals import (
     COMPILED_REGION,

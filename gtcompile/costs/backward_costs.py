@@ -19,7 +19,7 @@ from gtcompile.capture.model_io import unwrap
 from gtcompile.costs.budgets import smallest_budget
 from gtcompile.errors import CaptureError
 from gtcompile.graph.flops import node_flops, output_flops, register_missing_formulas
-from gtcompile.graph.joint_graph import ASKED, JointGraph, Parameter, names_of
+from gtcompile.graph.joint_graph import FORCED_GRADIENTS, JointGraph, Parameter, names_of
 from gtcompile.state.restore import everything_trainable
 
 
@@ -171,7 +171,7 @@ def parameters_needing(joint: JointGraph) -> dict[fx.Node, frozenset[str]]:
     graph = dependency_graph(joint)
     names = sorted(joint.live)
     bit = {name: 1 << index for index, name in enumerate(names)}
-    bit[ASKED] = (1 << len(names)) - 1
+    bit[FORCED_GRADIENTS] = (1 << len(names)) - 1
     needed = dict.fromkeys(graph, 0)
     for slot, gradient in zip(joint.slots, joint.gradients, strict=True):
         if slot is not None and gradient is not None:

@@ -1,19 +1,21 @@
 """A joint forward/backward graph and what its inputs and outputs mean."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
 from torch import fx
 
 from gtcompile.errors import GraphContractError
+from gtcompile.torch_internals import GradAOTOutput
 
 ONE_BATCH = "values of one batch"
-"""The source of a graph that holds for batches alone on which the model branches in the same way."""
-ASKED = "activations that ask for a gradient"
-"""The slot of the activations that the model itself has ask for one: computed whatever is trained."""
+"""The source of a graph that is valid only for batches on which the model takes the same branches."""
+FORCED_GRADIENTS = "activations on which the model calls requires_grad_()"
+"""The gradient slot of these activations together: live whatever is trained."""
 ParameterStatus = Literal["selectable", "frozen by user", "unused"]
 
 
@@ -30,8 +32,8 @@ class Parameter:
     dtype: torch.dtype
     """Type of the stored values."""
     status: ParameterStatus = "selectable"
-    """`selectable` receives a gradient; `unused` has none to receive; `frozen by user` does not ask for
-    one."""
+    """`selectable`: receives a gradient; `unused`: the loss does not depend on it; `frozen by user`: its
+    `requires_grad` is False."""
 
     @property
     def numel(self) -> int:
@@ -62,7 +64,7 @@ class JointGraph:
     """How many leading outputs belong to the forward; the gradient slots follow."""
     slots: tuple[str | None, ...]
     """Per gradient slot the name of the input it is the gradient of; None for an input that never has one.
-    One may be `ASKED`, which stands for no input."""
+    One may be `FORCED_GRADIENTS`, which is no input of the model."""
     parameters: tuple[Parameter, ...] = ()
     """Every parameter of the model, in registration order; empty for a region of one."""
     source: str = ""
@@ -74,6 +76,11 @@ class JointGraph:
     def follows_values(self) -> bool:
         """Whether branches and sizes are those that the values of one batch led to."""
         return self.source == ONE_BATCH
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The nodes, as passes read and edit them."""
+        return self.module.graph
 
     @property
     def outputs(self) -> tuple[fx.Node | None, ...]:
@@ -90,7 +97,7 @@ class JointGraph:
         """Names of the inputs whose gradient this graph computes."""
         pairs = zip(self.slots, self.gradients, strict=True)
         named = (name for name, gradient in pairs if name is not None and gradient is not None)
-        return frozenset(named) - {ASKED}
+        return frozenset(named) - {FORCED_GRADIENTS}
 
     def forward_nodes(self) -> frozenset[fx.Node]:
         """Nodes some forward output needs: they run whatever is trained."""
@@ -114,6 +121,16 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(module, graph)
     copied.meta = dict(module.meta)
     return copied
+
+
+def count_forward_outputs(descriptors: Sequence[object]) -> int:
+    """Count the leading outputs that belong to the forward; the outputs after them are gradient slots.
+
+    Args:
+        descriptors: AOTAutograd's, one per output of a joint graph, as in `meta["desc"]` of its output node.
+    """
+    forward = takewhile(lambda desc: desc is not None and not isinstance(desc, GradAOTOutput), descriptors)
+    return sum(1 for _ in forward)
 
 
 def ancestors(
@@ -150,11 +167,11 @@ def verify(joint: JointGraph) -> None:
         if slot is None and gradient is not None:
             raise GraphContractError(f"output {gradient.name} is a gradient of no known input")
     for node in joint.module.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta and _returns_something(node):
+        if node.op == "call_function" and "val" not in node.meta and returns_something(node):
             raise GraphContractError(f"node {node.name} ({node.target}) has no meta['val']")
 
 
-def _returns_something(node: fx.Node) -> bool:
+def returns_something(node: fx.Node) -> bool:
     """Whether a call has a value; one that only checks its arguments has none."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or bool(schema.returns)

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gtcompile import CaptureError, backward_costs, compile_blocks
 from gtcompile.capture.capture import capture, tangents
 from gtcompile.capture.model_io import check_batch, list_parameters, loss_of, unwrap
 from gtcompile.capture.pristine_model import blocks_uncompiled
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import backward_costs, costs_of
-from gtcompile.errors import CaptureError
+from gtcompile.costs.backward_costs import costs_of
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import ONE_BATCH
 from tests.support.graphs import text_of

@@ -1,17 +1,16 @@
-"""Models that have an activation ask for a gradient: the backward down to it is in every step's costs."""
+"""Models that call `requires_grad_()` on an activation: every step's costs have the backward down to it."""
 
 import pytest
 import torch
 from torch import nn
 
+from gtcompile import backward_costs, compile_blocks, train_only
 from gtcompile.capture.capture import capture
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import backward_costs, work_by_node
+from gtcompile.costs.backward_costs import work_by_node
 from gtcompile.costs.explain import alive_backward_nodes, saved_bytes
 from gtcompile.graph.flops import count_flops
-from gtcompile.graph.joint_graph import ASKED, JointGraph
+from gtcompile.graph.joint_graph import FORCED_GRADIENTS, JointGraph
 from gtcompile.passes.pipeline import restrict_gradients
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import random_sets
 
@@ -40,12 +39,12 @@ def taken_back(x):
     return x
 
 
-def asked_already(x):
+def forced_twice(x):
     by_setter(x)
     return by_call(x)
 
 
-WAYS = (by_setter, by_call, without_gradients, asked_already)
+WAYS = (by_setter, by_call, without_gradients, forced_twice)
 
 
 class Layer(nn.Module):
@@ -59,17 +58,17 @@ class Layer(nn.Module):
         return torch.tanh(self.linear(x))
 
 
-class Asking(nn.Module):
-    """Three layers; a view of the batch asks for a gradient, and so may what the second one is given."""
+class Forcing(nn.Module):
+    """Three layers; a gradient is forced on a view of the batch, and perhaps on the second layer's input."""
 
-    def __init__(self, ask, between=None, branches: bool = False) -> None:
+    def __init__(self, force, between=None, branches: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(Layer() for _ in range(3))
-        self.ask, self.between, self.branches = ask, between, branches
+        self.force, self.between, self.branches = force, between, branches
 
     def forward(self, x):
-        x = self.ask(x[:, None])
+        x = self.force(x[:, None])
         for position, layer in enumerate(self.layers):
             if position == 1 and self.between:
                 x = self.between(x.detach())
@@ -101,9 +100,9 @@ def products(joint: JointGraph) -> int:
 
 
 @pytest.mark.parametrize("branches", [False, True])
-@pytest.mark.parametrize("ask", WAYS)
-def test_what_is_predicted_is_counted(ask, branches):
-    model = Asking(ask, branches=branches)
+@pytest.mark.parametrize("force", WAYS)
+def test_what_is_predicted_is_counted(force, branches):
+    model = Forcing(force, branches=branches)
     costs = backward_costs(model, batch())
     assert costs.follows_values == branches
     for trained in random_sets(sorted(costs.fqns), 3):
@@ -112,22 +111,22 @@ def test_what_is_predicted_is_counted(ask, branches):
     assert costs.step_flops({"layers.2.linear.bias"}) == costs.forward_flops + chain_flops(3)
 
 
-def test_several_of_them_each_have_their_work():
-    model = Asking(by_setter, without_gradients)
+def test_each_forced_gradient_has_its_own_work():
+    model = Forcing(by_setter, without_gradients)
     costs = backward_costs(model, batch())
     assert costs.step_flops({"layers.2.linear.bias"}) == costs.forward_flops + chain_flops(2)
     train_only(model, {"layers.2.linear.bias"})
     assert counted(model) == costs.step_flops({"layers.2.linear.bias"})
 
 
-def test_who_takes_it_back_has_none():
-    costs = backward_costs(Asking(taken_back), batch())
+def test_requires_grad_that_is_set_back_to_false_costs_nothing():
+    costs = backward_costs(Forcing(taken_back), batch())
     assert costs.step_flops({"layers.2.linear.bias"}) == costs.forward_flops
 
 
 @pytest.mark.parametrize("scope", ["whole", "blocks"])
 def test_compiled_models_take_what_is_predicted_and_have_eager_gradients(scope):
-    model = Asking(by_setter)
+    model = Forcing(by_setter)
     run = torch.compile(model, backend="gtcompile", options={"compiler": "eager"})
     if scope == "blocks":
         run = compile_blocks(model, compiler="eager")
@@ -139,10 +138,10 @@ def test_compiled_models_take_what_is_predicted_and_have_eager_gradients(scope):
         assert_same_gradients(model, reference_gradients(run, batch()))
 
 
-def test_a_graph_has_their_gradients_and_one_that_is_restricted_has_not():
-    joint = capture(Asking(by_setter), batch())
+def test_a_graph_has_forced_gradients_until_it_is_restricted():
+    joint = capture(Forcing(by_setter), batch())
     trained = frozenset({"layers.2.linear.bias"})
-    assert ASKED in joint.slots
+    assert FORCED_GRADIENTS in joint.slots
     assert joint.live == {f"layers.{i}.linear.{kind}" for i in range(3) for kind in ("weight", "bias")}
     restricted = restrict_gradients(joint, trained)
     assert restricted.live == trained
@@ -150,15 +149,15 @@ def test_a_graph_has_their_gradients_and_one_that_is_restricted_has_not():
     assert products(joint) == 3 + 3 + 3
 
 
-def test_reports_count_their_work_with_every_set():
-    joint = capture(Asking(by_setter), batch())
+def test_reports_count_forced_gradients_with_every_set():
+    joint = capture(Forcing(by_setter), batch())
     few, all_of_them = frozenset({"layers.2.linear.bias"}), joint.live
     assert alive_backward_nodes(joint, few) < alive_backward_nodes(joint, all_of_them)
     assert 0 < saved_bytes(joint, few) <= saved_bytes(joint, all_of_them)
 
 
-def test_a_model_that_asks_for_nothing_has_no_such_gradient():
-    joint = capture(Asking(lambda x: x, branches=True), batch())
-    assert joint.gradients[joint.slots.index(ASKED)] is None
+def test_a_model_that_forces_nothing_has_no_such_gradient():
+    joint = capture(Forcing(lambda x: x, branches=True), batch())
+    assert joint.gradients[joint.slots.index(FORCED_GRADIENTS)] is None
     inputs = [node.name for node in joint.module.graph.find_nodes(op="placeholder")]
     assert inputs == [*(f"primals_{i}" for i in range(1, 6 + 1 + 1)), "tangents_1"]  # parameters, batch, loss

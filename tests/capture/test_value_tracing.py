@@ -6,18 +6,24 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from gtcompile import (
+    AdaptiveBackprop,
+    BackwardCosts,
+    CaptureError,
+    backward_costs,
+    compile_blocks,
+    train_only,
+)
 from gtcompile.capture.capture import capture
-from gtcompile.capture.value_tracing import ValuesMode
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.errors import CaptureError
+from gtcompile.capture.value_tracing import NoMemoryAccess, ValuesMode
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import ONE_BATCH
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
-from gtcompile.training.adaptive import AdaptiveBackprop
 from tests.support.models import random_sets
 
 ROWS, WIDTH = 7, 11
@@ -250,3 +256,118 @@ def test_every_selection_costs_the_way_its_own_batch_takes():
         selection = adaptive.reselect(batches)
         assert counted(model, batches[0]) == selection.step_flops
         assert selection.full_flops == backward_costs(model, batches[0]).full_flops
+
+
+class Transcriber(nn.Module):
+    """CTC loss on lengths that it is given, as tensors or as numbers."""
+
+    def __init__(self, lengths, by_keyword: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.lengths, self.by_keyword = nn.Linear(WIDTH, 5), lengths, by_keyword
+
+    def forward(self, x, labels):
+        log_probs = torch.log_softmax(self.linear(x), -1)
+        if not self.by_keyword:
+            return nn.CTCLoss()(log_probs, labels, *self.lengths)
+        named = dict(zip(("input_lengths", "target_lengths"), self.lengths, strict=True))
+        return nn.functional.ctc_loss(log_probs, labels, **named)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("kind", [tuple, list, torch.tensor])
+def test_lengths_of_sequences_may_be_numbers_or_tensors(kind, by_keyword):
+    model = Transcriber([kind([9, 7]), kind([3, 2])], by_keyword)
+    inputs = {"x": torch.randn(9, 2, WIDTH), "labels": torch.randint(1, 5, (2, 3))}
+    costs = backward_costs(model, inputs)
+    assert counted(model, inputs) == costs.full_flops
+    expected = torch.autograd.grad(model(**inputs), list(model.parameters()))
+    with NoMemoryAccess():
+        loss = model(**inputs)
+    assert loss == model(**inputs)
+    assert all(map(torch.equal, torch.autograd.grad(loss, list(model.parameters())), expected))
+
+
+FEATURES = 4
+RECURRENT = {
+    "gru": nn.GRU,
+    "lstm": nn.LSTM,
+    "lstm, projected": lambda *args, **named: nn.LSTM(*args, proj_size=3, **named),
+    "rnn, tanh": nn.RNN,
+    "rnn, relu": lambda *args, **named: nn.RNN(*args, nonlinearity="relu", **named),
+}
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over sequences of several lengths, packed and padded again."""
+
+    def __init__(self, kind: str, batch_first: bool, total_length: int | None, **settings) -> None:
+        super().__init__()
+        self.batch_first, self.total_length = batch_first, total_length
+        self.inner = nn.Linear(FEATURES, FEATURES)
+        self.layer = RECURRENT[kind](FEATURES, FEATURES, batch_first=batch_first, **settings)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(self.inner(x), lengths, self.batch_first, enforce_sorted=False)
+        output, hidden = self.layer(packed)
+        padded, ends = pad_packed_sequence(output, self.batch_first, 0.5, self.total_length)
+        hidden = hidden if isinstance(hidden, torch.Tensor) else torch.cat(hidden, dim=-1)
+        return padded.square().mean() + hidden.square().mean() + ends.sum()
+
+
+@st.composite
+def recurrent_models(draw: st.DrawFn) -> tuple[Recurrent, dict[str, torch.Tensor]]:
+    """A model and a batch of its kind."""
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    batch_first = draw(st.booleans())
+    torch.manual_seed(0)
+    model = Recurrent(
+        draw(st.sampled_from(sorted(RECURRENT))),
+        batch_first,
+        draw(st.sampled_from([None, 7])),
+        num_layers=draw(st.integers(1, 2)),
+        bidirectional=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
+    x = torch.randn(len(lengths), max(lengths), FEATURES)
+    return model, {"x": x if batch_first else x.transpose(0, 1), "lengths": torch.tensor(lengths)}
+
+
+@settings(max_examples=40)
+@given(recurrent_models())
+def test_packed_sequences_in_operators_are_what_torch_computes(drawn) -> None:
+    model, batch = drawn
+    expected = model(**batch)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    with NoMemoryAccess():
+        loss = model(**batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), wanted)
+
+
+@settings(max_examples=3)
+@given(recurrent_models())
+def test_costs_of_packed_sequences_are_exact_for_any_trained_set(drawn) -> None:
+    model, batch = drawn
+    costs = backward_costs(model, batch)
+    assert costs.follows_values
+    for trained in random_sets(sorted(costs.fqns), 2):
+        train_only(model, trained)
+        with count_flops() as counter:
+            model(**batch).backward()
+        assert costs.step_flops(trained) == counter.get_total_flops()
+
+
+def test_other_lengths_cost_something_else() -> None:
+    torch.manual_seed(0)
+    model = Recurrent("gru", True, None)
+    x = torch.randn(2, 5, FEATURES)
+    long, short = (backward_costs(model, {"x": x, "lengths": torch.tensor([5, end])}) for end in (5, 2))
+    assert short.full_flops < long.full_flops
+
+
+def test_a_recurrent_layer_over_padded_sequences_is_left_to_torch() -> None:
+    layer, x = nn.GRU(FEATURES, FEATURES), torch.randn(3, 2, FEATURES)
+    with NoMemoryAccess():
+        output, _ = layer(x)
+    torch.testing.assert_close(output, layer(x)[0], rtol=0, atol=0)

@@ -13,7 +13,7 @@ from benchmarks import onednn_products as benchmark
 from gtcompile import compile_blocks, train_only
 from gtcompile.graph.flops import count_flops, node_flops
 from gtcompile.passes import onednn_products
-from gtcompile.passes.onednn_products import PRODUCT, onednn_is_faster, use_faster_products
+from gtcompile.passes.onednn_products import PRODUCT, onednn_is_faster, use_onednn_products
 from gtcompile.testing import assert_same_gradients
 from tests.support.models import WIDTH, ResidualMLP, Stack
 
@@ -67,8 +67,7 @@ def test_float32_products_are_replaced_and_cost_the_same(faster):
     inputs = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5), torch.randn(3, 5)
     module = make_fx(all_kinds)(*inputs)
     before = list(map(node_flops, operators(module)))
-    use_faster_products(module.graph)
-    module.recompile()
+    module = use_onednn_products(module)
     targets = [node.target for node in operators(module)]
     assert targets.count(PRODUCT) == 2
     assert (targets.count(aten.addmm.default), targets.count(aten.mm.default)) == (3, 1)
@@ -80,7 +79,7 @@ def test_small_products_stay_with_torch(monkeypatch):
     monkeypatch.setattr(onednn_products, "_mkl_lacks_avx512", lambda: True)
     for width, replaced in ((8, 0), (512, 1)):
         module = make_fx(torch.mm)(torch.randn(512, width), torch.randn(width, 64))
-        use_faster_products(module.graph)
+        module = use_onednn_products(module)
         assert [node.target for node in operators(module)].count(PRODUCT) == replaced
 
 
@@ -120,7 +119,7 @@ def gradients_of(model):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-def test_who_disables_onednn_is_obeyed(faster):
+def test_nothing_is_replaced_where_onednn_is_disabled(faster):
     assert onednn_is_faster()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not onednn_is_faster()

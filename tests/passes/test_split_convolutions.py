@@ -38,11 +38,7 @@ def joint_with(kind: str) -> JointGraph:
 
 
 def split_backward(joint: JointGraph) -> fx.GraphModule:
-    backward = backward_of(joint)
-    split_convolutions(backward.graph)
-    backward.graph.lint()
-    backward.recompile()
-    return backward
+    return split_convolutions(backward_of(joint))
 
 
 def masks(backward: fx.GraphModule) -> list[list[bool]]:
@@ -90,9 +86,7 @@ def test_a_convolution_that_computes_one_gradient_is_left_alone():
 
 def test_splitting_twice_is_splitting_once():
     once = split_backward(joint_with("two in a row"))
-    before = text_of(once)
-    split_convolutions(once.graph)
-    assert text_of(once) == before
+    assert text_of(split_convolutions(once)) == text_of(once)
 
 
 def test_a_tuple_that_is_read_itself_is_left_alone():
@@ -101,5 +95,5 @@ def test_a_tuple_that_is_read_itself_is_left_alone():
     arguments = (x, x, x, [6], [1], [0], [1], False, [0], 1, [True, True, True])
     node = graph.call_function(aten.convolution_backward.default, arguments)
     graph.output((graph.call_function(getitem, (node, 1)), node))
-    split_convolutions(graph)
-    assert node.args == arguments
+    after = split_convolutions(fx.GraphModule({}, graph))
+    assert after.graph.find_nodes(op="call_function", target=node.target)[0].args[3:] == arguments[3:]
