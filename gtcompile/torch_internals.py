@@ -98,7 +98,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 
 # The classes of operators in a graph: those of aten, and those that call others.
-from torch._ops import HigherOrderOperator, OpOverload  # noqa: E402
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket  # noqa: E402
 
 # Shapes without values: capture from a configuration alone. What is copied within a fake mode would be fake.
 from torch._subclasses.fake_tensor import (  # noqa: E402
@@ -149,6 +149,11 @@ current_autograd_node = torch._C._current_autograd_node
 
 # What AOTAutograd compiles under: autocast has been traced already.
 no_autocast = torch._C._DisableAutocast
+
+
+def dense_kernel(operator: HigherOrderOperator) -> Callable[..., Any] | None:
+    """What a higher-order operator runs on ordinary tensors: its subgraphs, operator by operator."""
+    return operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
 
 
 def compiled_code_stands_aside() -> bool:
@@ -238,6 +243,7 @@ __all__ = [
     "HigherOrderOperator",
     "InputMutationAOTOutput",
     "OpOverload",
+    "OpOverloadPacket",
     "ParamAOTInput",
     "PlainAOTInput",
     "ShapeEnv",
@@ -253,6 +259,7 @@ __all__ = [
     "compile_fx_inner",
     "compiled_code_stands_aside",
     "current_autograd_node",
+    "dense_kernel",
     "dynamo_config",
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
