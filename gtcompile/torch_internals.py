@@ -228,6 +228,22 @@ def reentrant_checkpoints_passed_over() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def lstm_kernels_of_eager() -> Iterator[None]:
+    """Trace LSTMs as the kernels that eager PyTorch calls: oneDNN's or cuDNN's, with one fused backward.
+
+    Tracers replace an LSTM by products of matrices, by a kernel in Python that its operator is given. But
+    Dynamo breaks the graph at `nn.LSTM`, so that what runs is the eager kernel.
+    """
+    lstm = torch.ops.aten.lstm.input
+    with mock.patch.dict(lstm.py_kernels, clear=True):
+        lstm._dispatch_cache.clear()  # it remembers which kernel a key led to
+        try:
+            yield
+        finally:
+            lstm._dispatch_cache.clear()
+
+
 __all__ = [
     "BoxedCodeGen",
     "BufferAOTInput",
@@ -276,6 +292,7 @@ __all__ = [
     "innermost_fn",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "lstm_kernels_of_eager",
     "mark_dynamic",
     "merge_equal_nodes",
     "min_cut_rematerialization_partition",

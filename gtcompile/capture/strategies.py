@@ -21,6 +21,7 @@ from gtcompile.torch_internals import (
     dynamo_config,
     dynamo_graph_capture_for_export,
     is_traceable_wrapper_subclass,
+    lstm_kernels_of_eager,
     reentrant_checkpoints_passed_over,
     settings_not_logged,
     told_to_be_compiled,
@@ -89,6 +90,7 @@ def _told_nothing(
 ) -> tuple[nn.Module, str]:
     """Operator by operator, the model not told that it is compiled: a graph break where it could not be."""
     stack.enter_context(reentrant_checkpoints_passed_over())
+    stack.enter_context(lstm_kernels_of_eager())
     return trace_what_asks(narrowed()), "eager trace"
 
 
@@ -109,7 +111,7 @@ def with_values(
 @contextlib.contextmanager
 def _as_compiled() -> Iterator[None]:
     """What Dynamo would see to, where it is not asked."""
-    with told_to_be_compiled(), reentrant_checkpoints_passed_over():
+    with told_to_be_compiled(), reentrant_checkpoints_passed_over(), lstm_kernels_of_eager():
         yield
 
 

@@ -1,9 +1,9 @@
 """FLOP formulas that torch's registry lacks, by qualified operator name.
 
-Each formula takes the arguments of its operator, with shapes in place of tensors, and `out_shape`, the shapes of
-what it returns. It returns FLOPs, 2 per multiply-add; complex numbers count like real ones, as in torch's own
-formulas. Where the number of operations depends on values (iterations of an eigenvalue solver, say), the formula
-is the one in the literature:
+Each formula takes the arguments of its operator, with shapes in place of tensors, and `out_shape`, the shapes
+of what the operator returns. It returns FLOPs, 2 per multiply-add; complex numbers count like real ones, as
+in torch's own formulas. Where the number of operations depends on values (of an eigenvalue solver, say), the
+formula is the one in the literature:
 
 * GVL: Golub and Van Loan, Matrix Computations, 4th edition.
 * LAWN 41: Blackford and Dongarra, LAPACK Working Note 41, "Installation Guide for LAPACK", appendix C.
@@ -161,7 +161,7 @@ def _flash_attention_cpu(query: Shape, key: Shape, value: Shape, *_: Any, **__: 
 def _flash_attention_cpu_backward(
     grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
 ) -> int:
-    """Recomputed scores and gradients of queries and keys (at their width), of scores and values (at theirs)."""
+    """Recomputed scores; gradients of values, scores, queries and keys."""
     rows, heads, length, width = query
     return 2 * rows * heads * length * key[2] * (3 * width + 2 * value[3])
 
@@ -258,7 +258,7 @@ def _old_triangular_solve(right: Shape, matrix: Shape, *_: Any, out_shape: Seque
 
 
 def _inverse(matrix: Shape, **_: Any) -> int:
-    """torch solves for the identity."""
+    """Torch solves for the identity."""
     return _lu(matrix) + _two_triangular_solves(matrix, prod(matrix))
 
 
@@ -341,9 +341,9 @@ def _eigenvalues(matrix: Shape, **_: Any) -> int:
 def _least_squares(
     matrix: Shape, right: Shape, rcond: float | None = None, *, driver: str | None = None, **_: Any
 ) -> int:
-    """Factors, their product with the right sides, and a triangular solve: GVL 5.3 and, by singular values, 5.5.
+    """Factors, their product with the right sides, and a triangular solve: GVL 5.3.
 
-    For `gels` and `gelsy` the factors are those of QR; `gelsd` and `gelss` take singular values.
+    The factors are those of QR, and for the drivers `gelsd` and `gelss` singular values (GVL 5.5).
     """
     count, rows, columns = _stack(matrix)
     sides = right[-1] if len(right) == len(matrix) else 1

@@ -1,11 +1,10 @@
 """FLOPs of graph nodes, 2 per multiply-add: counted by a formula, known to be none, or refused.
 
-The formulas are those of `torch.utils.flop_counter`, those of `flop_formulas` and those that users register. All
-are in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
+The formulas are those of `torch.utils.flop_counter`, those of `flop_formulas` and those that users register.
+All are in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
 """
 
 import functools
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,93 +16,18 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from gtcompile.errors import CaptureError
-from gtcompile.graph.flop_formulas import FORMULAS
+from gtcompile.graph.flop_registry import register_missing_formulas as register_missing_formulas
 from gtcompile.torch_internals import (
     CountingMode,
     FakeTensor,
     FunctionalTensor,
     HigherOrderOperator,
     OpOverload,
-    OpOverloadPacket,
     dense_kernel,
     tree_map,
 )
 
 aten = torch.ops.aten
-
-
-def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Tell gtcompile and torch's `FlopCounterMode` how many FLOPs an operator takes.
-
-    An operator with a backward operator of its own needs a formula for each of the two. A formula registered
-    before is replaced.
-
-    Args:
-        operator: `torch.ops.library.name` or one of its overloads, what `torch.library.custom_op` returned, a
-            higher-order operator, or the name `"library::name"`.
-        formula: takes the operator's arguments, a tuple of sizes in place of each tensor, and returns the
-            FLOPs of one call, 2 per multiply-add. If it has a parameter `out_shape`, it is also given the sizes
-            of what the operator returns.
-
-    Raises:
-        TypeError: `operator` is no operator, or `formula` cannot be called.
-        ValueError: no operator has this name.
-
-    Example:
-        >>> import torch
-        >>> register_flops(torch.ops.aten.kron, lambda left, right: 0)
-    """
-    if not callable(formula):
-        raise TypeError(f"expected a function from shapes to FLOPs, got {formula!r}")
-    flop_registry[_packet_of(operator)] = _given_shapes(formula)
-
-
-def register_missing_formulas() -> None:
-    """Register gtcompile's formulas for the operators that exist by now and have none."""
-    for qualified_name, formula in FORMULAS.items():
-        packet = _find_packet(qualified_name)
-        if packet is not None and packet not in flop_registry:
-            flop_registry[packet] = _given_shapes(formula)
-
-
-def _packet_of(operator: Any) -> Any:
-    if isinstance(operator, str):
-        packet = _find_packet(operator)
-        if packet is None:
-            raise ValueError(f"no operator is called {operator!r}; expected 'library::name'. Is it imported?")
-        return packet
-    if isinstance(operator, torch.library.CustomOpDef):
-        operator = operator._opoverload
-    if isinstance(operator, OpOverload):
-        return operator.overloadpacket
-    if isinstance(operator, (OpOverloadPacket, HigherOrderOperator)):
-        return operator
-    raise TypeError(f"expected an operator such as torch.ops.library.name, got {operator!r}")
-
-
-def _find_packet(qualified_name: str) -> Any:
-    namespace, _, name = qualified_name.partition("::")
-    return getattr(getattr(torch.ops, namespace), name, None) if name else None
-
-
-def _given_shapes(formula: Callable[..., int]) -> Callable[..., int]:
-    """The formula as torch's registry calls it: with tensors, and what the operator returned as `out_val`."""
-    parameters = inspect.signature(formula).parameters.values()
-    takes_output = any(p.name == "out_shape" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-    @functools.wraps(formula)
-    def given_tensors(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        args, kwargs, out_shape = tree_map(_shape_of, (args, kwargs, out_val))
-        return formula(*args, **kwargs, **({"out_shape": out_shape} if takes_output else {}))
-
-    return given_tensors
-
-
-def _shape_of(value: Any) -> Any:
-    return value.shape if isinstance(value, torch.Tensor) else value
-
-
-register_missing_formulas()
 
 
 class Call(NamedTuple):
@@ -125,11 +49,16 @@ class Call(NamedTuple):
         return 0 if formula is None else int(formula(*self.args, **self.kwargs, out_val=self.result))
 
 
-RUN_RANDOM_OPERATORS = {"run_and_save_rng_state": 0, "run_with_rng_state": 1, "graphsafe_run_with_rng_state": 0}
+RUN_RANDOM_OPERATORS = {
+    "run_and_save_rng_state": 0,
+    "run_with_rng_state": 1,
+    "graphsafe_run_with_rng_state": 0,
+}
 """Operators that run another one, which draws random numbers; its position among their arguments. Recomputed
 attention is run by them, whether or not it drops anything."""
 EFFECTS = "with_effects"
-"""An operator that runs another one in order: given a token and the operator, it returns a token and results."""
+"""An operator that runs another one in order. It takes a token and that operator, and returns a token and the
+results."""
 
 
 def _unwrapped(call: Call) -> Call:
@@ -223,17 +152,21 @@ def node_flops(node: fx.Node) -> int:
     return max((sum(map(node_flops, _calls_in(graph))) for graph in _subgraphs(node)), default=0)
 
 
-def known_flops(node: fx.Node) -> int:
-    """FLOPs of running this node once; an operator that is refused elsewhere counts as little as possible.
+def planning_flops(node: fx.Node) -> int:
+    """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
 
-    For choices between ways to compute the same thing, which have to be made whether or not costs are known.
+    Never to be reported: training an operator needs no formula, a cost does.
     """
-    return 1 if is_unknown(node) else node_flops(node)
+    if not is_unknown(node):
+        return node_flops(node)
+    made = _concrete(node.meta["val"])
+    results = made if isinstance(made, (tuple, list)) else [made]
+    return max(1, sum(result.numel() for result in results if isinstance(result, torch.Tensor)))
 
 
 def has_flops(node: fx.Node) -> bool:
     """Whether running this node takes FLOPs, known or not."""
-    return node.op == "call_function" and known_flops(node) > 0
+    return node.op == "call_function" and (is_unknown(node) or node_flops(node) > 0)
 
 
 def output_flops(node: fx.Node) -> dict[int, int]:
@@ -260,8 +193,8 @@ def is_unknown(node: fx.Node) -> bool:
     subgraphs = _subgraphs(node)
     if not subgraphs:
         return _does_matmul_like_work(node)
-    runs_one = node.target in RUNS_ONE_SUBGRAPH
-    return any((is_unknown if runs_one else has_flops)(call) for graph in subgraphs for call in _calls_in(graph))
+    is_refused = is_unknown if node.target in RUNS_ONE_SUBGRAPH else has_flops
+    return any(is_refused(call) for graph in subgraphs for call in _calls_in(graph))
 
 
 def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
@@ -273,18 +206,18 @@ def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
     unknown = Counter(_name_of(node) for node in nodes if is_unknown(node))
     if not unknown:
         return
-    called = ", ".join(f"{name} ({calls} {'call' if calls == 1 else 'calls'})" for name, calls in unknown.items())
+    called = ", ".join(f"{name} ({calls}x)" for name, calls in unknown.items())
     how = "; ".join(f"gtcompile.register_flops(torch.ops.{name}, formula)" for name in unknown)
-    count = "1 operator does" if len(unknown) == 1 else f"{len(unknown)} operators do"
     raise CaptureError(
-        f"{count} matmul-like work and no FLOP formula is known: {called}. Costs without them would be wrong. "
-        f"Register a function from the shapes of the arguments to FLOPs, 2 per multiply-add: {how}."
+        f"no FLOP formula is known for these operators, which do matmul-like work: {called}. Without them "
+        f"costs would be wrong. Register a function from the shapes of an operator's arguments to FLOPs, 2 per "
+        f"multiply-add: {how}."
     )
 
 
 RUNS_ONE_SUBGRAPH = (torch.ops.higher_order.cond, torch.ops.higher_order.invoke_subgraph)
-"""Operators that run one of their subgraphs once. They count as the costliest, as in torch's counter. Others run
-theirs, a loop's body say, a number of times that only they know."""
+"""Operators that run one of their subgraphs once, and count as the costliest, as in torch's counter. Others
+run theirs, such as the body of a loop, a number of times that is not known before."""
 
 
 def _subgraphs(node: fx.Node) -> list[fx.Graph]:

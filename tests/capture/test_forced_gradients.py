@@ -6,7 +6,8 @@ from torch import nn
 
 from gtcompile.capture.capture import capture
 from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import backward_costs, work_by_node
+from gtcompile.costs.backward_costs import backward_costs
+from gtcompile.costs.dependency_graph import work_by_node
 from gtcompile.costs.explain import alive_backward_nodes, saved_bytes
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import ASKED, JointGraph
@@ -97,7 +98,7 @@ def chain_flops(layers: int) -> int:
 
 def products(joint: JointGraph) -> int:
     """How many nodes multiply matrices."""
-    return sum(flops > 0 for flops in work_by_node(joint).values())
+    return sum(flops > 0 for flops in work_by_node(joint.module.graph.nodes).values())
 
 
 @pytest.mark.parametrize("branches", [False, True])
