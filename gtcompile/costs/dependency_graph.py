@@ -4,6 +4,7 @@ A backward node runs exactly when it leads to the gradient of a trained paramete
 with the parameters that need it, and every question about a trained set is a question about these sets.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from operator import getitem
@@ -82,8 +83,7 @@ def dependencies(joint: JointGraph) -> "nx.DiGraph[str]":
     gradients = {node: slot for slot, node in slots if node is not None and slot in live}
     needed = parameters_needing(joint, graph)
     for node in nodes:
-        graph.add_node(
-            node.name,
+        graph.nodes[node.name].update(
             flops=work.get(node, 0),
             bytes=_bytes_of(node.meta.get("val")),
             direction=FORWARD if node in forward or _is_primal(node) else BACKWARD,
@@ -143,9 +143,13 @@ def operator_of(node: fx.Node) -> str:
     """A node's operator in a word or two; of an input, what it stands for."""
     if node.op == "placeholder":
         return "tangent" if _is_tangent(node) else input_of(node)
-    if node.op != "call_function":
-        return node.op
-    return str(node.target) if "." in str(node.target) else str(getattr(node.target, "__name__", node.target))
+    return _name_of(node.target) if node.op == "call_function" else node.op
+
+
+@functools.cache
+def _name_of(target: object) -> str:
+    name = str(target)
+    return name if "." in name else str(getattr(target, "__name__", name))
 
 
 def _is_tangent(node: fx.Node) -> bool:

@@ -141,6 +141,16 @@ def _summed_product(left: Sequence[int], right: Sequence[int], summed: Sequence[
     return 2 * prod(met) if summed else 0
 
 
+def _convolution_over_time(rows: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """`weight` is (kernel, channels in, channels out)."""
+    return 2 * prod(out_shape) * prod(weight[:2])
+
+
+def _embedding_dots(grad: Shape, table: Shape, indices: Shape, *_: Any, **__: Any) -> int:
+    """A dot product of a gradient and a row of the table for every index."""
+    return 2 * prod(indices) * table[-1]
+
+
 def _expanded(shape: Shape, dims: Sequence[int]) -> list[int]:
     """A shape with a dimension of size 1 put in at each of these positions."""
     sizes = list(shape)
@@ -320,6 +330,13 @@ def _singular_values(matrix: Shape, full_matrices: bool = False, compute_uv: boo
     return count * (14 * m * n**2 + 8 * n**3)
 
 
+def _pseudoinverse(matrix: Shape, *_: Any, hermitian: bool = False, **__: Any) -> int:
+    """Singular vectors, or eigenvectors of a symmetric matrix, and one product of the two sides."""
+    count, rows, columns = _stack(matrix)
+    factors = _symmetric_eigenvalues(matrix) if hermitian else _singular_values(matrix)
+    return factors + count * 2 * rows * columns * min(rows, columns)
+
+
 def _symmetric_eigenvalues(matrix: Shape, uplo: str = "L", compute_v: bool = True, **_: Any) -> int:
     """The symmetric QR algorithm: GVL 8.3."""
     count, size, _columns = _stack(matrix)
@@ -401,6 +418,8 @@ def _chunked_cross_entropy(rows: Shape, weight: Shape, *args: Any, **_: Any) -> 
 FORMULAS: dict[str, Formula] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_attention_cpu,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_attention_cpu_backward,
+    "aten::_scaled_dot_product_fused_attention_overrideable": _flash_attention_cpu,
+    "aten::_scaled_dot_product_fused_attention_overrideable_backward": _flash_attention_cpu_backward,
     "aten::mv": _matrix_vector,
     "aten::addmv": _added_matrix_vector,
     "aten::dot": _dot,
@@ -414,6 +433,8 @@ FORMULAS: dict[str, Formula] = {
     "aten::mkldnn_linear": _product_with_transposed,
     "mkldnn::_linear_pointwise": _product_with_transposed,
     "aten::_trilinear": _trilinear,
+    "aten::conv_tbc": _convolution_over_time,
+    "aten::_embedding_bag_per_sample_weights_backward": _embedding_dots,
     "aten::_grouped_mm": _grouped_matmul,
     "aten::_scaled_grouped_mm": _grouped_matmul,
     "aten::_scaled_grouped_mm_v2": _grouped_matmul,
@@ -465,6 +486,7 @@ FORMULAS: dict[str, Formula] = {
     "aten::linalg_eigvals": _eigenvalues,
     "aten::_linalg_eigvals": _eigenvalues,
     "aten::linalg_lstsq": _least_squares,
+    "aten::linalg_pinv": _pseudoinverse,
     "aten::linalg_matrix_exp": _matrix_exponential,
     "aten::mkldnn_rnn_layer": _onednn_lstm,
     "aten::mkldnn_rnn_layer_backward": _onednn_lstm_backward,

@@ -24,7 +24,6 @@ from gtcompile.torch_internals import (
     HigherOrderOperator,
     OpOverload,
     dense_kernel,
-    tree_map,
 )
 
 aten = torch.ops.aten
@@ -210,8 +209,8 @@ def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
     how = "; ".join(f"gtcompile.register_flops(torch.ops.{name}, formula)" for name in unknown)
     raise CaptureError(
         f"no FLOP formula is known for these operators, which do matmul-like work: {called}. Without them "
-        f"costs would be wrong. Register a function from the shapes of an operator's arguments to FLOPs, 2 per "
-        f"multiply-add: {how}."
+        f"costs would be wrong. Register a function from the shapes of an operator's arguments to FLOPs, 2 "
+        f"per multiply-add: {how}."
     )
 
 
@@ -235,21 +234,26 @@ def _calls_in(graph: fx.Graph) -> list[fx.Node]:
 
 def _formula_of(node: fx.Node) -> Callable[..., int] | None:
     """The formula that counts a node, if there is one."""
-    target = node.target
-    if isinstance(target, HigherOrderOperator):
-        if target in flop_registry:
-            return flop_registry[target]  # type: ignore[no-any-return]
-        target = _operator_run_by(node) or target
-    return flop_registry.get(target.overloadpacket if isinstance(target, OpOverload) else target)
+    formula: Callable[..., int] | None = flop_registry.get(_key_of(node.target))
+    if formula is None and isinstance(node.target, HigherOrderOperator):
+        formula = flop_registry.get(_key_of(_operator_run_by(node)))
+    return formula
 
 
-def _operator_run_by(node: fx.Node) -> Any:
+def _key_of(target: object) -> object:
+    """How torch's registry knows an operator: all overloads of one together."""
+    return target.overloadpacket if isinstance(target, OpOverload) else target
+
+
+def _operator_run_by(node: fx.Node) -> OpOverload | None:
     """The operator among a node's arguments that the node runs."""
     return next((argument for argument in node.args if isinstance(argument, OpOverload)), None)
 
 
 def _does_matmul_like_work(node: fx.Node) -> bool:
-    target = _operator_run_by(node) or node.target
+    target: Any = node.target
+    if isinstance(target, HigherOrderOperator):
+        target = _operator_run_by(node) or target
     if isinstance(target, OpOverload):
         namespace, _, name = target.overloadpacket._qualified_op_name.partition("::")
         return _is_matmul_like(name) or (namespace not in ("aten", "prims") and _reads_two_matrices(node))
@@ -281,8 +285,8 @@ def _name_of(node: fx.Node) -> str:
 def _call_of(node: fx.Node) -> Call:
     """What a node calls: fake tensors for nodes, sizes as they were when captured."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
-    target = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
-    return _unwrapped(Call(target, _concrete(args), _concrete(kwargs), _concrete(node.meta.get("val"))))
+    result = _concrete(node.meta.get("val"))
+    return _unwrapped(Call(_key_of(node.target), _concrete(args), _concrete(kwargs), result))
 
 
 def _concrete(value: Any) -> Any:
@@ -290,12 +294,16 @@ def _concrete(value: Any) -> Any:
 
     A formula that computes with symbolic sizes would make the compiled code hold for these sizes alone.
     """
-    return tree_map(_concrete_leaf, value)
+    if isinstance(value, torch.Tensor):
+        return _concrete_tensor(value)
+    if isinstance(value, (tuple, list)):
+        return (list if isinstance(value, list) else tuple)(map(_concrete, value))
+    if isinstance(value, dict):
+        return {key: _concrete(each) for key, each in value.items()}
+    return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-def _concrete_leaf(value: Any) -> Any:
-    if isinstance(value, torch.SymInt):
-        return value.node.hint
-    if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
-        return torch.empty([_concrete_leaf(size) for size in value.shape], dtype=value.dtype, device="meta")
-    return value
+def _concrete_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if not any(isinstance(size, torch.SymInt) for size in tensor.shape):
+        return tensor
+    return torch.empty(_concrete(tuple(tensor.shape)), dtype=tensor.dtype, device="meta")
