@@ -6,7 +6,9 @@ from gtcompile.compiler.backend import gtcompile
 from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
 from gtcompile.compiler.options import CompileOptions
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.costs.dependency_graph import dependency_graph
 from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
+from gtcompile.graph.flop_registry import register_flops
 from gtcompile.importance.estimators import measure_importance
 from gtcompile.selection.selection import Selection, select_parameters
 from gtcompile.state.trained_set import train_only, trained_parameters
@@ -28,9 +30,11 @@ __all__ = [
     "Selection",
     "backward_costs",
     "compile_blocks",
+    "dependency_graph",
     "gtcompile",
     "load_training",
     "measure_importance",
+    "register_flops",
     "save_training",
     "select_parameters",
     "train_only",

@@ -104,7 +104,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
 
 # The classes of operators in a graph: those of aten, and those that call others.
-from torch._ops import HigherOrderOperator, OpOverload  # noqa: E402
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket  # noqa: E402
 
 # Shapes without values: capture from a configuration alone. What is copied within a fake mode would be fake.
 from torch._subclasses.fake_tensor import (  # noqa: E402
@@ -184,6 +184,11 @@ INDUCTOR_RANDOM = "inductor_rand"
 """Part of the names of Inductor's operators that draw random numbers, for which there is no eager code."""
 
 
+def dense_kernel(operator: HigherOrderOperator) -> Callable[..., Any] | None:
+    """What a higher-order operator runs on ordinary tensors: its subgraphs, operator by operator."""
+    return operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+
+
 def compiled_code_stands_aside() -> bool:
     """Whether calls of compiled code run eagerly for now.
 
@@ -260,6 +265,22 @@ def reentrant_checkpoints_passed_over() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def lstm_kernels_of_eager() -> Iterator[None]:
+    """Trace LSTMs as the kernels that eager PyTorch calls: oneDNN's or cuDNN's, with one fused backward.
+
+    Tracers replace an LSTM by products of matrices, by a kernel in Python that its operator is given. But
+    Dynamo breaks the graph at `nn.LSTM`, so that what runs is the eager kernel.
+    """
+    lstm = torch.ops.aten.lstm.input
+    with mock.patch.dict(lstm.py_kernels, clear=True):
+        lstm._dispatch_cache.clear()  # it remembers which kernel a key led to
+        try:
+            yield
+        finally:
+            lstm._dispatch_cache.clear()
+
+
 __all__ = [
     "EMBEDDING_HOOK",
     "FSDP_POST_BACKWARD_NODE",
@@ -286,6 +307,7 @@ __all__ = [
     "HigherOrderOperator",
     "InputMutationAOTOutput",
     "OpOverload",
+    "OpOverloadPacket",
     "ParamAOTInput",
     "PlainAOTInput",
     "ShortenTraceback",
@@ -300,6 +322,7 @@ __all__ = [
     "compile_fx_inner",
     "compiled_code_stands_aside",
     "current_autograd_node",
+    "dense_kernel",
     "dynamo_config",
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
@@ -315,6 +338,7 @@ __all__ = [
     "innermost_fn",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "lstm_kernels_of_eager",
     "mark_dynamic",
     "merge_equal_nodes",
     "min_cut_rematerialization_partition",

@@ -23,6 +23,7 @@ from gtcompile.torch_internals import (
     dynamo_config,
     dynamo_graph_capture_for_export,
     is_traceable_wrapper_subclass,
+    lstm_kernels_of_eager,
     reentrant_checkpoints_passed_over,
     settings_not_logged,
     told_to_be_compiled,
@@ -102,6 +103,7 @@ def _as_compiled(module: nn.Module, batch: dict[str, Any], stack: contextlib.Exi
 
 def _as_eager(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     stack.enter_context(reentrant_checkpoints_passed_over())
+    stack.enter_context(lstm_kernels_of_eager())
     return _every_run_alike(trace_forced_gradients(module))
 
 

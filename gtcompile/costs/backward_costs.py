@@ -1,31 +1,25 @@
-"""What every set of trained parameters costs: networkx reachability over the joint graph.
+"""What training any set of parameters costs, read off the dependency graph.
 
-A backward node runs exactly when some trained parameter's gradient is reachable from it. So each node belongs
-to the set of parameters that need it, and the cost of a trained set is the sum over the nodes whose set it
-meets: exact, shared paths counted once.
+A backward node runs exactly when a trained parameter needs it. So the cost of a trained set is the sum over
+the nodes that one of its parameters needs: exact, with shared paths counted once.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
-import networkx as nx
-from torch import fx, nn
+from torch import nn
 
-from gtcompile.capture.capture import capture
-from gtcompile.capture.model_io import unwrap
 from gtcompile.costs.budgets import smallest_budget
+from gtcompile.costs.dependency_graph import BACKWARD, LossFunction, capture_everything, dependencies
 from gtcompile.errors import CaptureError
-from gtcompile.graph.flops import node_flops, output_flops, register_missing_formulas
-from gtcompile.graph.joint_graph import FORCED_GRADIENTS, JointGraph, Parameter, names_of
-from gtcompile.state.restore import everything_trainable
+from gtcompile.graph.joint_graph import JointGraph, Parameter, names_of
 
 
 @dataclass(frozen=True, slots=True)
 class SharedWork:
-    """Backward work that is done, once, if any of its parameters is trained."""
+    """Backward work that is done once if any of its parameters is trained."""
 
     flops: int
     """FLOPs per training step."""
@@ -33,7 +27,7 @@ class SharedWork:
     """FQNs whose gradients need this work."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BackwardCosts:
     """FLOPs of one training step for any set of trained parameters, at the captured shapes."""
 
@@ -44,7 +38,7 @@ class BackwardCosts:
     shared_work: tuple[SharedWork, ...]
     """The backward, one entry per distinct set of parameters, fewest parameters first."""
     follows_values: bool = False
-    """Whether the forward branches on data, and these are the costs of the way that this batch takes."""
+    """Whether the forward branches on data: these are the costs of the branches that this batch takes."""
 
     @property
     def fqns(self) -> frozenset[str]:
@@ -99,51 +93,53 @@ class BackwardCosts:
             raise ValueError(f"no selectable parameter is called {', '.join(map(repr, unknown))}")
         return frozenset(known[name] for name in names)
 
+    def __repr__(self) -> str:
+        return f"<BackwardCosts: {self}>"
+
     def __str__(self) -> str:
         full, forward = self.full_flops, self.forward_flops
         share = f"{forward / full:.1%}" if full else "all"
-        way = ", the way this batch takes" if self.follows_values else ""
+        branches = " on the branches this batch takes" if self.follows_values else ""
         selectable = f"{len(self.fqns)} selectable parameters"
-        return f"{full:.4g} FLOPs a full step{way}, {share} of them forward, {selectable}"
+        return f"{full:.4g} FLOPs a full step{branches}, {share} of them forward, {selectable}"
 
 
-def backward_costs(model: nn.Module, example_inputs: Mapping[str, Any]) -> BackwardCosts:
+def backward_costs(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None) -> BackwardCosts:
     """The exact FLOPs of one training step of `model` for any trained set, at the shapes of one batch.
 
-    Whatever `train_only` has frozen by now is part of a full step and can be selected; what the user froze is
-    not. Where the forward branches on data they are the costs of the way that this batch takes, which needs
-    real weights.
+    A full step trains everything that was trainable when gtcompile first saw the model. What `train_only` has
+    frozen since then can be selected; what the user froze cannot. Where the forward branches on data, the
+    costs are those of the branches that this batch takes, which needs real weights.
 
     Args:
-        model: returns its scalar loss or an output with `.loss`; may be on the meta device, without weights.
-        example_inputs: keyword dictionary of one batch of ordinary tensors, labels included.
+        model: returns its loss, unless there is a `loss_fn`; may be on the meta device, without weights.
+        batch: the keyword dictionary of one batch of ordinary tensors, labels included; with `loss_fn`,
+            anything it takes.
+        loss_fn: from the model and the batch to the scalar loss; None if the model returns its loss, as a
+            scalar or as `.loss`.
 
     Raises:
-        CaptureError: the model could not be captured, or an operator's FLOPs are unknown.
+        CaptureError: the model could not be captured, or operators' FLOPs are unknown: names all of them.
         ValueError, TypeError: the batch does not fit the model's forward.
     """
-    with everything_trainable(unwrap(model)):
-        return costs_of(capture(model, example_inputs))
+    return costs_of(capture_everything(model, batch, loss_fn))
 
 
 def costs_of(joint: JointGraph) -> BackwardCosts:
     """Read the costs off a joint graph.
 
     Raises:
-        CaptureError: for a matmul-like operator without a FLOP formula, or when no parameter has a gradient.
+        CaptureError: for matmul-like operators without a FLOP formula, or when no parameter has a gradient.
     """
     if not joint.live:
-        raise CaptureError("no parameter receives a gradient: the loss depends on none that asks for one")
-    register_missing_formulas()
-    needed_by = parameters_needing(joint)
-    forward = joint.forward_nodes()
+        raise CaptureError("no parameter receives a gradient: the loss depends on none that requires grad")
     forward_flops = 0
     backward: defaultdict[frozenset[str], int] = defaultdict(int)
-    for node, flops in _work(joint):
-        if node in forward:
-            forward_flops += flops
-        elif flops:
-            backward[needed_by[node]] += flops
+    for _, node in dependencies(joint).nodes(data=True):
+        if node["direction"] == BACKWARD:
+            backward[node["parameters"]] += node["flops"]
+        else:
+            forward_flops += node["flops"]
     return BackwardCosts(
         parameters=joint.parameters,
         forward_flops=forward_flops,
@@ -152,65 +148,6 @@ def costs_of(joint: JointGraph) -> BackwardCosts:
     )
 
 
-def dependency_graph(joint: JointGraph) -> "nx.DiGraph[fx.Node]":
-    """Data flow of a joint graph: an edge from each node to every node that reads it."""
-    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
-    graph.add_nodes_from(joint.module.graph.nodes)
-    graph.add_edges_from(
-        (source, node) for node in joint.module.graph.nodes for source in node.all_input_nodes
-    )
-    graph.remove_node(joint.module.graph.output_node())
-    return graph
-
-
-def parameters_needing(joint: JointGraph) -> dict[fx.Node, frozenset[str]]:
-    """Per node the parameters whose gradient cannot be computed without it.
-
-    Activations that the model itself has ask for a gradient get one with every parameter's.
-    """
-    graph = dependency_graph(joint)
-    names = sorted(joint.live)
-    bit = {name: 1 << index for index, name in enumerate(names)}
-    bit[FORCED_GRADIENTS] = (1 << len(names)) - 1
-    needed = dict.fromkeys(graph, 0)
-    for slot, gradient in zip(joint.slots, joint.gradients, strict=True):
-        if slot is not None and gradient is not None:
-            needed[gradient] |= bit[slot]
-    for node in reversed(list(nx.topological_sort(graph))):
-        for reader in graph.successors(node):
-            needed[node] |= needed[reader]
-    sets = {mask: frozenset(name for name in names if bit[name] & mask) for mask in set(needed.values())}
-    return {node: sets[mask] for node, mask in needed.items()}
-
-
-def _work(joint: JointGraph) -> Iterable[tuple[fx.Node, int]]:
-    """Each piece of work and the node whose readers decide whether it is done.
-
-    A masked backward operator does the work of each output for those who read that output.
-    """
-    for node in joint.module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        by_output = output_flops(node)
-        if not by_output:
-            yield node, node_flops(node)
-        for user in node.users if by_output else ():
-            assert user.target is getitem
-            yield user, by_output.get(user.args[1], 0)
-
-
-def work_by_node(joint: JointGraph) -> dict[fx.Node, int]:
-    """FLOPs per training step by node; those of a masked backward operator stand at its outputs.
-
-    Raises:
-        CaptureError: for a matmul-like operator without a FLOP formula.
-    """
-    work: defaultdict[fx.Node, int] = defaultdict(int)
-    for node, flops in _work(joint):
-        work[node] += flops
-    return dict(work)
-
-
 def _in_order(backward: Mapping[frozenset[str], int]) -> tuple[SharedWork, ...]:
-    works = [SharedWork(flops, parameters) for parameters, flops in backward.items() if parameters]
+    works = [SharedWork(flops, parameters) for parameters, flops in backward.items() if flops and parameters]
     return tuple(sorted(works, key=lambda work: (len(work.parameters), sorted(work.parameters))))

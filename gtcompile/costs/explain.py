@@ -1,6 +1,6 @@
-"""Why a node of the joint graph runs for a trained set or not, and what another trained set changes."""
+"""Why a node of the joint graph runs for a trained set or not, and what changes with another trained set."""
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from gtcompile.capture.capture import tangents
-from gtcompile.costs.backward_costs import dependency_graph, parameters_needing, work_by_node
+from gtcompile.costs.dependency_graph import BACKWARD, FORWARD, dependencies
 from gtcompile.graph.joint_graph import JointGraph, ancestors, names_of
 from gtcompile.graph.names import near_names
 
@@ -21,9 +21,9 @@ class Explanation:
     """Why one node runs or was eliminated."""
 
     subject: str
-    """What was asked about: a node's name or an FQN."""
+    """The node's name or FQN that the question was about."""
     node: str
-    """The node; for a parameter the last that computes its gradient."""
+    """Name of the node; for a parameter, of the last node that computes its gradient."""
     phase: Phase
     """The forward runs whatever is trained; a forward node is explained by what it is saved for."""
     alive: bool
@@ -36,15 +36,16 @@ class Explanation:
     path: tuple[str, ...]
     """Node names from it to the gradient of `reached`, each read by the next; empty when nothing reads it."""
     reached: str | None
-    """The parameter whose gradient the path ends in: trained where there is one, else frozen."""
+    """The parameter whose gradient the path ends in: a trained one if possible, else a frozen one."""
     chain: tuple[str, ...]
-    """Node names from the loss's tangent to it: what has to run before it; empty in the forward."""
+    """Node names from the gradient of the loss to this node, which have to run before it; empty in the
+    forward."""
     flops: int
-    """Of the node itself, per training step."""
+    """FLOPs of the node itself, per training step."""
     freed_flops: Mapping[str, int]
-    """By trained FQN in `needed_by`: FLOPs that a step loses when that one alone is frozen."""
+    """By trained FQN in `needed_by`: FLOPs per training step saved by freezing it alone."""
     freed_together_flops: int
-    """FLOPs that a step loses when all of `needed_by` are frozen."""
+    """FLOPs per training step saved by freezing all of `needed_by`."""
 
     def __str__(self) -> str:
         if self.phase == "forward":
@@ -73,7 +74,7 @@ class Difference:
     gained_flops: int
     """FLOPs per training step of the nodes that appeared."""
     lost_flops: int
-    """FLOPs per training step of the nodes that went."""
+    """FLOPs per training step of the nodes that disappeared."""
     gained_bytes: int
     """Bytes saved for backward only afterwards."""
     lost_bytes: int
@@ -96,7 +97,7 @@ def _count(things: Collection[str], noun: str) -> str:
 
 
 def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:
-    """Why a node, or the gradient of a parameter, is computed for a trained set or not.
+    """Say why a node, or the gradient of a parameter, is computed for a trained set or not.
 
     Args:
         joint: as captured, with every gradient live.
@@ -104,82 +105,89 @@ def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:
         trained: FQNs.
 
     Raises:
-        ValueError: nothing is called that (names the nearest), the parameter has no gradient, or `trained`
-            names a parameter without one.
+        ValueError: nothing has this name (the nearest names are listed), the parameter has no gradient, or
+            `trained` names a parameter without one.
     """
     _check_trained(joint, trained)
-    node = _find(joint, subject)
-    needing = parameters_needing(joint)
-    if node in joint.forward_nodes() or node.op == "placeholder":
-        needed, phase = _gradients_reading(joint, node, needing), "forward"
-    else:
-        needed, phase = needing[node], "backward"
+    node, graph = _find(joint, subject), dependencies(joint)
+    name = node.name
+    forward = graph.nodes[name]["direction"] == FORWARD or node.op == "placeholder"
+    needed = _gradients_reading(graph, name) if forward else graph.nodes[name]["parameters"]
     needed_by, would_need = needed & trained, needed - trained
-    path, reached = _path(joint, node, needed_by or would_need)
-    alive = phase == "forward" or bool(needed_by) or node in _kept_for_effects(joint)
+    path, reached = _path(graph, name, needed_by or would_need)
     return Explanation(
         subject=subject,
-        node=node.name,
-        phase="forward" if phase == "forward" else "backward",
-        alive=alive,
+        node=name,
+        phase="forward" if forward else "backward",
+        alive=forward or bool(needed_by) or node in _kept_for_effects(joint),
         needed_by=needed_by,
         would_need=would_need,
         path=path,
         reached=reached,
-        chain=_chain(joint, node) if phase == "backward" else (),
-        flops=work_by_node(joint).get(node, 0),
-        freed_flops={fqn: _lost(joint, needing, trained, trained - {fqn}) for fqn in sorted(needed_by)},
-        freed_together_flops=_lost(joint, needing, trained, trained - needed_by),
+        chain=() if forward else _chain(graph, [tangent.name for tangent in tangents(joint)], name),
+        flops=graph.nodes[name]["flops"],
+        freed_flops={fqn: _lost(graph, trained, trained - {fqn}) for fqn in sorted(needed_by)},
+        freed_together_flops=_lost(graph, trained, trained - needed_by),
     )
 
 
 def compare_trained_sets(joint: JointGraph, before: Set[str], after: Set[str]) -> Difference:
-    """Parameters, FLOPs, saved bytes and nodes that come and go from one trained set to another.
+    """List the parameters, FLOPs, saved bytes and nodes that come and go from one trained set to another.
 
     Raises:
         ValueError: a set names a parameter without a gradient.
     """
     for trained in (before, after):
         _check_trained(joint, trained)
-    alive = [alive_backward_nodes(joint, trained) for trained in (before, after)]
-    saved = [saved_values(joint, trained) for trained in (before, after)]
-    needing = parameters_needing(joint)
-    order = [node for node in joint.module.graph.nodes if node in alive[0] ^ alive[1]]
+    graph = dependencies(joint)
+    alive = [_alive(joint, graph, trained) for trained in (before, after)]
+    saved = [_saved(joint, graph, trained) for trained in (before, after)]
+    changed = [node for node in joint.module.graph.nodes if node in alive[0] ^ alive[1]]
     return Difference(
         entered=tuple(sorted(after - before)),
         left=tuple(sorted(before - after)),
-        gained_flops=_lost(joint, needing, after, before),
-        lost_flops=_lost(joint, needing, before, after),
+        gained_flops=_lost(graph, after, before),
+        lost_flops=_lost(graph, before, after),
         gained_bytes=sum(size for key, size in saved[1].items() if key not in saved[0]),
         lost_bytes=sum(size for key, size in saved[0].items() if key not in saved[1]),
-        appeared=tuple(node.name for node in order if node in alive[1]),
-        gone=tuple(node.name for node in order if node in alive[0]),
+        appeared=tuple(node.name for node in changed if node in alive[1]),
+        gone=tuple(node.name for node in changed if node in alive[0]),
     )
 
 
 def alive_backward_nodes(joint: JointGraph, trained: Set[str]) -> frozenset[fx.Node]:
     """The backward nodes that run when exactly these parameters are trained."""
-    forward, effects = joint.forward_nodes(), _kept_for_effects(joint)
-    return frozenset(
-        node
-        for node, needed in parameters_needing(joint).items()
-        if node not in forward and node.op != "placeholder" and (node in effects or needed & trained)
-    )
+    return _alive(joint, dependencies(joint), trained)
 
 
 def saved_bytes(joint: JointGraph, trained: Set[str]) -> int:
     """Bytes of forward values that the backward of a trained set reads, weights and batch not counted.
 
-    What a partitioner starts from: it may recompute some of them instead, which takes less memory.
+    A partitioner starts from these values. It may recompute some of them instead, which takes less memory.
     """
     return sum(saved_values(joint, trained).values())
 
 
 def saved_values(joint: JointGraph, trained: Set[str]) -> dict[int, int]:
-    """Bytes by storage that the backward of a trained set reads of the forward; views count once."""
+    """By storage the bytes of forward values that the backward of a trained set reads; views count once."""
+    return _saved(joint, dependencies(joint), trained)
+
+
+def _alive(joint: JointGraph, graph: "nx.DiGraph[str]", trained: Set[str]) -> frozenset[fx.Node]:
+    effects = _kept_for_effects(joint)
+    return frozenset(
+        node
+        for node in joint.module.graph.nodes
+        if node.op not in ("placeholder", "output")
+        and graph.nodes[node.name]["direction"] == BACKWARD
+        and (node in effects or graph.nodes[node.name]["parameters"] & trained)
+    )
+
+
+def _saved(joint: JointGraph, graph: "nx.DiGraph[str]", trained: Set[str]) -> dict[int, int]:
     forward = joint.forward_nodes()
     given = {_storage(node) for node in joint.module.graph.find_nodes(op="placeholder")}
-    alive = alive_backward_nodes(joint, trained)
+    alive = _alive(joint, graph, trained)
     read = {source for node in alive for source in node.all_input_nodes if source in forward}
     values = {_storage(node): node.meta["val"] for node in read if node.op != "placeholder"}
     return {
@@ -205,7 +213,8 @@ def _find(joint: JointGraph, subject: str) -> fx.Node:
     fqns = names_of(joint.parameters)
     nodes: dict[str, fx.Node] = {n.name: n for n in joint.module.graph.nodes if n.op != "output"}
     if subject in fqns:
-        gradients = _gradients(joint).get(fqns[subject])
+        slots = zip(joint.slots, joint.gradients, strict=True)
+        gradients = [node for slot, node in slots if slot == fqns[subject] and node is not None]
         if not gradients:
             status = next(p.status for p in joint.parameters if p.fqn == fqns[subject])
             raise ValueError(f"{subject!r} has no gradient in this graph: it is {status}")
@@ -217,42 +226,28 @@ def _find(joint: JointGraph, subject: str) -> fx.Node:
     return nodes[subject]
 
 
-def _gradients(joint: JointGraph) -> dict[str, list[fx.Node]]:
-    gradients: dict[str, list[fx.Node]] = {}
-    for slot, node in zip(joint.slots, joint.gradients, strict=True):
-        if slot is not None and node is not None:
-            gradients.setdefault(slot, []).append(node)
-    return gradients
-
-
-def _gradients_reading(
-    joint: JointGraph, node: fx.Node, needing: Mapping[fx.Node, frozenset[str]]
-) -> frozenset[str]:
+def _gradients_reading(graph: "nx.DiGraph[str]", name: str) -> frozenset[str]:
     """Parameters whose gradient reads a forward value itself, not through other forward values."""
-    forward = joint.forward_nodes()
-    readers = [user for user in node.users if user not in forward and user in needing]
-    return frozenset().union(*(needing[user] for user in readers))
+    readers = (graph.nodes[reader] for reader in graph.successors(name))
+    return frozenset().union(*(node["parameters"] for node in readers if node["direction"] == BACKWARD))
 
 
-def _path(joint: JointGraph, node: fx.Node, fqns: frozenset[str]) -> tuple[tuple[str, ...], str | None]:
-    """The shortest way from a node through the backward to a gradient of one of these parameters."""
-    ends = {gradient: fqn for fqn, found in _gradients(joint).items() if fqn in fqns for gradient in found}
-    graph, forward = dependency_graph(joint), joint.forward_nodes()
-    inside = graph.subgraph(n for n in graph if n is node or n not in forward)
-    ways = nx.single_source_shortest_path(inside, node)
-    reached = min(
-        (end for end in ends if end in ways), key=lambda end: (len(ways[end]), end.name), default=None
-    )
-    if reached is None:
+def _path(graph: "nx.DiGraph[str]", name: str, fqns: Set[str]) -> tuple[tuple[str, ...], str | None]:
+    """The shortest path from a node through the backward to a gradient of one of these parameters."""
+    backward = graph.subgraph(n for n, node in graph.nodes(data="direction") if n == name or node == BACKWARD)
+    paths = nx.single_source_shortest_path(backward, name)
+    ends = [end for end in paths if graph.nodes[end]["gradient_of"] in fqns]
+    if not ends:
         return (), None
-    return tuple(n.name for n in ways[reached]), ends[reached]
+    nearest = min(ends, key=lambda end: (len(paths[end]), end))
+    return tuple(paths[nearest]), graph.nodes[nearest]["gradient_of"]
 
 
-def _chain(joint: JointGraph, node: fx.Node) -> tuple[str, ...]:
-    graph = dependency_graph(joint)
-    for tangent in tangents(joint):
-        if nx.has_path(graph, tangent, node):
-            return tuple(n.name for n in nx.shortest_path(graph, tangent, node))
+def _chain(graph: "nx.DiGraph[str]", starts: Iterable[str], name: str) -> tuple[str, ...]:
+    """The shortest path from the first of some nodes that leads to this one."""
+    for start in starts:
+        if nx.has_path(graph, start, name):
+            return tuple(nx.shortest_path(graph, start, name))
     return ()
 
 
@@ -260,10 +255,13 @@ def _kept_for_effects(joint: JointGraph) -> frozenset[fx.Node]:
     return ancestors(n for n in joint.module.graph.nodes if n.op == "call_function" and n.is_impure())
 
 
-def _lost(
-    joint: JointGraph, needing: Mapping[fx.Node, frozenset[str]], before: Set[str], after: Set[str]
-) -> int:
+def _lost(graph: "nx.DiGraph[str]", before: Set[str], after: Set[str]) -> int:
     """FLOPs of backward nodes that run before and not afterwards."""
-    forward, work = joint.forward_nodes(), work_by_node(joint)
-    backward = ((needing[node], flops) for node, flops in work.items() if flops and node not in forward)
-    return sum(f for needed, f in backward if needed & before and not needed & after)
+    return sum(
+        node["flops"]
+        for _, node in graph.nodes(data=True)
+        if node["flops"]
+        and node["direction"] == BACKWARD
+        and node["parameters"] & before
+        and not node["parameters"] & after
+    )

@@ -1,133 +1,83 @@
-"""FLOPs of one graph node, 2 per multiply-add, by the formulas of `torch.utils.flop_counter`.
+"""FLOPs of graph nodes, 2 per multiply-add: counted by a formula, known to be none, or refused.
 
-Importing this module registers the formulas torch lacks (CPU flash attention, matrix-vector products, grouped
-products) in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
+The formulas are those of `torch.utils.flop_counter`, those of `flop_formulas` and those that users register.
+All are in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    flop_registry,
-    register_flop_formula,
-)
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from gtcompile.errors import CaptureError
+from gtcompile.graph.flop_registry import register_missing_formulas as register_missing_formulas
 from gtcompile.torch_internals import (
     CountingMode,
     FakeTensor,
     FunctionalTensor,
     HigherOrderOperator,
     OpOverload,
-    tree_map,
+    dense_kernel,
 )
 
 aten = torch.ops.aten
-Shape = tuple[int, ...]
 
 
-def _matrix_vector(matrix: Shape, vector: Shape, **_: Any) -> int:
-    return 2 * prod(matrix)
+class Call(NamedTuple):
+    """A call of an operator: what a formula needs to know."""
+
+    operator: Any
+    """As a key of torch's registry: all overloads together, or a higher-order operator."""
+    args: tuple[Any, ...]
+    """Positional arguments."""
+    kwargs: dict[str, Any]
+    """Keyword arguments."""
+    result: Any
+    """What it returned."""
+
+    @property
+    def flops(self) -> int:
+        """By the formula; 0 without one."""
+        formula = flop_registry.get(self.operator)
+        return 0 if formula is None else int(formula(*self.args, **self.kwargs, out_val=self.result))
 
 
-def _added_matrix_vector(base: Shape, matrix: Shape, vector: Shape, **_: Any) -> int:
-    return 2 * prod(matrix)
-
-
-def _dot(left: Shape, right: Shape, **_: Any) -> int:
-    return 2 * prod(left)
-
-
-def _outer(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
-    return 2 * prod(left) * prod(right)
-
-
-def _summed_batch_matmul(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
-    return 2 * prod(left) * right[-1]
-
-
-def _flash_attention_cpu(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values; keys and values may have fewer heads, and serve several."""
-    rows, heads, length, width = query
-    return 2 * rows * heads * length * key[2] * (width + value[3])
-
-
-def _flash_attention_cpu_backward(
-    grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
-) -> int:
-    """Scores anew, then gradients: of scores and values at one width, of queries and keys at the other."""
-    rows, heads, length, width = query
-    return 2 * rows * heads * length * key[2] * (3 * width + 2 * value[3])
-
-
-def _triangular_solve(matrix: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """Substitution: half a matrix product."""
-    return prod(out_shape) * matrix[-1]
-
-
-def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """Every row meets one group's matrix; a pair of matrices contracts over the grouped dimension."""
-    if len(left) == 2 and len(right) == 2:
-        return 2 * prod(left) * right[-1]
-    return 2 * prod(out_shape) * left[-1]
-
-
-def _expert_matmul(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(rows) * experts[-1]
-
-
-def _expert_matmul_backward(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
-    """One operator computes the gradients of rows and experts, whichever is wanted."""
-    return 2 * _expert_matmul(rows, experts)
-
-
-MISSING_FORMULAS: dict[str, Callable[..., int]] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_attention_cpu,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_attention_cpu_backward,
-    "aten::mv": _matrix_vector,
-    "aten::addmv": _added_matrix_vector,
-    "aten::dot": _dot,
-    "aten::vdot": _dot,
-    "aten::addr": _outer,
-    "aten::addbmm": _summed_batch_matmul,
-    "aten::_grouped_mm": _grouped_matmul,
-    "aten::linalg_solve_triangular": _triangular_solve,
-    "transformers::grouped_mm_fallback": _expert_matmul,
-    "transformers::grouped_mm_fallback_backward": _expert_matmul_backward,
+RUN_RANDOM_OPERATORS = {
+    "run_and_save_rng_state": 0,
+    "run_with_rng_state": 1,
+    "graphsafe_run_with_rng_state": 0,
 }
-"""What torch 2.13's registry lacks, by qualified operator name; libraries define theirs when they are
-imported."""
+"""Operators that run another one, which draws random numbers; its position among their arguments. Recomputed
+attention is run by them, whether or not it drops anything."""
+EFFECTS = "with_effects"
+"""An operator that runs another one in order. It takes a token and that operator, and returns a token and the
+results."""
 
 
-def register_missing_formulas() -> None:
-    """Add the missing formulas to torch's registry, leaving alone what it has by now."""
-    for qualified_name, formula in MISSING_FORMULAS.items():
-        namespace, _, name = qualified_name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        if packet is not None and packet not in flop_registry:
-            register_flop_formula(packet)(formula)
-
-
-register_missing_formulas()
-
-
-RUN_RANDOM_OPERATORS = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}
-"""Operators that run another one, with random numbers to be drawn again; its position among their arguments.
-Recomputed attention is run by them, on a CPU whether or not it drops anything."""
-
-
-def _runs_random_operator(target: object) -> bool:
-    return isinstance(target, HigherOrderOperator) and target.name() in RUN_RANDOM_OPERATORS
+def _unwrapped(call: Call) -> Call:
+    """The call of the operator that an operator runs, if it is one that runs another."""
+    name = call.operator.name() if isinstance(call.operator, HigherOrderOperator) else None
+    result = call.result
+    if name == EFFECTS:
+        position = 1
+        result = result[1] if isinstance(result, (tuple, list)) and len(result) == 2 else result
+    elif name in RUN_RANDOM_OPERATORS:
+        position = RUN_RANDOM_OPERATORS[name]
+        result = result[1] if name == "run_and_save_rng_state" and result is not None else result
+    else:
+        return call
+    kwargs = {key: value for key, value in call.kwargs.items() if key != "rng_state"}
+    return Call(call.args[position].overloadpacket, call.args[position + 1 :], kwargs, result)
 
 
 class _CountingCompiledCode(CountingMode):
-    """Counts inside compiled code instead of having `torch.compile` step aside."""
+    """Counts inside compiled code; torch's own mode has `torch.compile` step aside."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -141,12 +91,26 @@ class _CountingCompiledCode(CountingMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, (FakeTensor, FunctionalTensor)) for kind in types):
             return func(*args, **kwargs)
-        if _runs_random_operator(func):
-            position = RUN_RANDOM_OPERATORS[func.name()]
-            result = func(*args, **kwargs)
-            self.counter._count_flops(args[position]._overloadpacket, result, args[position + 1 :], kwargs)
-            return result
+        if isinstance(func, HigherOrderOperator):
+            return self._run_higher_order(func, types, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    def _run_higher_order(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that runs others, and count them, which torch's mode does for few."""
+        runs_one = func.name() in RUN_RANDOM_OPERATORS or func.name() == EFFECTS
+        if runs_one or func in self.counter.flop_registry:
+            result = func(*args, **kwargs)
+            call = _unwrapped(Call(func, args, kwargs, result))
+            self.counter._count_flops(call.operator, call.result, call.args, call.kwargs)
+            return result
+        result = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if result is not NotImplemented:
+            return result
+        kernel = dense_kernel(func)
+        if kernel is None:
+            return func(*args, **kwargs)
+        with self:  # it runs its subgraphs operator by operator
+            return kernel(*args, **kwargs)
 
 
 @contextmanager
@@ -156,7 +120,7 @@ def count_flops() -> Iterator[FlopCounterMode]:
     Read `counter.get_total_flops()` afterwards.
 
     Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another
-    program than the one in use. What is traced while a step compiles does not run and is not counted.
+    program than the one in use. What is only traced while a step compiles does not run and is not counted.
     """
     register_missing_formulas()
     counter = FlopCounterMode(display=False)
@@ -165,10 +129,14 @@ def count_flops() -> Iterator[FlopCounterMode]:
 
 
 MATMUL_LIKE = re.compile(
-    r"(^|_)(mm|bmm|matmul|conv(?!ert)\w*|linear|attention|rnn|gru|lstm|bilinear|trilinear|cdist|einsum|solve)($|_)"
+    r"(^|_)([a-z0-9]*mm|[a-z]*mv|gem[mv]|ger|addr|outer|inner|[v]?dot|matmul|kron|q?conv(?!ert)\w*|q?linear|bilinear|"
+    r"trilinear|attention|transformer|rnn|gru|lstm|[cp]dist|euclidean_dist|einsum|tensordot|fft|linalg|svd|qr|"
+    r"eigh?|eigvalsh?|cholesky|inverse|inv|pinv|det|slogdet|lu|ldl|lstsq|[a-z]*solve|householder|matrix_exp|geqrf|"
+    r"or[gm]qr)($|_)"
 )
-"""Names of aten operators whose work must not be taken for zero."""
-NOT_MATMUL = re.compile(r"_(pad|logical|shape)")
+"""Names of operators whose work must not be taken for zero: products, factorisations, transforms."""
+NOT_MATMUL = re.compile(r"_(pad|logical|shape)|reorder|prepack|flatten|lu_unpack|slice_inverse|vector_norm")
+"""Names that look like it and only arrange or check their arguments."""
 
 
 def node_flops(node: fx.Node) -> int:
@@ -177,22 +145,27 @@ def node_flops(node: fx.Node) -> int:
     Raises:
         CaptureError: for a matmul-like operator without a formula.
     """
-    if not isinstance(node.target, OpOverload):
-        return _higher_order_flops(node)
-    formula = flop_registry.get(node.target.overloadpacket)
-    if formula is None:
-        _refuse_unknown_matmul(node)
-        return 0
-    args, kwargs = _arguments(node)
-    return int(formula(*args, **kwargs, out_val=_concrete(node.meta["val"])))
+    if _formula_of(node) is not None:
+        return _call_of(node).flops
+    refuse_unknown([node])
+    return max((sum(map(node_flops, _calls_in(graph))) for graph in _subgraphs(node)), default=0)
+
+
+def planning_flops(node: fx.Node) -> int:
+    """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
+
+    Never to be reported: training an operator needs no formula, a cost does.
+    """
+    if not is_unknown(node):
+        return node_flops(node)
+    made = _concrete(node.meta["val"])
+    results = made if isinstance(made, (tuple, list)) else [made]
+    return max(1, sum(result.numel() for result in results if isinstance(result, torch.Tensor)))
 
 
 def has_flops(node: fx.Node) -> bool:
     """Whether running this node takes FLOPs, known or not."""
-    try:
-        return node.op == "call_function" and node_flops(node) > 0
-    except CaptureError:
-        return True
+    return node.op == "call_function" and (is_unknown(node) or node_flops(node) > 0)
 
 
 def known_flops(node: fx.Node) -> int:
@@ -209,69 +182,141 @@ def known_flops(node: fx.Node) -> int:
 
 
 def output_flops(node: fx.Node) -> dict[int, int]:
-    """FLOPs each output of a masked multi-output backward operator asks for by itself; empty for other nodes.
+    """FLOPs that each output of a masked backward operator takes by itself; empty for other nodes.
 
     A convolution's backward computes the gradients of input, weight and bias independently, as its mask says.
     """
     if node.target is not aten.convolution_backward.default:
         return {}
-    args, kwargs = _arguments(node)
-    formula, mask = flop_registry[aten.convolution_backward], args[-1]
+    call = _call_of(node)
+    mask = call.args[-1]
     flops = {}
     for index in (i for i, wanted in enumerate(mask) if wanted):
         only = [i == index for i in range(len(mask))]
-        kept = tuple(value if i == index else None for i, value in enumerate(_concrete(node.meta["val"])))
-        flops[index] = int(formula(*args[:-1], only, **kwargs, out_val=kept))
+        kept = tuple(value if i == index else None for i, value in enumerate(call.result))
+        flops[index] = call._replace(args=(*call.args[:-1], only), result=kept).flops
     return flops
 
 
-def _higher_order_flops(node: fx.Node) -> int:
-    target, args, kwargs = node.target, *_arguments(node)
-    if _runs_random_operator(target):
-        position = RUN_RANDOM_OPERATORS[target.name()]  # type: ignore[union-attr]
-        target, args = args[position]._overloadpacket, args[position + 1 :]
-    formula = flop_registry.get(target) if node.op == "call_function" else None
-    if formula is None:
-        return 0
-    return int(formula(*args, **kwargs, out_val=_concrete(node.meta.get("val"))))
+def is_unknown(node: fx.Node) -> bool:
+    """Whether a node does matmul-like work that no formula counts."""
+    if node.op != "call_function" or _formula_of(node) is not None:
+        return False
+    subgraphs = _subgraphs(node)
+    if not subgraphs:
+        return _does_matmul_like_work(node)
+    is_refused = is_unknown if node.target in RUNS_ONE_SUBGRAPH else has_flops
+    return any(is_refused(call) for graph in subgraphs for call in _calls_in(graph))
 
 
-def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the node is called with, fake tensors for nodes, sizes as they were when captured."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
-    return _concrete(args), _concrete(kwargs)
+def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
+    """Refuse the nodes whose FLOPs nobody knows, all of them at once.
 
-
-def _concrete(value: Any) -> Any:
-    """The same with every symbolic size replaced by the size it was captured with.
-
-    A formula computing with symbolic sizes would make the compiled code hold for these sizes alone.
+    Raises:
+        CaptureError: naming every such operator, and how to register its formula.
     """
-    return tree_map(_concrete_leaf, value)
+    unknown = Counter(_name_of(node) for node in nodes if is_unknown(node))
+    if not unknown:
+        return
+    called = ", ".join(f"{name} ({calls}x)" for name, calls in unknown.items())
+    how = "; ".join(f"gtcompile.register_flops(torch.ops.{name}, formula)" for name in unknown)
+    raise CaptureError(
+        f"no FLOP formula is known for these operators, which do matmul-like work: {called}. Without them "
+        f"costs would be wrong. Register a function from the shapes of an operator's arguments to FLOPs, 2 "
+        f"per multiply-add: {how}."
+    )
 
 
-def _concrete_leaf(value: Any) -> Any:
-    if isinstance(value, torch.SymInt):
-        return value.node.hint
-    if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
-        return torch.empty([_concrete_leaf(size) for size in value.shape], dtype=value.dtype, device="meta")
-    return value
+RUNS_ONE_SUBGRAPH = (torch.ops.higher_order.cond, torch.ops.higher_order.invoke_subgraph)
+"""Operators that run one of their subgraphs once, and count as the costliest, as in torch's counter. Others
+run theirs, such as the body of a loop, a number of times that is not known before."""
 
 
-def _refuse_unknown_matmul(node: fx.Node) -> None:
-    assert isinstance(node.target, OpOverload)
-    namespace, _, name = node.target.overloadpacket._qualified_op_name.partition("::")
-    if namespace in ("aten", "prims"):
-        suspicious = MATMUL_LIKE.search(name) is not None and NOT_MATMUL.search(name) is None
-    else:
-        suspicious = sum(_is_float_matrix(argument) for argument in node.all_input_nodes) >= 2
-    if suspicious:
-        raise CaptureError(
-            f"operator {node.target} does matmul-like work and has no FLOP formula: no cost would be true. "
-            f"Register one: torch.utils.flop_counter.register_flop_formula(torch.ops.{namespace}.{name})."
-        )
+def _subgraphs(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order operator is given."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return []
+    owner, names = node.graph.owning_module, [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    values = [getattr(owner, str(name), None) for name in names]
+    return [value.graph for value in values if isinstance(value, fx.GraphModule)]
+
+
+def _calls_in(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def _formula_of(node: fx.Node) -> Callable[..., int] | None:
+    """The formula that counts a node, if there is one."""
+    formula: Callable[..., int] | None = flop_registry.get(_key_of(node.target))
+    if formula is None and isinstance(node.target, HigherOrderOperator):
+        formula = flop_registry.get(_key_of(_operator_run_by(node)))
+    return formula
+
+
+def _key_of(target: object) -> object:
+    """How torch's registry knows an operator: all overloads of one together."""
+    return target.overloadpacket if isinstance(target, OpOverload) else target
+
+
+def _operator_run_by(node: fx.Node) -> OpOverload | None:
+    """The operator among a node's arguments that the node runs."""
+    return next((argument for argument in node.args if isinstance(argument, OpOverload)), None)
+
+
+def _does_matmul_like_work(node: fx.Node) -> bool:
+    target: Any = node.target
+    if isinstance(target, HigherOrderOperator):
+        target = _operator_run_by(node) or target
+    if isinstance(target, OpOverload):
+        namespace, _, name = target.overloadpacket._qualified_op_name.partition("::")
+        return _is_matmul_like(name) or (namespace not in ("aten", "prims") and _reads_two_matrices(node))
+    return isinstance(target, HigherOrderOperator) and _reads_two_matrices(node)
+
+
+@functools.cache
+def _is_matmul_like(name: str) -> bool:
+    return MATMUL_LIKE.search(name) is not None and NOT_MATMUL.search(name) is None
+
+
+def _reads_two_matrices(node: fx.Node) -> bool:
+    return sum(map(_is_float_matrix, node.all_input_nodes)) >= 2
 
 
 def _is_float_matrix(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
+
+
+def _name_of(node: fx.Node) -> str:
+    """`aten.mm`, `higher_order.cond`: what follows `torch.ops.`."""
+    target = _operator_run_by(node) or node.target
+    if isinstance(target, OpOverload):
+        return target.overloadpacket._qualified_op_name.replace("::", ".")
+    return f"higher_order.{target.name()}" if isinstance(target, HigherOrderOperator) else str(target)
+
+
+def _call_of(node: fx.Node) -> Call:
+    """What a node calls: fake tensors for nodes, sizes as they were when captured."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
+    result = _concrete(node.meta.get("val"))
+    return _unwrapped(Call(_key_of(node.target), _concrete(args), _concrete(kwargs), result))
+
+
+def _concrete(value: Any) -> Any:
+    """A nest of values with every symbolic size replaced by the size it was captured with.
+
+    A formula that computes with symbolic sizes would make the compiled code hold for these sizes alone.
+    """
+    if isinstance(value, torch.Tensor):
+        return _concrete_tensor(value)
+    if isinstance(value, (tuple, list)):
+        return (list if isinstance(value, list) else tuple)(map(_concrete, value))
+    if isinstance(value, dict):
+        return {key: _concrete(each) for key, each in value.items()}
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def _concrete_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if not any(isinstance(size, torch.SymInt) for size in tensor.shape):
+        return tensor
+    return torch.empty(_concrete(tuple(tensor.shape)), dtype=tensor.dtype, device="meta")

@@ -6,7 +6,7 @@ from torch import nn
 
 from gtcompile import backward_costs, compile_blocks, train_only
 from gtcompile.capture.capture import capture
-from gtcompile.costs.backward_costs import work_by_node
+from gtcompile.costs.dependency_graph import work_by_node
 from gtcompile.costs.explain import alive_backward_nodes, saved_bytes
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import FORCED_GRADIENTS, JointGraph
@@ -96,7 +96,7 @@ def chain_flops(layers: int) -> int:
 
 def products(joint: JointGraph) -> int:
     """How many nodes multiply matrices."""
-    return sum(flops > 0 for flops in work_by_node(joint).values())
+    return sum(flops > 0 for flops in work_by_node(joint.module.graph.nodes).values())
 
 
 @pytest.mark.parametrize("branches", [False, True])

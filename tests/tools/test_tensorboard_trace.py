@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gtcompile.tools.common.module_paths import block_of_parameter
+from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.tools.finetune.run import finetune
 from gtcompile.tools.finetune.tensorboard_trace import TensorBoardTrace, open_trace
 from gtcompile.tools.runs.settings import Settings

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gtcompile.tools.common.module_paths import block_of_parameter
+from gtcompile.graph.module_paths import block_of_parameter
 
 FOLDER = "tensorboard"
 """In the folder of a run; `tensorboard --logdir RUN` finds it."""

@@ -9,13 +9,13 @@ import networkx as nx
 import torch
 from torch import fx
 
-from gtcompile.costs.backward_costs import dependency_graph, work_by_node
+from gtcompile.costs.dependency_graph import dependencies
 from gtcompile.costs.explain import alive_backward_nodes
 from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.graph.module_paths import block_of
 from gtcompile.passes.dead_nodes import eliminate_dead_nodes
 from gtcompile.passes.drop_gradients import drop_gradients
 from gtcompile.passes.output_masks import narrow_output_masks
-from gtcompile.tools.common.module_paths import block_of, input_of, module_paths
 from gtcompile.tools.runs.checkpoints import write_text
 
 FORMATS = (".json", ".dot", ".graphml", ".txt")
@@ -66,32 +66,25 @@ def check_format(path: Path) -> None:
 
 def attributed_graph(joint: JointGraph, trained: Set[str]) -> "nx.DiGraph[str]":
     """The data flow by node name, with operator, phase, status, module, block, shape and FLOPs per node."""
-    flow, work, paths = dependency_graph(joint), work_by_node(joint), module_paths(joint)
-    forward, alive = joint.forward_nodes(), alive_backward_nodes(joint, trained)
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    for node in flow:
-        given = node.op == "placeholder"
-        graph.add_node(
+    graph, alive = dependencies(joint), {node.name for node in alive_backward_nodes(joint, trained)}
+    exported: nx.DiGraph[str] = nx.DiGraph()
+    for node in joint.module.graph.nodes:
+        if node.op == "output":
+            continue
+        known, given = graph.nodes[node.name], node.op == "placeholder"
+        runs = given or known["direction"] == "forward" or node.name in alive
+        exported.add_node(
             node.name,
-            operator=operator_of(node),
-            phase="input" if given else "forward" if node in forward else "backward",
-            status="runs" if given or node in forward or node in alive else "eliminated",
-            module=paths[node],
-            block=block_of(paths[node]),
+            operator=known["operator"],
+            phase="input" if given else known["direction"],
+            status="runs" if runs else "eliminated",
+            module=known["module"],
+            block=block_of(known["module"]),
             shape=shape_of(node),
-            flops=work.get(node, 0),
+            flops=known["flops"],
         )
-    graph.add_edges_from((source.name, reader.name) for source, reader in flow.edges)
-    return graph
-
-
-def operator_of(node: fx.Node) -> str:
-    """A node's operator in a word or two; of an input, what it stands for."""
-    if node.op == "placeholder":
-        return input_of(node)
-    if node.op != "call_function":
-        return node.op
-    return str(node.target) if "." in str(node.target) else str(getattr(node.target, "__name__", node.target))
+    exported.add_edges_from(graph.edges)
+    return exported
 
 
 def shape_of(node: fx.Node) -> str:
@@ -149,7 +142,8 @@ def _explorer_node(graph: "nx.DiGraph[str]", name: str) -> dict[str, Any]:
 
 def model_explorer_flops(joint: JointGraph, name: str) -> dict[str, Any]:
     """Model Explorer's node data: FLOPs by node, for colouring."""
-    work = {node.name: {"value": flops} for node, flops in work_by_node(joint).items() if flops}
+    flops_by_node = dependencies(joint).nodes(data="flops")
+    work = {name: {"value": flops} for name, flops in flops_by_node if flops}
     gradient = [{"stop": 0, "bgColor": "#fff7bc"}, {"stop": 1, "bgColor": "#d95f0e"}]
     return {name: {"results": work, "gradient": gradient}}
 

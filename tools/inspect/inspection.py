@@ -8,8 +8,8 @@ from gtcompile.costs.backward_costs import BackwardCosts
 from gtcompile.costs.budgets import written_budget
 from gtcompile.costs.explain import saved_bytes
 from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.selection.selection import Selection
-from gtcompile.tools.common.module_paths import block_of_parameter
 from gtcompile.tools.runs.run_record import RunRecord
 
 

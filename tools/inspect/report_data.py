@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from gtcompile.costs.backward_costs import work_by_node
+from gtcompile.costs.dependency_graph import FORWARD, dependencies
 from gtcompile.costs.explain import saved_bytes
-from gtcompile.tools.common.module_paths import block_of, module_paths
-from gtcompile.tools.inspect.graph_exports import operator_of, shape_of
+from gtcompile.graph.module_paths import block_of
+from gtcompile.tools.inspect.graph_exports import shape_of
 from gtcompile.tools.inspect.inspection import Inspection
 
 PHASES = ("input", "forward", "backward")
@@ -73,18 +73,18 @@ def _nodes(
     blocks: Numbering,
 ) -> list[list[Any]]:
     joint = inspection.joint
-    work, paths, forward = work_by_node(joint), module_paths(joint), joint.forward_nodes()
+    known = dependencies(joint).nodes
     slots = zip(joint.slots, joint.gradients, strict=True)
     gradients = {node: number[slot] for slot, node in slots if node and slot and slot in number}
     index = {node: i for i, node in enumerate(joint.module.graph.nodes) if node.op != "output"}
     return [
         [
             node.name,
-            operators[operator_of(node)],
-            modules[paths[node]],
-            blocks[block_of(paths[node])],
-            0 if node.op == "placeholder" else 1 if node in forward else 2,
-            work.get(node, 0),
+            operators[known[node.name]["operator"]],
+            modules[known[node.name]["module"]],
+            blocks[block_of(known[node.name]["module"])],
+            0 if node.op == "placeholder" else 1 if known[node.name]["direction"] == FORWARD else 2,
+            known[node.name]["flops"],
             shape_of(node),
             [index[source] for source in node.all_input_nodes],
             gradients.get(node, -1),

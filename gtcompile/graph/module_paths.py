@@ -1,6 +1,8 @@
-"""Where in a model a node of its joint graph belongs: its module, and that module's block."""
+"""Module paths of the nodes of a joint graph, and the blocks that modules lie in."""
 
+import functools
 import re
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
@@ -8,7 +10,7 @@ from gtcompile.graph.joint_graph import JointGraph, names_of
 from gtcompile.torch_internals import ParamAOTInput
 
 OUTSIDE = "(outside modules)"
-"""Block of what belongs to no module with parameters."""
+"""The block of nodes that belong to no module with parameters."""
 
 
 def block_of(module_path: str) -> str:
@@ -23,18 +25,22 @@ def block_of_parameter(fqn: str) -> str:
 
 
 def module_paths(joint: JointGraph) -> dict[fx.Node, str]:
-    """Per node the path of the innermost module with parameters that it, or its forward, was captured in.
+    """Find the innermost module with parameters in which each node, or its forward, was captured.
 
-    What carries no origin (sums of gradients, an eager trace) stands where its last input stands; empty where
-    there is nothing to go by.
+    A node of unknown origin (a sum of gradients, or any in an eager trace) gets the module of the last of its
+    inputs that has one; the path is empty where no input has.
     """
-    known = _modules_with_parameters(joint)
+    innermost = functools.cache(functools.partial(_innermost, _modules_with_parameters(joint)))
     paths: dict[fx.Node, str] = {}
     for node in joint.module.graph.nodes:
         if node.op != "output":
-            near = [paths[source] for source in node.all_input_nodes if paths[source]]
-            paths[node] = _origin(node, known) or (near[-1] if near else "")
+            paths[node] = _origin(node, innermost) or _last(paths[source] for source in node.all_input_nodes)
     return paths
+
+
+def _last(paths: Iterable[str]) -> str:
+    """The last path that is not empty."""
+    return next((path for path in reversed(list(paths)) if path), "")
 
 
 def input_of(node: fx.Node) -> str:
@@ -52,14 +58,16 @@ def _modules_with_parameters(joint: JointGraph) -> frozenset[str]:
     return frozenset(".".join(parts[:n]) for parts in modules for n in range(1, len(parts) + 1))
 
 
-def _origin(node: fx.Node, known: frozenset[str]) -> str:
+def _origin(node: fx.Node, innermost: Callable[[str], str]) -> str:
     meaning = node.meta.get("desc")
     if isinstance(meaning, ParamAOTInput):
         return _fqn(meaning).rpartition(".")[0]
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    for path, _ in reversed(list(stack.values())):
-        parts = [part for part in re.split(r"[\[\]'\".]+", path) if part]
-        for start in range(len(parts)):
-            if (name := ".".join(parts[start:])) in known:
-                return name
-    return ""
+    return next((module for path, _ in reversed(stack.values()) if (module := innermost(path))), "")
+
+
+def _innermost(known: frozenset[str], expression: str) -> str:
+    """The known module in an expression such as `L['self'].model.layers[0]`, without what comes before it."""
+    parts = [part for part in re.split(r"[\[\]'\".]+", expression) if part]
+    suffixes = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((name for name in suffixes if name in known), "")
