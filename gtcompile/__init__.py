@@ -7,6 +7,7 @@ from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
 from gtcompile.importance.estimators import measure_importance
+from gtcompile.selection import policies
 from gtcompile.selection.selection import Selection, select_parameters
 from gtcompile.state.trained_set import train_only, trained_parameters
 from gtcompile.training.adaptive import AdaptiveBackprop
@@ -29,6 +30,7 @@ __all__ = [
     "gtcompile",
     "load_training",
     "measure_importance",
+    "policies",
     "save_training",
     "select_parameters",
     "train_only",
