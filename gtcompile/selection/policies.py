@@ -70,7 +70,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The most important parameters that fit the budget, proven to be the best; the same set at every step."""
+    """The most important parameters that fit the budget, proven to be the best: one set for every step."""
 
     measured: ClassVar[Measured] = "affordable"
     two_pass: ClassVar[bool] = False
@@ -211,7 +211,7 @@ class Lisa:
 
 @dataclass(frozen=True, slots=True)
 class OccasionallyFull:
-    """The last layers at most steps, and everything at some, at random, as often as the budget pays for it."""
+    """The last layers at most steps; at random steps everything, as often as the budget pays for it."""
 
     measured: ClassVar[Measured] = "nothing"
     two_pass: ClassVar[bool] = False

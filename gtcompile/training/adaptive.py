@@ -251,7 +251,7 @@ class AdaptiveBackprop:
         return terms
 
     def _costs(self, batch: Any) -> BackwardCosts:
-        """The costs at this batch's shapes, captured anew if they differ from the last ones or values matter."""
+        """The costs at this batch's shapes, captured anew if these changed or if values matter."""
         key = _shapes_in(batch)
         known = self._known_costs.get(key)
         if known is None or known.follows_values:
