@@ -10,6 +10,7 @@ from gtcompile.costs.dependency_graph import dependency_graph
 from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
 from gtcompile.graph.flop_registry import register_flops
 from gtcompile.importance.estimators import measure_importance
+from gtcompile.selection import policies
 from gtcompile.selection.selection import Selection, select_parameters
 from gtcompile.state.trained_set import train_only, trained_parameters
 from gtcompile.training.adaptive import AdaptiveBackprop
@@ -34,6 +35,7 @@ __all__ = [
     "gtcompile",
     "load_training",
     "measure_importance",
+    "policies",
     "register_flops",
     "save_training",
     "select_parameters",

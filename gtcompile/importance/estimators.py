@@ -1,4 +1,4 @@
-"""Importance of each parameter: the loss reduction that its own optimizer update predicts, to first order."""
+"""Importance of each parameter: the loss reduction that its optimizer update predicts, to first order."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from gtcompile.distributed.fsdp import copies, local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.names import match_patterns
-from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
+from gtcompile.importance.gradient_stream import GradientStream, LossFn, NotFiniteError
 from gtcompile.state.restore import restored, temporarily_training
 from gtcompile.state.shadow_optimizer import ShadowOptimizer
 from gtcompile.state.trained_set import enter_shards, selectable_names, trained_parameters
@@ -28,32 +28,37 @@ logger = logging.getLogger(__name__)
 def measure_importance(
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Any],
     *,
+    loss_fn: LossFn | None = None,
     only: Collection[str] | None = None,
     two_pass: bool = False,
 ) -> dict[str, float]:
-    """How much one step on each parameter would reduce the loss, to first order, averaged over batches.
+    """Measure how much one step on each parameter would reduce the loss, to first order.
 
-    I_k = -<Dw_k, dL/dw_k>: Dw_k is what the optimizer's own next step would add to parameter k, from its
-    present moments and hyperparameters, and dL/dw_k a gradient. By default Dw comes from the gradient of one
-    batch and dL/dw from the next: their noise is independent, so a parameter whose gradient is nothing but
-    noise has importance near 0; with one batch for both it would have the noise's variance. With `two_pass`,
-    the paper's form, dL/dw comes from the batch Dw came from, at the weights that all Dw lead to.
+    I_k = -<Dw_k, dL/dw_k>, averaged over batches. Dw_k is what the optimizer's own next step would add to
+    parameter k, given its present moments and hyperparameters, and dL/dw_k is a gradient. By default Dw comes
+    from the gradient of one batch and dL/dw from the next one. Their noise is independent, so a parameter
+    whose gradient is nothing but noise has an importance near 0; with one batch for both, its importance
+    would be the variance of the noise. With `two_pass`, the paper's form, dL/dw comes from the same batch as
+    Dw, at the weights that all Dw lead to.
 
     Nothing changes: weights, the optimizer, accumulated gradients, buffers, the trained set and random states
-    are bit-identical afterwards, also when this fails or is interrupted. Each gradient is used the moment it
-    is complete and let go; what one batch leaves for the next lies in host memory.
+    are bit-identical afterwards, even if the call fails or is interrupted. Each gradient is used as soon as
+    it is complete and then freed; what one batch leaves for the next is kept in host memory.
 
-    The model runs in the mode it is in (dropout is noise like any other), and without a `torch.compile`
-    wrapper, which would hand out all gradients at once. Autocast around the call applies to the forward.
-    Hooks on parameters run as in any backward; gradient clipping and loss scaling do not apply.
+    The model runs in its present mode (dropout is noise like any other), and without a `torch.compile`
+    wrapper, which would return all gradients at once. Autocast around the call applies to the forward. Hooks
+    on parameters run as in any backward; gradient clipping and loss scaling do not apply.
 
     Args:
-        model: compiled or not; returns its scalar loss or an output with `.loss`.
+        model: compiled or not; returns its scalar loss or an output with `.loss`, unless `loss_fn` computes
+            the loss.
         optimizer: owns every parameter measured.
-        batches: keyword dictionaries with labels, on any device; at least two, or one with `two_pass`. The
-            mean is over n - 1 estimates from n forward and backward passes, or n from 2n with `two_pass`.
+        batches: at least two, or one with `two_pass`; each the keyword dictionary of the model's forward with
+            labels, or with `loss_fn` anything; on any device. The mean is over n - 1 estimates from n forward
+            and backward passes, or over n estimates from 2n passes with `two_pass`.
+        loss_fn: takes the model and a batch on the model's device and returns the scalar loss.
         only: FQNs or shell-style patterns of the parameters to measure; None for all that are trained or that
             `train_only` froze.
         two_pass: measure as the paper does.
@@ -64,8 +69,8 @@ def measure_importance(
 
     Raises:
         ValueError, TypeError: before any work, for too few batches, a batch the model does not take, no
-            trainable parameter, a pattern without match, an optimizer that does not own the parameters.
-        CaptureError: the model returns no loss.
+            trainable parameter, a pattern without match, or an optimizer that does not own the parameters.
+        CaptureError: there is no loss.
         GTCompileError: too few batches have a finite loss, gradients and updates (names them and the first
             parameter). Single bad batches are left out, with a log message.
     """
@@ -76,45 +81,46 @@ def measure_importance(
     with restored(module):
         parameters = _measured(model, only)
         _check_owned(shadow, parameters)
-        checked = check_batches(model, batches, minimum=1 if two_pass else 2)
-        stream = GradientStream(module, {parameter: fqn for fqn, parameter in parameters.items()}, ranks)
-        with temporarily_training(model, _asked_of(model, parameters)):
+        checked = check_batches(model, batches, minimum=1 if two_pass else 2, loss_fn=loss_fn)
+        names = {parameter: fqn for fqn, parameter in parameters.items()}
+        stream = GradientStream(module, names, ranks, loss_fn)
+        with temporarily_training(model, _trained_meanwhile(model, parameters)):
             estimator = _AtUpdatedWeights(stream, shadow) if two_pass else _AcrossBatches(stream, shadow)
             means = ranks.total(_average(estimator, checked))
     return {fqn: means.get(fqn, 0.0) for fqn in parameters if fqn in stream.arrived}
 
 
 def check_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, minimum: int
-) -> tuple[Mapping[str, Any], ...]:
-    """The batches, when there are enough and the model takes them.
+    model: nn.Module, batches: Iterable[Any], *, minimum: int, loss_fn: LossFn | None = None
+) -> tuple[Any, ...]:
+    """The batches, if there are enough of them and the model takes them.
 
     Raises:
-        TypeError: for a single batch, or one that is no keyword dictionary.
+        TypeError: for a single batch, or one that is no keyword dictionary although there is no `loss_fn`.
         ValueError: for too few batches, or keys that the model's forward does not take.
     """
-    if isinstance(batches, Mapping):
+    if isinstance(batches, Mapping | torch.Tensor):
         raise TypeError("expected an iterable of batches, got one batch; write [batch, another_batch]")
     checked = tuple(batches)
     if len(checked) < minimum:
         pair = "two batches, one to step with and one to judge the step by (two_pass=True takes one)"
         raise ValueError(f"expected at least {pair if minimum == 2 else 'one batch'}, got {len(checked)}")
-    for batch in checked:
+    for batch in checked if loss_fn is None else ():
         check_batch(unwrap(model), batch)
     return checked
 
 
 class _Estimator(Protocol):
-    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float] | None:
-        """-<Dw, dL/dw> by FQN that this batch completes; None where there is nothing to complete."""
+    def contributions(self, batch: Any) -> dict[str, float] | None:
+        """The products -<Dw, dL/dw> by FQN that this batch completes; None if it can complete none."""
 
 
 @dataclass(slots=True)
 class _AcrossBatches:
     """Dw from the latest earlier gradient, dL/dw from this batch.
 
-    A batch that turns out not finite contributes nothing. What it gave before that stays as earlier
-    gradients: they are finite and from another batch than the next, which is all that is asked of them.
+    A batch that turns out not to be finite contributes nothing. The gradients it gave before that are kept
+    as earlier gradients: they are finite and come from another batch than the next, and no more is needed.
     """
 
     stream: GradientStream
@@ -122,7 +128,7 @@ class _AcrossBatches:
     earlier: dict[str, torch.Tensor] = field(default_factory=dict)
     """Latest gradient by FQN, in host memory."""
 
-    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float] | None:
+    def contributions(self, batch: Any) -> dict[str, float] | None:
         found: dict[str, float] = {}
 
         replaced: set[str] = set()
@@ -156,7 +162,7 @@ class _AtUpdatedWeights:
     stream: GradientStream
     shadow: ShadowOptimizer
 
-    def contributions(self, batch: Mapping[str, Any]) -> dict[str, float]:
+    def contributions(self, batch: Any) -> dict[str, float]:
         gradients: dict[str, torch.Tensor] = {}
         found: dict[str, float] = {}
 
@@ -175,7 +181,7 @@ class _AtUpdatedWeights:
 
     @contextlib.contextmanager
     def _updated(self, gradients: dict[str, torch.Tensor]) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
-        """Let the weights be what the optimizer would make of them; yields what they were, in host memory."""
+        """Set the weights to those after the optimizer's step; yields the former ones, in host memory."""
         former: dict[nn.Parameter, torch.Tensor] = {}
         with_gradient = [(p, fqn) for p, fqn in self.stream.names.items() if fqn in gradients]
         try:
@@ -192,8 +198,8 @@ class _AtUpdatedWeights:
                     parameter.copy_(value)
 
 
-def _average(estimator: _Estimator, batches: Collection[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean contribution by FQN over the batches that complete one; 0 from a batch that does not use it."""
+def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float]:
+    """Mean contribution by FQN over the batches that complete any; 0 from a batch that does not use it."""
     totals: dict[str, float] = {}
     counted, problems = 0, []
     for index, batch in enumerate(batches):
@@ -213,7 +219,7 @@ def _average(estimator: _Estimator, batches: Collection[Mapping[str, Any]]) -> d
 
 
 def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
-    """-<update, gradient>; of sharded tensors this rank's part of the sum."""
+    """The product -<update, gradient>; for sharded tensors this rank's part of the sum."""
     own = (local(update).flatten().float(), local(gradient).flatten().float())
     reduction = -torch.dot(*own).item() / copies(gradient)
     if not math.isfinite(reduction):
@@ -248,10 +254,10 @@ def _check_owned(shadow: ShadowOptimizer, parameters: Mapping[str, nn.Parameter]
         )
 
 
-def _asked_of(model: nn.Module, parameters: Collection[str]) -> Collection[str] | None:
-    """What to train while measuring: what is measured, so that no other gradient is computed.
+def _trained_meanwhile(model: nn.Module, parameters: Collection[str]) -> Collection[str] | None:
+    """What to train while measuring: only what is measured, so that no other gradient is computed.
 
-    Under a `torch.compile` wrapper everything: the module inside runs eager here, and a parameter that eager
-    code is told to skip would no longer ask for the gradient that its compiled region computes.
+    Under a `torch.compile` wrapper everything is trained. The module inside runs eager here, and freezing a
+    parameter for eager code sets its `requires_grad` to False, which its compiled region must not see.
     """
     return parameters if unwrap(model) is model else None

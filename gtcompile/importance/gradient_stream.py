@@ -1,5 +1,6 @@
-"""Gradients handed over one at a time as a backward completes them, and let go of."""
+"""Gradients, handed over one at a time as a backward completes them and then freed."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,12 @@ from torch import nn
 from gtcompile.capture.model_io import loss_of
 from gtcompile.distributed.fsdp import local
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.errors import GTCompileError
+from gtcompile.errors import CaptureError, GTCompileError
 
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+"""Takes the model and a batch of any structure, and returns the scalar loss."""
 Consumer = Callable[[str, nn.Parameter, torch.Tensor], None]
-"""Takes a parameter's FQN, the parameter and its gradient, which it may keep or write to."""
+"""Takes a parameter's FQN, the parameter and its gradient, which the consumer may keep or overwrite."""
 
 
 class NotFiniteError(GTCompileError):
@@ -22,23 +25,25 @@ class NotFiniteError(GTCompileError):
 
 @dataclass(slots=True)
 class GradientStream:
-    """Runs batches; at no time do more gradients exist than autograd holds between two operators."""
+    """Runs batches. At no time do more gradients exist than autograd holds between two operators."""
 
     module: nn.Module
-    """Returns its loss or an output with `.loss`."""
+    """Returns its loss or an output with `.loss`, unless `loss_fn` computes the loss."""
     names: Mapping[nn.Parameter, str]
     """The parameters whose gradients are handed over, with their FQNs; other gradients are dropped."""
     ranks: Ranks = field(default_factory=lambda: Ranks(None))
-    """Those that the model is sharded over: a batch fails on all of them or on none."""
+    """The ranks that the model is sharded over: a batch fails on all of them or on none."""
+    loss_fn: LossFn | None = None
+    """Computes the loss from the module and a batch; None for a module that returns it."""
     arrived: set[str] = field(default_factory=set)
     """FQNs that had a gradient in any completed batch."""
 
-    def run(self, batch: Mapping[str, Any], consume: Consumer) -> None:
-        """Forward and backward of one batch.
+    def run(self, batch: Any, consume: Consumer) -> None:
+        """Run the forward and the backward of one batch.
 
         Raises:
-            NotFiniteError: for the first loss or gradient that is not finite, with nothing consumed after it.
-            CaptureError: the model returned no loss.
+            NotFiniteError: the loss or a gradient is not finite; nothing is consumed after the first one.
+            CaptureError: the model or `loss_fn` returned no loss.
             GTCompileError: a gradient came in several parts.
         """
         seen: set[str] = set()
@@ -56,8 +61,8 @@ class GradientStream:
                 except NotFiniteError as problem:
                     problems.append(problem)
 
-        asking = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in asking]
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in trainable]
         try:
             self._forward_backward(batch, problems)
         finally:
@@ -68,20 +73,20 @@ class GradientStream:
             raise problems[0]
         self.arrived |= seen
 
-    def _forward_backward(self, batch: Mapping[str, Any], problems: list[NotFiniteError]) -> None:
+    def _forward_backward(self, batch: Any, problems: list[NotFiniteError]) -> None:
         device = next(iter(self.names)).device
         with torch.enable_grad():
-            loss = loss_of(self.module(**on_device(batch, device)))
+            loss = batch_loss(self.module, on_device(batch, device), self.loss_fn)
         if not torch.isfinite(loss):
             problems.append(NotFiniteError(f"the loss is {loss.item()}"))
         self._agree_on(problems)
         with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
-            loss.backward()  # in any case: after a forward, sharded modules expect one
+            loss.backward()  # even after a loss that is not finite: sharded modules expect a backward
 
     def _agree_on(self, problems: list[NotFiniteError]) -> None:
-        """Add the first problem of any rank on all that have none."""
-        said = filter(None, self.ranks.gather(str(problems[0]) if problems else None))
-        if (first := next(said, None)) is not None and not problems:
+        """Give the first problem of any rank to the ranks that have none."""
+        messages = filter(None, self.ranks.gather(str(problems[0]) if problems else None))
+        if (first := next(messages, None)) is not None and not problems:
             problems.append(NotFiniteError(first))
 
 
@@ -98,12 +103,38 @@ def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
         raise NotFiniteError(f"the gradient of {fqn} is not finite")
 
 
+def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
+    """The scalar loss of a batch on the model's device.
+
+    Args:
+        model: returns its loss or an output with `.loss`, unless `loss_fn` computes the loss.
+        batch: the keyword dictionary of the model's forward; with `loss_fn` anything.
+        loss_fn: takes the model and the batch.
+
+    Raises:
+        CaptureError: there is no scalar loss.
+    """
+    if loss_fn is None:
+        return loss_of(model(**batch))
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise CaptureError(f"expected loss_fn(model, batch) to return a scalar tensor, got {got}")
+    return loss.reshape(())
+
+
 def on_device(value: Any, device: torch.device) -> Any:
-    """A batch, or anything nested in one, with its tensors on the device."""
+    """A batch, or anything nested in one, with its tensors on the device; the given one stays as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {key: on_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(on_device(item, device) for item in value))
     if type(value) in (list, tuple):
         return type(value)(on_device(item, device) for item in value)
+    if hasattr(value, "to"):  # such as transformers' BatchEncoding, which moves in place
+        return copy.copy(value).to(device)
+    if isinstance(value, Mapping):
+        return {key: on_device(item, device) for key, item in value.items()}
     return value

@@ -1,9 +1,9 @@
 """The knapsack of shared work: numbers in, indices out.
 
-Items have values; a piece of work has a cost and is done once if any of its items is taken. Where all
-items of work A are items of work B too, A is never done without B: inclusion is a precedence graph on the
-works, and the best items within a budget are the optimum of a precedence-constrained knapsack. Sets of items
-are integers here, bit i for item i.
+Items have values. A piece of work has a cost, and is done once if any item that needs it is taken. If every
+item that needs work A needs work B too, A is never done without B. So set inclusion is a precedence graph on
+the works, and the best items within a budget are the optimum of a precedence-constrained knapsack. Sets of
+items are integers here: bit i stands for item i.
 """
 
 import math
@@ -14,17 +14,18 @@ from functools import reduce
 from operator import and_
 from typing import NamedTuple
 
+import networkx as nx
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from gtcompile.errors import GTCompileError
 
-# HiGHS takes numbers within 1e-6 of each other for equal, so values and costs are scaled far above that.
+# HiGHS treats numbers within 1e-6 of each other as equal, so values and costs are scaled far above that.
 _SCALE = 2**20
 _TOLERANCE = 1e-6
-# Digits of the exact budget: so small that 1e-6 of error in each of a thousand variables is about 1.
-_DIGIT_BITS = 10
+_MOST_COVERS = 200
+"""How many answers that rounding put over budget are excluded before the search gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class _Node:
     items: int
     """The items that need this work; a node whose items include these runs whenever this one does."""
     cost: int
-    """Cost of the work itself, without what it needs done."""
+    """Cost of the work itself, without the works it depends on."""
     value: float
-    """Sum of the values gained, in [0, 1] of all there is."""
+    """Sum of the values gained, as a share in [0, 1] of all values."""
 
 
 class _Row(NamedTuple):
@@ -53,21 +54,21 @@ def solve_knapsack(
     *,
     time_limit_s: float | None = None,
 ) -> tuple[frozenset[int], float]:
-    """The items of greatest total value whose works fit the budget.
+    """Find the items of greatest total value whose works fit the budget.
 
-    What HiGHS returns is checked in exact integers: the budget always holds. Items that cost nothing more are
-    always taken, those of value 0 too. The answer depends on the arguments alone, unless a time limit ends
-    the search.
+    The answer of HiGHS is checked in exact integers, so the budget always holds. Items that cost nothing more
+    are always taken, even those of value 0. The answer depends on the arguments alone, unless a time limit
+    ends the search.
 
     Args:
-        values: finite, not negative; per item.
+        values: finite, not negative; one per item.
         works: cost (an integer, not negative) of each set of items.
         budget: what the works may cost together, not negative.
-        time_limit_s: stop searching after so many seconds and return the best found.
+        time_limit_s: stop searching after this many seconds and return the best answer found.
 
     Returns:
-        The items taken, and how much more value a better choice could have at most: 0.0 when it is proven
-        that none has more (up to the solver's tolerance, 1e-6 of all values).
+        The items taken, and how much more value a better choice could have at most: 0.0 if it is proven that
+        there is none (up to the solver's tolerance, 1e-6 of all values).
 
     Raises:
         GTCompileError: the solver failed.
@@ -81,7 +82,7 @@ def solve_knapsack(
 
 
 def inclusion_pairs(sets: Sequence[int]) -> list[tuple[int, int]]:
-    """The transitive reduction of set inclusion: index pairs (small, large) with no set between the two.
+    """The transitive reduction of set inclusion: index pairs (small, large) with no set in between.
 
     Args:
         sets: distinct sets as bitmasks, ordered by size.
@@ -89,19 +90,19 @@ def inclusion_pairs(sets: Sequence[int]) -> list[tuple[int, int]]:
     >>> inclusion_pairs([0b001, 0b011, 0b101, 0b111])
     [(0, 1), (0, 2), (1, 3), (2, 3)]
     """
-    pairs = []
-    for small, items in enumerate(sets):
-        covers: list[int] = []
-        for large in range(small + 1, len(sets)):
-            other = sets[large]
-            if items & other == items and not any(cover & other == cover for cover in covers):
-                covers.append(other)
-                pairs.append((small, large))
-    return pairs
+    inclusion: nx.DiGraph[int] = nx.DiGraph()
+    inclusion.add_nodes_from(range(len(sets)))
+    inclusion.add_edges_from(
+        (small, large)
+        for small, items in enumerate(sets)
+        for large in range(small + 1, len(sets))
+        if items & sets[large] == items
+    )
+    return sorted(nx.transitive_reduction(inclusion).edges)
 
 
 def _decisions(values: Sequence[float], works: Mapping[int, int]) -> list[_Node]:
-    """The works that cost something, and nodes without cost for items that need several works side by side.
+    """The works that cost something, and nodes without cost for items that need several unrelated works.
 
     An item's node is the intersection of the works it needs: exactly those works include it.
     """
@@ -129,20 +130,22 @@ def _solve_exactly(
 ) -> tuple[list[int], float]:
     """The best nodes that fit the budget, and an upper bound of their value.
 
-    The solver adds costs in doubles. Should its answer be over budget in integers, the budget is written
-    digit by digit, so that none is rounded. Should that fail as well, no node is returned; the bound still
-    holds.
+    The solver adds costs as doubles, so its answer may be over budget by the last few units. Such an answer
+    contains a cover: nodes of which at least one must be left out. Excluding the cover and solving again
+    removes no affordable answer. If the covers run out, no node is returned; the bound still holds.
     """
     bound = math.fsum(node.value for node in nodes)
-    if sum(node.cost for node in nodes) <= budget:
+    costs = [node.cost for node in nodes]
+    if sum(costs) <= budget:
         return list(range(len(nodes))), bound
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-    for budget_rows in (_scaled_row, _digit_rows):
-        rows = [*_precedence_rows(nodes), *budget_rows([node.cost for node in nodes], budget)]
+    rows = [*_precedence_rows(nodes), _budget_row(costs, budget)]
+    for _ in range(_MOST_COVERS):
         done, solved_bound = _maximise([node.value for node in nodes], rows, deadline)
         bound = min(bound, solved_bound)
-        if sum(nodes[index].cost for index in done) <= budget:
+        if sum(costs[index] for index in done) <= budget:
             return done, bound
+        rows.append(_cover_row(costs, done, budget))
     return [], bound
 
 
@@ -151,73 +154,63 @@ def _precedence_rows(nodes: Sequence[_Node]) -> list[_Row]:
     return [_Row({small: 1.0, large: -1.0}, 0.0) for small, large in pairs]
 
 
-def _scaled_row(costs: Sequence[int], budget: int) -> list[_Row]:
-    """The budget in the costs' common unit where that makes small integers, else as a share of the budget."""
+def _budget_row(costs: Sequence[int], budget: int) -> _Row:
+    """The budget in the costs' common unit if that makes small integers, else as a share of the budget."""
     unit = math.gcd(*costs)
     limit = budget // unit
     scale = min(1.0, _SCALE / limit) if limit else 1.0
-    return [_Row({index: cost // unit * scale for index, cost in enumerate(costs) if cost}, limit * scale)]
+    return _Row({index: cost // unit * scale for index, cost in enumerate(costs) if cost}, limit * scale)
 
 
-def _digit_rows(costs: Sequence[int], budget: int) -> list[_Row]:
-    """The budget digit by digit, lowest first, with an integer variable for the carry from each to the next.
-
-    The costs fit the budget if and only if there are carries, none negative, with which every row holds.
-    """
-    base = 1 << _DIGIT_BITS
-    shifts = range(0, budget.bit_length(), _DIGIT_BITS)
-    rows = []
-    for carry, shift in enumerate(shifts, start=len(costs)):
-        row = {index: float(cost >> shift & (base - 1)) for index, cost in enumerate(costs) if cost >> shift}
-        if shift:
-            row[carry - 1] = 1.0
-        if shift != shifts[-1]:
-            row[carry] = -float(base)
-        rows.append(_Row(row, float(budget >> shift & (base - 1))))
-    return rows
+def _cover_row(costs: Sequence[int], done: Sequence[int], budget: int) -> _Row:
+    """Exclude nodes that are over budget together: the costliest of them, as few as that takes."""
+    cover: list[int] = []
+    spent = 0
+    for index in sorted(done, key=lambda index: -costs[index]):
+        if spent > budget:
+            break
+        cover.append(index)
+        spent += costs[index]
+    return _Row(dict.fromkeys(cover, 1.0), len(cover) - 1.0)
 
 
 def _maximise(
     values: Sequence[float], rows: Sequence[_Row], deadline: float | None
 ) -> tuple[list[int], float]:
-    """One run of HiGHS: a binary per value, and an integer for every further variable in the rows.
+    """Run HiGHS once, with a binary variable per value.
 
     Returns:
         The indices of the values gained, and the bound proven.
     """
-    matrix, limits = _stack(rows)
-    further = matrix.shape[1] - len(values)
-    gain = np.array([value * _SCALE for value in values] + [0.0] * further)
-    # The nodes are all there is: HiGHS's presolve finds nothing to remove and takes longer than most
-    # searches.
+    matrix, limits = _stack(rows, len(values))
+    # HiGHS's presolve finds nothing to remove here and takes longer than most searches.
     options = {"mip_rel_gap": 0.0, "presolve": False}
     if deadline is not None:
         options["time_limit"] = max(deadline - time.monotonic(), 0.0)
     result = milp(
-        -gain,
+        -np.array(values) * _SCALE,
         constraints=LinearConstraint(matrix, ub=limits),
-        bounds=Bounds(0, [1.0] * len(values) + [np.inf] * further),
-        integrality=np.ones_like(gain),
+        bounds=Bounds(0, 1),
+        integrality=np.ones(len(values)),
         options=options,
     )
-    if result.status not in (
-        0,
-        1,
-    ):  # neither optimal nor out of time, though to do nothing is always feasible
+    optimal, out_of_time = 0, 1
+    if result.status not in (optimal, out_of_time):  # infeasible is impossible: doing nothing fits
         raise GTCompileError(f"HiGHS could not solve a selection of {len(values)} works: {result.message}")
-    chosen = [] if result.x is None else np.flatnonzero(result.x[: len(values)] > 0.5).tolist()
+    chosen = [] if result.x is None else np.flatnonzero(result.x > 0.5).tolist()
     return chosen, math.inf if result.mip_dual_bound is None else -result.mip_dual_bound / _SCALE
 
 
-def _stack(rows: Sequence[_Row]) -> tuple[csr_array, list[float]]:
+def _stack(rows: Sequence[_Row], variables: int) -> tuple[csr_array, list[float]]:
     """The rows as one sparse matrix, and their limits."""
     where = [(index, variable) for index, row in enumerate(rows) for variable in row.coefficients]
     data = [coefficient for row in rows for coefficient in row.coefficients.values()]
-    return csr_array((data, tuple(zip(*where, strict=True)))), [row.limit for row in rows]
+    shape = (len(rows), variables)
+    return csr_array((data, tuple(zip(*where, strict=True))), shape=shape), [row.limit for row in rows]
 
 
 def _take(values: Sequence[float], works: Mapping[int, int], budget: int, done: Set[int]) -> frozenset[int]:
-    """The items for which the works `done` suffice, what still fits beside them, and what is free then."""
+    """The items whose works are all in `done`, then those that still fit the budget, then those now free."""
     costly = {items: cost for items, cost in works.items() if cost}
     needs = [[items for items in costly if items >> item & 1] for item in range(len(values))]
     taken = sum(1 << item for item, value in enumerate(values) if value and done >= set(needs[item]))

@@ -1,15 +1,14 @@
 """Which parameters to train: the most important that fit the budget, with the bound that proves it."""
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtcompile.costs.budgets import budget_flops, smallest_budget, written_budget
-from gtcompile.errors import BudgetError, GTCompileError, some
-from gtcompile.graph.names import match_patterns
+from gtcompile.errors import GTCompileError
+from gtcompile.graph.names import near_names
 from gtcompile.selection.knapsack import solve_knapsack
+from gtcompile.selection.limits import Limits, apply_terms, make_terms, quoted
 
 if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The parameters to train until the next selection, and how good that choice is."""
+    """The parameters to train, what a step that trains them costs, and how good the choice is."""
 
     trained: frozenset[str]
     """FQNs of the parameters to train; empty when every affordable parameter has a negative importance."""
@@ -30,9 +29,10 @@ class Selection:
     full_flops: int
     """FLOPs of one training step with everything trained."""
     importance: float
-    """Sum of the trained parameters' importances; where all were 0, their number."""
-    importance_bound: float
-    """No selection within the budget has a greater importance; equal to `importance` when proven the best."""
+    """Sum of the trained parameters' measured importances; if all were 0, the number of the parameters."""
+    importance_bound: float | None
+    """No selection within the budget has a greater importance; equal to `importance` when proven the best,
+    None when the policy did not look for the best."""
 
     @property
     def step_fraction(self) -> float:
@@ -40,29 +40,26 @@ class Selection:
         return _share(self.step_flops, self.full_flops)
 
     @property
-    def gap(self) -> float:
-        """What may be missing to the best selection, relative to the importance; 0.0 when proven the best."""
+    def gap(self) -> float | None:
+        """What the best selection may have in addition, as a share of its importance; 0.0 when proven best.
+
+        None when the policy did not look for the best.
+        """
+        if self.importance_bound is None:
+            return None
         missing = self.importance_bound - self.importance
         return missing / max(abs(self.importance_bound), abs(self.importance)) if missing else 0.0
 
     def __str__(self) -> str:
         budget = _share(self.budget_flops, self.full_flops)
-        proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"
-        return (
+        text = (
             f"{len(self.trained)} of {self.selectable} parameters, {self.step_fraction:.1%} of a full step's "
-            f"FLOPs (budget {budget:.1%}), importance {self.importance:.4g}, {proof}"
+            f"FLOPs (budget {budget:.1%})"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Terms:
-    """What a selection has to respect, checked."""
-
-    budget_flops: int
-    always: frozenset[str]
-    never: frozenset[str]
-    undecided: frozenset[str]
-    """In neither of them, and affordable beside `always`."""
+        if self.gap is None:
+            return text
+        proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"
+        return f"{text}, importance {self.importance:.4g}, {proof}"
 
 
 def select_parameters(
@@ -74,13 +71,13 @@ def select_parameters(
     never: Iterable[str] = (),
     time_limit_s: float | None = None,
 ) -> Selection:
-    """The set of parameters of greatest total importance whose training step fits the budget.
+    """Select the parameters of greatest total importance whose training step fits the budget.
 
-    The optimum over all sets, not an approximation: costs are exact integers, and HiGHS searches until no
-    better set can exist. A parameter of negative importance is not trained unless `always` says so. A
-    parameter of importance 0 is trained if that costs nothing more; if all importances are 0, they count as
+    This is the optimum over all sets, not an approximation: costs are exact integers, and HiGHS searches
+    until no better set can exist. A parameter of negative importance is not trained unless `always` names it.
+    A parameter of importance 0 is trained if that costs nothing more; if all importances are 0, they count as
     equal. With budget 1.0 and no `never` everything is trained, whatever its importance. Equal arguments give
-    equal selections, in whatever order they come.
+    equal selections; their order does not matter.
 
     Args:
         costs: what each set of parameters costs.
@@ -91,7 +88,7 @@ def select_parameters(
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters not to train.
         time_limit_s: seconds after which the best selection found is returned with the bound proven so far;
-            then equal arguments may give different selections.
+            equal arguments may then give different selections.
 
     Raises:
         BudgetError: the budget is too small to train anything, or to train `always`; names the smallest that
@@ -100,26 +97,14 @@ def select_parameters(
             a pattern that matches nothing; a parameter in both `always` and `never`, or every parameter in
             `never`.
     """
-    terms = _check_terms(costs, budget_fraction, always, never)
-    _check_importance(costs, importance, terms.undecided)
-    if not any(importance[fqn] for fqn in terms.undecided):
-        importance = {**importance, **dict.fromkeys(terms.undecided, 1.0)}
-    if terms.budget_flops >= costs.full_flops and not terms.never:
-        return _selection(costs, terms, importance, costs.fqns, 0.0)
-    names = sorted(fqn for fqn in terms.undecided if importance[fqn] >= 0)
-    chosen, missed = solve_knapsack(
-        [importance[fqn] for fqn in names],
-        _works(costs, names, terms.always),
-        terms.budget_flops - costs.step_flops(terms.always),
-        time_limit_s=time_limit_s,
-    )
-    return _selection(costs, terms, importance, terms.always | {names[index] for index in chosen}, missed)
+    limits = apply_terms(costs, make_terms(budget_fraction, always, never))
+    return select_within(limits, importance, time_limit_s=time_limit_s)
 
 
 def parameters_to_measure(
     costs: "BackwardCosts", budget_fraction: float, *, always: Iterable[str] = (), never: Iterable[str] = ()
 ) -> frozenset[str]:
-    """The parameters whose importance decides: affordable, and not settled by `always` or `never`.
+    """The parameters whose importance decides: affordable, and in neither `always` nor `never`.
 
     Args:
         costs: what each set of parameters costs.
@@ -130,101 +115,83 @@ def parameters_to_measure(
     Raises:
         BudgetError, ValueError: as for `select_parameters`.
     """
-    return _check_terms(costs, budget_fraction, always, never).undecided
+    return apply_terms(costs, make_terms(budget_fraction, always, never)).undecided
 
 
-def _check_terms(
-    costs: "BackwardCosts", budget_fraction: float, always: Iterable[str], never: Iterable[str]
-) -> _Terms:
-    budget = budget_flops(costs.full_flops, budget_fraction)
-    fqns = costs.fqns
-    always, never = match_patterns(costs.names, always), match_patterns(costs.names, never)
-    if both := always & never:
-        raise ValueError(f"{_some(both)} in both always and never; a parameter can be in one of them")
-    step_flops = _step_flops_with(costs, fqns - always - never, always)
-    if not always and not step_flops:
-        raise ValueError("never leaves no parameter to train; expected at least one that it does not match")
-    minimum = costs.step_flops(always) if always else min(step_flops.values())
-    if budget < minimum:
-        raise _too_small(costs, budget_fraction, minimum, always)
-    undecided = frozenset(fqn for fqn, flops in step_flops.items() if flops <= budget)
-    return _Terms(budget_flops=budget, always=always, never=never, undecided=undecided)
+def select_within(
+    limits: Limits, importance: Mapping[str, float], *, time_limit_s: float | None = None
+) -> Selection:
+    """`select_parameters` within limits that are known already.
+
+    Raises:
+        ValueError: an importance missing, not finite, or of no selectable parameter.
+    """
+    _check_importance(limits, importance)
+    if not any(importance[fqn] for fqn in limits.undecided):
+        importance = {**importance, **dict.fromkeys(limits.undecided, 1.0)}
+    if limits.budget_flops >= limits.costs.full_flops and not limits.never:
+        return describe(limits, importance, limits.costs.fqns, 0.0)
+    names = sorted(fqn for fqn in limits.undecided if importance[fqn] >= 0)
+    chosen, missed = solve_knapsack(
+        [importance[fqn] for fqn in names],
+        _works(limits, names),
+        limits.budget_flops - limits.costs.step_flops(limits.always),
+        time_limit_s=time_limit_s,
+    )
+    return describe(limits, importance, limits.always | {names[index] for index in chosen}, missed)
 
 
-def _step_flops_with(costs: "BackwardCosts", fqns: Iterable[str], always: frozenset[str]) -> dict[str, int]:
-    """Per parameter the FLOPs of a step that trains it and `always`."""
-    flops = dict.fromkeys(fqns, costs.step_flops(always))
-    for work in costs.shared_work:
-        if work.parameters.isdisjoint(always):
-            for fqn in work.parameters & flops.keys():
-                flops[fqn] += work.flops
-    return flops
+def describe(
+    limits: Limits, importance: Mapping[str, float], trained: frozenset[str], missed: float | None
+) -> Selection:
+    """A set as a selection.
 
+    Args:
+        limits: what the set respects.
+        importance: by FQN, where it was measured.
+        trained: the set.
+        missed: how much more importance a better set could have at most; None if nobody looked for one.
 
-def _too_small(
-    costs: "BackwardCosts", budget_fraction: float, minimum_flops: int, always: Collection[str]
-) -> BudgetError:
-    """The error that names the smallest budget that works, as a number that works when it is typed back."""
-    what = f"trains {_some(always)}, as asked for by always," if always else "trains anything"
-    forward = costs.forward_flops / costs.full_flops
-    return BudgetError(
-        f"budget_fraction {budget_fraction!r} is too small: a step that {what} takes at least "
-        f"{written_budget(costs.full_flops, minimum_flops)} of a full step's FLOPs, "
-        f"{forward:.4f} of them in the forward",
-        smallest_budget(costs.full_flops, minimum_flops),
+    Raises:
+        GTCompileError: the set costs more than the budget.
+    """
+    step_flops = limits.costs.step_flops(trained)
+    if step_flops > limits.budget_flops:
+        raise GTCompileError(f"a selection of {step_flops} FLOPs for a budget of {limits.budget_flops}")
+    total = math.fsum(importance.get(fqn, 0.0) for fqn in trained)
+    return Selection(
+        trained=trained,
+        selectable=len(limits.costs.fqns),
+        step_flops=step_flops,
+        budget_flops=limits.budget_flops,
+        full_flops=limits.costs.full_flops,
+        importance=total,
+        importance_bound=None if missed is None else total + missed,
     )
 
 
-def _check_importance(
-    costs: "BackwardCosts", importance: Mapping[str, float], undecided: frozenset[str]
-) -> None:
-    if unknown := importance.keys() - costs.fqns:
-        near = difflib.get_close_matches(min(unknown), sorted(costs.fqns), n=3, cutoff=0.4)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise ValueError(f"importance names {_some(unknown)}, not among the selectable parameters{hint}")
+def _check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
+    fqns = limits.costs.fqns
+    if unknown := importance.keys() - fqns:
+        near = near_names(min(unknown), sorted(fqns))
+        raise ValueError(f"importance names {quoted(unknown)}, not among the selectable parameters; {near}")
     if bad := [fqn for fqn, value in importance.items() if not math.isfinite(value)]:
         values = ", ".join(f"{importance[fqn]}" for fqn in sorted(bad)[:3])
-        raise ValueError(f"importance of {_some(bad)} is not finite ({values}); did the loss overflow?")
-    if missing := undecided - importance.keys():
-        raise ValueError(f"importance is missing {_some(missing)}, which the budget could train")
+        raise ValueError(f"importance of {quoted(bad)} is not finite ({values}); did the loss overflow?")
+    if missing := limits.undecided - importance.keys():
+        raise ValueError(f"importance is missing {quoted(missing)}, which the budget could train")
 
 
-def _works(costs: "BackwardCosts", names: Iterable[str], always: frozenset[str]) -> dict[int, int]:
+def _works(limits: Limits, names: Iterable[str]) -> dict[int, int]:
     """FLOPs of the works that `always` leaves undone, by the names that need them (bit i for name i)."""
     bit = {name: 1 << index for index, name in enumerate(names)}
     works: dict[int, int] = {}
-    for work in costs.shared_work:
+    for work in limits.costs.shared_work:
         needed_by = sum(bit[name] for name in work.parameters & bit.keys())
-        if needed_by and work.parameters.isdisjoint(always):
+        if needed_by and work.parameters.isdisjoint(limits.always):
             works[needed_by] = works.get(needed_by, 0) + work.flops
     return works
 
 
-def _selection(
-    costs: "BackwardCosts",
-    terms: _Terms,
-    importance: Mapping[str, float],
-    trained: frozenset[str],
-    missed: float,
-) -> Selection:
-    step_flops = costs.step_flops(trained)
-    if step_flops > terms.budget_flops:
-        raise GTCompileError(f"a selection of {step_flops} FLOPs for a budget of {terms.budget_flops}")
-    total = math.fsum(importance.get(fqn, 0.0) for fqn in trained)
-    return Selection(
-        trained=trained,
-        selectable=len(costs.fqns),
-        step_flops=step_flops,
-        budget_flops=terms.budget_flops,
-        full_flops=costs.full_flops,
-        importance=total,
-        importance_bound=total + missed,
-    )
-
-
 def _share(flops: int, full_flops: int) -> float:
     return flops / full_flops if full_flops else 1.0
-
-
-def _some(names: Iterable[str]) -> str:
-    return some([repr(name) for name in sorted(names)])

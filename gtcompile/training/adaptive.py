@@ -1,23 +1,26 @@
-"""Adaptive backpropagation in a training loop: measure, select, train that; again every epoch."""
+"""Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gtcompile.capture.model_io import list_parameters, loss_of, unwrap, without_replicas
+from gtcompile.capture.model_io import list_parameters, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.costs.budgets import check_budget
 from gtcompile.errors import CaptureError, GTCompileError, some
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
-from gtcompile.importance.gradient_stream import on_device
-from gtcompile.selection.selection import Selection, parameters_to_measure, select_parameters
+from gtcompile.importance.gradient_stream import LossFn, batch_loss, on_device
+from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
+from gtcompile.selection.policies import Choose, Function, Policy, find_policy
+from gtcompile.selection.schedule import Plan, Schedule, seeded
+from gtcompile.selection.schedule_state import schedule_from, schedule_state
+from gtcompile.selection.selection import Selection, describe
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.trained_set import enter_shards, train_only, trained_parameters
@@ -26,29 +29,28 @@ from gtcompile.training.ddp import ranks_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Terms:
-    """What the user asked of every selection."""
-
-    budget_fraction: float
-    always: tuple[str, ...]
-    never: tuple[str, ...]
-
-
 class AdaptiveBackprop:
     """Keeps a model training the parameters most worth it within a FLOPs budget.
 
-    Call `reselect` with a few batches before the first epoch and then every epoch or so; in between, train as
-    always. The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have
-    compiled blocks. Inside `DistributedDataParallel(model, find_unused_parameters=True)` every rank calls
-    `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides for all, and
-    only trained gradients are sent. What fails on one rank is raised on all. So it is with a model sharded
-    with `fully_shard`, whose importance is that of all ranks' batches together.
+    Call `reselect` with a few batches before the first epoch and then every epoch or so. In between train as
+    always, and call `step` after every step of the optimizer: some policies change the trained set at every
+    step, and then the budget is a mean that holds after each of them, from one `reselect` to the next. Where
+    the policy trains one set, `step` changes nothing.
+
+    The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have compiled
+    blocks; a new set compiles nothing. Inside `DistributedDataParallel(model, find_unused_parameters=True)`
+    every rank calls `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides
+    for all, and only trained gradients are sent. What fails on one rank is raised on all. A model sharded
+    with `fully_shard` behaves alike; its importance is that of all ranks' batches together.
 
     Args:
-        model: returns its scalar loss or an output with `.loss`.
+        model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        policy: what to train within the budget: a name or a description from `gtcompile.policies`, or a
+            function of your own, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
+            for every step.
+        loss_fn: takes the model and a batch of any structure and returns the scalar loss.
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
@@ -57,10 +59,12 @@ class AdaptiveBackprop:
         loss_module: computes the loss that training really uses, with the model's parameters under the
             model's names. Importance is measured through it; costs are those of the model's own loss, which
             batches must contain the labels for.
+        seed: of the policies that draw at random; the same on all ranks.
 
     Raises:
-        ValueError: a budget outside (0, 1], a pattern that matches nothing, or a `DistributedDataParallel`
-            or `FullyShardedDataParallel` that would train or send something else.
+        ValueError: a budget outside (0, 1], a policy that does not exist, a pattern that matches nothing,
+            `loss_fn` and `loss_module` together, or a `DistributedDataParallel` or
+            `FullyShardedDataParallel` that would train or send something else.
         TypeError: a single string where patterns are expected.
     """
 
@@ -70,26 +74,40 @@ class AdaptiveBackprop:
         optimizer: Optimizer,
         budget_fraction: float = 0.5,
         *,
+        policy: str | Policy | Choose = "best",
+        loss_fn: LossFn | None = None,
         always: Iterable[str] = (),
         never: Iterable[str] = (),
         two_pass: bool = False,
         frozen_state: Setting = "keep",
         loss_module: nn.Module | None = None,
+        seed: int = 0,
     ) -> None:
+        if loss_fn is not None and loss_module is not None:
+            raise ValueError("expected loss_fn or loss_module, got both; give the one that training uses")
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
-        self._model, self._optimizer, self._two_pass = model, optimizer, two_pass
+        self._model, self._optimizer, self._loss_fn, self._seed = model, optimizer, loss_fn, seed
         self._loss_module = model if loss_module is None else loss_module
+        self._policy = find_policy(policy)
+        self._two_pass = two_pass or self._policy.two_pass
         self._frozen_state = FrozenState(optimizer, frozen_state)
-        self._terms = _check_terms(model, budget_fraction, always, never)
+        self._terms = self._checked_terms(budget_fraction, always, never)
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
         self._known_costs: dict[object, BackwardCosts] = {}
+        self._schedule: Schedule | None = None
+        self._trained: frozenset[str] = frozenset()
 
     @property
     def budget_fraction(self) -> float:
         """Share of a full step's FLOPs that a step may take, in (0, 1]."""
         return self._terms.budget_fraction
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained within the budget."""
+        return self._policy
 
     @property
     def selection(self) -> Selection | None:
@@ -98,33 +116,43 @@ class AdaptiveBackprop:
 
     @property
     def history(self) -> tuple[Selection, ...]:
-        """The selections so far, one per `reselect`."""
+        """The selections so far, one per `reselect`, each as it was for the first step after it."""
         return self._history
 
     @property
     def importance(self) -> Mapping[str, float]:
-        """Importance by FQN as the latest `reselect` measured it, of the parameters it had to decide on."""
+        """Importance by FQN as the latest `reselect` measured it, of the parameters its policy asked for."""
         return self._importance
 
-    def reselect(self, batches: Iterable[Mapping[str, Any]]) -> Selection:
+    @property
+    def spent_fraction(self) -> float:
+        """Mean cost of the steps since `reselect` as a share of a full step's FLOPs.
+
+        The step that the present set was handed out for is included. 0.0 before the first `reselect`.
+        """
+        return self._schedule.spent_fraction if self._schedule else 0.0
+
+    def reselect(self, batches: Iterable[Any]) -> Selection:
         """Select anew from these batches and train that from now on.
 
-        Costs are those of a batch with the shapes of the first, or of the way that the first takes where the
-        model branches on data; importance is averaged over all. When nothing
-        affordable is predicted to reduce the loss, the former selection stays, with a log message; where
-        there is none yet, batches that contradict each other are measured as with `two_pass`. Until the new
-        trained set is applied nothing changes, so a call that fails leaves everything as it was.
+        Costs are those of a batch with the shapes of the first one; if the model branches on data, those of
+        the way that the first batch takes. Importance is averaged over all batches, if the policy needs it.
+        When nothing affordable is predicted to reduce the loss, the former selection stays, with a log
+        message; if there is none yet, importance is measured within each batch as with `two_pass`. Nothing
+        changes until the new trained set is applied, so a call that fails leaves everything as it was.
 
         Args:
-            batches: keyword dictionaries with labels; at least two, or one with `two_pass`.
+            batches: keyword dictionaries with labels, or with `loss_fn` anything, on any device; at least
+                two, or one with `two_pass`.
 
         Returns:
-            The selection, which prints as one line.
+            The selection for the next step, which prints as one line. If the policy changes the set at every
+            step, later steps may cost more than the budget, but never so much that the mean does.
 
         Raises:
             BudgetError: the budget trains nothing on this model, or not even `always`; names the smallest
                 that works.
-            CaptureError: the model could not be captured or returns no loss.
+            CaptureError: the model could not be captured or there is no loss.
             GTCompileError: too few batches are finite, or nothing is predicted to reduce the loss and there
                 is no former selection.
             ValueError, TypeError: batches, patterns or optimizer do not fit the model, or differ by rank.
@@ -134,142 +162,218 @@ class AdaptiveBackprop:
         ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
             checked, costs = ranks.together(lambda: self._prepare(batches))
-            asked = ranks.from_first(lambda: self._asked(costs))
-            importance, selection = self._decide(asked, checked, costs, two_pass=self._two_pass)
-            if not selection.trained and self.selection is None and not self._two_pass:
-                logger.warning("%s: measured within each batch instead", _reason(selection))
-                importance, selection = self._decide(asked, checked, costs, two_pass=True)
-        selection = selection if selection.trained else self._former_selection(selection)
-        train_only(self._model, selection.trained)
+            limits = ranks.from_first(lambda: apply_terms(costs, self._terms))
+            importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
+            if _trains_nothing(plan) and self.selection is None and not self._two_pass:
+                logger.warning("%s: measured within each batch instead", _reason(limits))
+                importance, plan = self._decide(limits, checked, two_pass=True)
+        schedule, selection = self._begin(plan, limits, importance)
+        self._train(selection.trained)
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
-        self._frozen_state.apply()
-        self._importance = importance
+        self._importance, self._schedule = importance, schedule
         self._history += (selection,)
         return selection
 
+    def step(self) -> frozenset[str]:
+        """Train the policy's set for the next step; to be called once after every step of the optimizer.
+
+        With gradient accumulation that is once per `optimizer.step()`, not once per batch. Nothing is
+        compiled or measured. All ranks make the call.
+
+        Returns:
+            The FQNs trained from now on.
+
+        Raises:
+            GTCompileError: nothing was selected yet.
+            ValueError, TypeError: your own policy returned no parameters of the model.
+        """
+        if self._schedule is None:
+            raise GTCompileError("there is no selection to go on from; call reselect(batches) before step()")
+        trained = self._schedule.next_set()
+        if trained != self._trained:
+            self._train(trained)
+        return trained
+
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
+        shapes = _shapes(self._model)
         return {
             "budget_fraction": self._terms.budget_fraction,
             "always": list(self._terms.always),
             "never": list(self._terms.never),
-            "parameters": _shapes(self._model),
+            "policy": repr(self._policy),
+            "seed": self._seed,
+            "parameters": shapes,
             "trained": sorted(trained_parameters(self._model)),
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
+            "schedule": schedule_state(self._schedule, sorted(shapes)) if self._schedule else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken: budget, patterns, history and, from now on, its trained set.
+        """Continue where `state_dict` was taken, in the middle of an epoch or not.
+
+        Budget, patterns, seed and history become those of the state, and its trained set is trained from now
+        on. The next calls of `step` hand out the sets that would have come next.
 
         Raises:
-            ValueError: for something else than such a state, or the state of another model (names the
-                differences); nothing has changed then.
+            ValueError: for something else than such a state, the state of another model (names the
+                differences), or of another policy; nothing has changed then.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
         _refuse_other_model(state["parameters"], _shapes(self._model))
+        if state["policy"] != repr(self._policy):
+            raise ValueError(
+                f"this is the state of the policy {state['policy']}, and here the policy is "
+                f"{self._policy!r}; give the same one"
+            )
         history = tuple(
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
-        terms = _check_terms(self._model, state["budget_fraction"], state["always"], state["never"])
-        train_only(self._model, state["trained"])
-        self._frozen_state.apply()
-        self._terms, self._history, self._importance = terms, history, dict(state["importance"])
+        terms = self._checked_terms(state["budget_fraction"], state["always"], state["never"])
+        importance, schedule = dict(state["importance"]), None
+        if state["schedule"] is not None:
+            parameters = list_parameters(unwrap(self._model))
+            propose = self._propose_with(terms, importance)
+            schedule = schedule_from(state["schedule"], parameters, propose)
+        self._train(frozenset(state["trained"]))
+        self._terms, self._history, self._seed = terms, history, state["seed"]
+        self._importance, self._schedule = importance, schedule
 
-    def _costs(self, batch: Mapping[str, Any]) -> BackwardCosts:
-        """The costs at this batch's shapes, captured anew when they differ from the last or values matter."""
+    def _train(self, trained: frozenset[str]) -> None:
+        self._trained = train_only(self._model, trained)
+        self._frozen_state.apply()
+
+    def _checked_terms(self, budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
+        terms = make_terms(budget_fraction, always, never)
+        check_patterns(terms, names_of(list_parameters(unwrap(self._model))))
+        return terms
+
+    def _costs(self, batch: Any) -> BackwardCosts:
+        """The costs at this batch's shapes, captured anew if these changed or if values matter."""
         key = _shapes_in(batch)
         known = self._known_costs.get(key)
         if known is None or known.follows_values:
+            batch = on_device(batch, next(self._model.parameters()).device)
             try:
-                self._known_costs = {key: backward_costs(self._model, batch)}
+                self._known_costs = {key: self._captured_costs(batch)}
             except CaptureError:
-                self._check_loss(batch)
+                with torch.no_grad():  # let the model say what is wrong with the batch, if something is
+                    batch_loss(self._model, batch, self._loss_fn)
                 raise
         return self._known_costs[key]
 
-    @torch.no_grad()
-    def _check_loss(self, batch: Mapping[str, Any]) -> None:
-        """Let the model say what is wrong with the batch, where something is."""
-        device = next(self._model.parameters()).device
-        loss_of(self._model(**on_device(batch, device)))
+    def _captured_costs(self, batch: Any) -> BackwardCosts:
+        if self._loss_fn is None:
+            return backward_costs(self._model, batch)
+        return backward_costs(self._model, batch, loss_fn=self._loss_fn)
 
     def _common_ground(self) -> dict[str, Any]:
-        """What all ranks must have the same of."""
+        """What must be equal on all ranks."""
         return {
             "the budget": self._terms.budget_fraction,
             "the patterns in always": self._terms.always,
             "the patterns in never": self._terms.never,
+            "the policy": repr(self._policy),
+            "the seed": self._seed,
             "the model": _shapes(self._model),
             "the version of torch": torch.__version__,
             "the number of selections so far": len(self._history),
+            "the number of steps since the selection": self._schedule.progress.steps if self._schedule else 0,
         }
 
-    def _prepare(
-        self, batches: Iterable[Mapping[str, Any]]
-    ) -> tuple[tuple[Mapping[str, Any], ...], BackwardCosts]:
-        checked = check_batches(self._loss_module, batches, minimum=1 if self._two_pass else 2)
+    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts]:
+        one_is_enough = self._two_pass or self._policy.measured == "nothing"
+        checked = check_batches(
+            self._loss_module, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
+        )
         return checked, self._costs(checked[0])
 
-    def _asked(self, costs: BackwardCosts) -> list[str]:
-        """FQNs of what is not settled before importance is known."""
-        terms = self._terms
-        return sorted(
-            parameters_to_measure(costs, terms.budget_fraction, always=terms.always, never=terms.never)
-        )
-
     def _decide(
-        self, asked: list[str], batches: Sequence[Mapping[str, Any]], costs: BackwardCosts, *, two_pass: bool
-    ) -> tuple[dict[str, float], Selection]:
-        """Importance over all ranks, and rank 0's selection by it, which may be empty."""
-        ranks, terms = self._ranks, self._terms
-        importance = ranks.mean(ranks.together(lambda: self._measure(asked, batches, two_pass=two_pass)))
-        selection = ranks.from_first(
-            lambda: select_parameters(
-                costs, importance, terms.budget_fraction, always=terms.always, never=terms.never
-            )
-        )
-        return importance, selection
+        self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
+    ) -> tuple[dict[str, float], Plan]:
+        """Importance over all ranks, and the plan that rank 0 draws from it."""
+        ranks = self._ranks
+        wanted = self._wanted(limits)
+        importance = ranks.mean(ranks.together(lambda: self._measure(wanted, batches, two_pass=two_pass)))
+        generator = seeded(self._seed, len(self._history), "plan")
+        plan = ranks.from_first(lambda: self._policy.plan(limits, importance, generator))
+        return importance, plan
 
-    def _measure(
-        self, asked: list[str], batches: Sequence[Mapping[str, Any]], *, two_pass: bool
-    ) -> dict[str, float]:
-        """Importance of what is asked for; 0 for parameters these batches did not use."""
-        if not asked:
+    def _wanted(self, limits: Limits) -> list[str]:
+        """FQNs of the parameters whose importance the policy needs."""
+        if self._policy.measured == "nothing":
+            return []
+        affordable = self._policy.measured == "affordable"
+        return sorted(limits.undecided if affordable else limits.trainable - limits.always)
+
+    def _measure(self, wanted: list[str], batches: Sequence[Any], *, two_pass: bool) -> dict[str, float]:
+        """Importance of the wanted parameters; 0 for those that these batches did not use."""
+        if not wanted:
             return {}
         measured = measure_importance(
-            self._loss_module, self._optimizer, batches, only=asked, two_pass=two_pass
+            self._loss_module,
+            self._optimizer,
+            batches,
+            loss_fn=self._loss_fn,
+            only=wanted,
+            two_pass=two_pass,
         )
-        return {fqn: measured.get(fqn, 0.0) for fqn in asked}
+        return {fqn: measured.get(fqn, 0.0) for fqn in wanted}
 
-    def _former_selection(self, empty: Selection) -> Selection:
-        if self.selection is None:
-            raise GTCompileError(f"{_reason(empty)}; measure on more batches, or lower the learning rate")
-        logger.warning("%s: the former selection stays", _reason(empty))
-        return self.selection
+    def _begin(
+        self, plan: Plan, limits: Limits, importance: Mapping[str, float]
+    ) -> tuple[Schedule, Selection]:
+        """The schedule of a plan with its first set drawn, and that set as a selection.
+
+        A plan that trains nothing gives way to the former one.
+        """
+        former = self._schedule
+        if stays := _trains_nothing(plan):
+            if former is None:
+                raise GTCompileError(
+                    f"{_reason(limits)}; measure on more batches, or lower the learning rate"
+                )
+            logger.warning("%s: the former selection stays", _reason(limits))
+        schedule = Schedule(
+            former.plan if former and stays else plan,
+            former.costs if former and stays else limits.costs,
+            limits.budget_fraction,
+            seed=self._seed,
+            number=len(self._history),
+            propose=self._propose_with(self._terms, importance),
+        )
+        trained = schedule.next_set()
+        if self.selection and stays:
+            return schedule, self.selection
+        return schedule, plan.selection or describe(limits, importance, trained, None)
+
+    def _propose_with(
+        self, terms: Terms, importance: Mapping[str, float]
+    ) -> Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None:
+        """The user's own policy as a schedule calls it: rank 0 decides; None for any other policy."""
+        if not isinstance(self._policy, Function):
+            return None
+        choose, ranks = self._policy.choose, self._ranks
+
+        def chosen(costs: BackwardCosts, generator: torch.Generator) -> frozenset[str]:
+            always, never = (match_patterns(costs.names, each) for each in (terms.always, terms.never))
+            names = match_patterns(costs.names, choose(costs, importance, terms.budget_fraction, generator))
+            if not (trained := (names | always) - never):
+                raise ValueError("your policy returned no parameter to train; expected at least one FQN")
+            return trained
+
+        return lambda costs, generator: ranks.from_first(lambda: chosen(costs, generator))
 
 
-def _reason(empty: Selection) -> str:
-    return f"training any of the {empty.selectable} parameters is predicted to raise the loss"
+def _trains_nothing(plan: Plan) -> bool:
+    """Whether every parameter that the plan could train was predicted to raise the loss."""
+    return any(not trained for trained in plan.sets)
 
 
-def _check_terms(
-    model: nn.Module, budget_fraction: float, always: Iterable[str], never: Iterable[str]
-) -> _Terms:
-    check_budget(budget_fraction)
-    names = names_of(list_parameters(unwrap(model)))
-    return _Terms(
-        budget_fraction=budget_fraction,
-        always=_check_patterns(names, always),
-        never=_check_patterns(names, never),
-    )
-
-
-def _check_patterns(names: dict[str, str], patterns: Iterable[str]) -> tuple[str, ...]:
-    given = patterns if isinstance(patterns, str) else tuple(patterns)
-    match_patterns(names, given)  # also refuses a single string
-    return tuple(given)
+def _reason(limits: Limits) -> str:
+    return f"training any of the {len(limits.costs.fqns)} parameters is predicted to raise the loss"
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -289,7 +393,7 @@ def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Any]) ->
 
 
 def _shapes_in(value: Any) -> object:
-    """What of a batch its costs depend on: shapes and types of tensors, and every other value."""
+    """What the costs of a batch depend on: shapes and types of tensors, and every other value."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, Mapping):

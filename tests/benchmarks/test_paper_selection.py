@@ -9,15 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.paper.selection import (
-    chain_costs,
-    compare_budgets,
-    select_by_paper,
-    select_on_chain,
-)
+from benchmarks.paper.selection import compare_budgets, select_on_chain
+from gtcompile import select_parameters
 from gtcompile.costs.backward_costs import BackwardCosts, SharedWork
 from gtcompile.graph.joint_graph import Parameter
-from gtcompile.selection.selection import select_parameters
+from gtcompile.selection.paper import chain_costs, select_by_paper
 
 TENSORS = st.lists(
     st.tuples(st.integers(0, 30), st.integers(0, 30), st.floats(0.0, 5.0, width=32)), min_size=1, max_size=9

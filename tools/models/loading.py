@@ -1,4 +1,4 @@
-"""Load a language model and its tokenizer by hub id, from a local directory, or the demo's."""
+"""Load a language model and its tokenizer by hub id, from a local directory, or by `demo` or `smollm2`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import (
 
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 from gtcompile.tools.models.demo_model import load_demo
+from gtcompile.tools.models.smollm2 import SMOLLM2, smollm2_directory
 
 DEMO = "demo"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -59,7 +60,7 @@ def load_language_model(
     """Load a model and its tokenizer.
 
     Args:
-        name: hub id, local directory, or `demo`.
+        name: hub id, local directory, `demo`, or `smollm2` (needs no hub).
         tokenizer_name: hub id or directory of another tokenizer, or `bytes` for one token per byte. None
             takes the model's own, and one token per byte for a local directory without one.
         weights: false leaves the model on the meta device.
@@ -67,6 +68,7 @@ def load_language_model(
     Raises:
         ValueError: the model or the tokenizer could not be loaded, or do not fit each other.
     """
+    name = _directory_of(name)
     own = load_demo()[1] if name == DEMO else None
     model, begun_anew = _load_weights(name) if weights else (model_on_meta(name), ())
     tokenizer, origin = _tokenizer(name, tokenizer_name, model.config, own)
@@ -80,7 +82,12 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         ValueError: it could not be loaded.
     """
-    return _load_weights(name)[0]
+    return _load_weights(_directory_of(name))[0]
+
+
+def _directory_of(name: str) -> str:
+    """The directory of a model that a package carries; any other name itself."""
+    return str(smollm2_directory()) if name == SMOLLM2 else name
 
 
 def _load_weights(name: str) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -132,6 +139,7 @@ def load_config(name: str) -> PretrainedConfig:
     Raises:
         ValueError: there is none.
     """
+    name = _directory_of(name)
     if _looks_local(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"no model in {name!r}: expected a directory with a config.json, a hub id, or demo")
     config: PretrainedConfig = _load("configuration", name, AutoConfig)

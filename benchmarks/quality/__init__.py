@@ -1,0 +1,1 @@
+"""Does it pay? Fine-tuning methods compared by loss on held-out data, at equal steps and at equal FLOPs."""

@@ -1,0 +1,261 @@
+"""One run: a method, a budget, a learning rate, a seed and a number of steps; saved as it goes."""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.quality.arms import ARMS
+from benchmarks.quality.data import Batch, Batches, Data, Text
+from gtcompile import (
+    AdaptiveBackprop,
+    BackwardCosts,
+    backward_costs,
+    compile_blocks,
+    load_training,
+    save_training,
+    trained_parameters,
+)
+
+_CLIPPED_TO = 1.0
+_WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is run; equal runs have equal results."""
+
+    arm: str
+    """Name in `ARMS`."""
+    budget: float | None
+    """Mean share of the FLOPs of full fine-tuning that a step may take, in (0, 1]; None without a budget."""
+    learning_rate: float
+    seed: int
+    """Of the order of the data and of everything drawn at random."""
+    steps: int
+    """Optimizer steps; the learning rate falls to 0 over them."""
+    purpose: str
+    """`search` for a learning rate, or what is compared: `steps` or `flops` equal to those of `full`."""
+
+    @property
+    def key(self) -> str:
+        """A name for files; `steps` and `flops` runs of the same length are the same run."""
+        data = "search" if self.purpose == "search" else "test"
+        budget = "all" if self.budget is None else self.budget
+        return f"{self.arm}-{budget}-{self.learning_rate:g}-{self.seed}-{self.steps}-{data}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all runs of a comparison have in common."""
+
+    load: Callable[[], nn.Module]
+    """Returns the pretrained model, a new copy at every call."""
+    batches: Batches
+    data: Data
+    held_out: int
+    """How many held-out texts the loss is of."""
+    evaluations: int
+    """How often in a run the loss on them is taken."""
+    selections: int
+    """How often in a run a policy that measures importance selects."""
+    measured: int
+    """Batches that importance is measured on at each selection."""
+    bf16: bool
+    """Whether forwards run under bf16 autocast."""
+    compiler: str | None
+    """What compiles the blocks; None runs them eagerly."""
+    save_every: int
+    """Steps between two saves of a run under way."""
+    device: torch.device
+
+
+def run(chosen: Run, setting: Setting, full: BackwardCosts, unfinished: Path) -> dict[str, Any]:
+    """Train and evaluate; continues from what an earlier call, ended by whatever, saved in `unfinished`.
+
+    Args:
+        chosen: what to run.
+        setting: of the comparison.
+        full: costs of full fine-tuning.
+        unfinished: a folder of this run's own; removed at the end.
+
+    Returns:
+        The run, its losses and FLOPs as JSON types.
+    """
+    training = _Training(chosen, setting, full)
+    training.resume(unfinished)
+    while training.step < chosen.steps:
+        training.advance()
+        if training.step % setting.save_every == 0 and training.step < chosen.steps:
+            training.save(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return training.result()
+
+
+def full_costs(setting: Setting) -> BackwardCosts:
+    """Costs of full fine-tuning of the model at the comparison's batches."""
+    return backward_costs(setting.load(), _example(setting))
+
+
+def loss_on(model: nn.Module, batches: Sequence[Batch], setting: Setting) -> float:
+    """Mean loss per labelled token, in nats."""
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            labelled = int((batch["labels"][:, 1:] >= 0).sum())
+            total += _loss(model, batch, setting).item() * labelled
+            count += labelled
+    model.train()
+    return total / count
+
+
+class _Training:
+    """A run under way."""
+
+    def __init__(self, chosen: Run, setting: Setting, full: BackwardCosts) -> None:
+        torch.manual_seed(chosen.seed)
+        self._run, self._setting, self._full = chosen, setting, full
+        arm = ARMS[chosen.arm]
+        self._model = arm.prepare(setting.load()).to(setting.device)
+        own = backward_costs(self._model, _example(setting))
+        if setting.compiler is not None:
+            compile_blocks(self._model, compiler=setting.compiler)
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
+        self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.0, chosen.steps)
+        budget = 1.0 if chosen.budget is None else chosen.budget * full.full_flops / own.full_flops
+        self._adaptive = AdaptiveBackprop(
+            self._model, self._optimizer, min(budget, 1.0), policy=arm.policy, seed=chosen.seed
+        )
+        self._own_costs = own
+        self.step = self._flops = self._measuring_flops = 0
+        self._seconds = 0.0
+        self._evaluations: list[dict[str, float]] = []
+        self._train_losses: list[float] = []
+        self._data = self._batches()
+
+    def resume(self, folder: Path) -> None:
+        """Continue from what `save` wrote, if there is any."""
+        if not folder.is_dir():
+            return
+        progress = load_training(folder, self._model, self._optimizer, self._adaptive)
+        self._schedule.load_state_dict(progress.pop("schedule"))
+        self.step = progress.pop("step")
+        for name, value in progress.items():
+            setattr(self, f"_{name}", value)
+        self._data = islice(self._batches(), self.step, None)
+
+    def save(self, folder: Path) -> None:
+        """Write everything that the run goes on from."""
+        progress = {
+            "step": self.step,
+            "schedule": self._schedule.state_dict(),
+            "flops": self._flops,
+            "seconds": self._seconds,
+            "measuring_flops": self._measuring_flops,
+            "evaluations": copy.deepcopy(self._evaluations),
+            "train_losses": list(self._train_losses),
+        }
+        save_training(folder, self._model, self._optimizer, self._adaptive, progress)
+
+    def advance(self) -> None:
+        """One optimizer step, with a selection before it and an evaluation after it when they are due."""
+        began = time.perf_counter()
+        if self._selects():
+            self._select()
+        loss = _loss(self._model, next(self._data), self._setting)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), _CLIPPED_TO)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+        self._flops += self._own_costs.step_flops(trained_parameters(self._model))
+        self._adaptive.step()
+        self._train_losses.append(loss.item())
+        self.step += 1
+        self._seconds += time.perf_counter() - began
+        if self.step * self._setting.evaluations % self._run.steps < self._setting.evaluations:
+            self._evaluate()
+
+    def result(self) -> dict[str, Any]:
+        """The finished run as JSON types."""
+        return {
+            **asdict(self._run),
+            "key": self._run.key,
+            "loss": self._evaluations[-1]["loss"],
+            "flops": self._flops,
+            "measuring_flops": self._measuring_flops,
+            "full_step_flops": self._full.full_flops,
+            "flops_fraction": self._flops / (self._full.full_flops * self._run.steps),
+            "seconds": self._seconds,
+            "peak_memory_bytes": _peak_memory(self._setting.device),
+            "evaluations": self._evaluations,
+            "train_losses": self._train_losses,
+            "parameters": sum(p.numel() for g in self._optimizer.param_groups for p in g["params"]),
+            "torch": torch.__version__,
+        }
+
+    def _selects(self) -> bool:
+        if self.step == 0:
+            return True
+        every = max(1, self._run.steps // self._setting.selections)
+        return self._adaptive.policy.measured != "nothing" and self.step % every == 0
+
+    def _select(self) -> None:
+        texts, seed = self._setting.data.train, self._run.seed
+        spare = self._setting.batches.training(texts, seed=1_000_003 * (seed + 1) + self.step)
+        batches = [next(spare) for _ in range(self._setting.measured)]
+        with _autocast(self._setting):
+            self._adaptive.reselect(batches)
+        if self._adaptive.importance:
+            passes = 2 if self._adaptive.policy.two_pass else 1
+            flops = self._own_costs.step_flops(self._adaptive.importance)
+            self._measuring_flops += passes * len(batches) * flops
+
+    def _evaluate(self) -> None:
+        texts = self._held_out()
+        batches = self._setting.batches.held_out(texts, self._setting.held_out)
+        self._evaluations.append(
+            {
+                "step": self.step,
+                "flops": self._flops,
+                "seconds": self._seconds,
+                "loss": loss_on(self._model, batches, self._setting),
+            }
+        )
+
+    def _held_out(self) -> tuple[Text, ...]:
+        data = self._setting.data
+        return data.search if self._run.purpose == "search" else data.test
+
+    def _batches(self) -> Iterator[Batch]:
+        return self._setting.batches.training(self._setting.data.train, self._run.seed)
+
+
+def _example(setting: Setting) -> Batch:
+    """Any batch: all have one shape."""
+    return setting.batches.batch(setting.data.train[: setting.batches.size])
+
+
+def _loss(model: nn.Module, batch: Batch, setting: Setting) -> torch.Tensor:
+    moved = {name: tensor.to(setting.device) for name, tensor in batch.items()}
+    with _autocast(setting):
+        loss: torch.Tensor = model(**moved).loss
+    return loss
+
+
+def _autocast(setting: Setting) -> torch.autocast:
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.bf16)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes on an accelerator; None on the CPU, where processes share what is measured."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,136 @@
+"""What a selection has to respect: the budget, and the parameters to train always or never."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gtcompile.costs.budgets import budget_flops, check_budget, smallest_budget, written_budget
+from gtcompile.errors import BudgetError, some
+from gtcompile.graph.names import match_patterns, refuse_string
+
+if TYPE_CHECKING:
+    from gtcompile.costs.backward_costs import BackwardCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What the user wants of every selection, whatever the costs turn out to be."""
+
+    budget_fraction: float
+    """Share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1]."""
+    always: tuple[str, ...]
+    """FQNs or shell-style patterns of parameters to train in any case."""
+    never: tuple[str, ...]
+    """FQNs or shell-style patterns of parameters not to train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The terms of a selection, applied to the costs of a model."""
+
+    costs: "BackwardCosts"
+    """What each set of parameters costs."""
+    budget_fraction: float
+    """As in `Terms`."""
+    budget_flops: int
+    """FLOPs one training step may take."""
+    always: frozenset[str]
+    """FQNs to train in any case."""
+    never: frozenset[str]
+    """FQNs not to train."""
+    undecided: frozenset[str]
+    """FQNs in neither of them that the budget can train together with `always`."""
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Every FQN that may be trained, whatever it costs."""
+        return self.costs.fqns - self.never
+
+    @property
+    def cheapest_flops(self) -> int:
+        """FLOPs of the cheapest step that trains something, and `always` with it."""
+        costs = self.costs
+        if self.always:
+            return costs.step_flops(self.always)
+        return min(flops_with_each(costs, self.undecided, self.always).values())
+
+
+def make_terms(budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
+    """The terms of these arguments.
+
+    Raises:
+        TypeError: a single string where patterns are expected, or a budget that is no number.
+        ValueError: a budget outside (0, 1].
+    """
+    check_budget(budget_fraction)
+    refuse_string(always)
+    refuse_string(never)
+    return Terms(budget_fraction=budget_fraction, always=tuple(always), never=tuple(never))
+
+
+def check_patterns(terms: Terms, names: dict[str, str]) -> None:
+    """Check that every pattern of the terms matches one of the names, which lead to FQNs.
+
+    Raises:
+        ValueError: a pattern matches nothing; names the nearest names.
+    """
+    match_patterns(names, terms.always)
+    match_patterns(names, terms.never)
+
+
+def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
+    """The limits that the terms mean at these costs.
+
+    Raises:
+        BudgetError: the budget is too small to train anything, or to train `always`; names the smallest that
+            works.
+        ValueError: a budget outside (0, 1]; a pattern that matches nothing; a parameter in both `always` and
+            `never`, or every parameter in `never`.
+    """
+    budget = budget_flops(costs.full_flops, terms.budget_fraction)
+    always, never = (match_patterns(costs.names, patterns) for patterns in (terms.always, terms.never))
+    if both := always & never:
+        raise ValueError(f"{quoted(both)} in both always and never; a parameter can be in one of them")
+    step_flops = flops_with_each(costs, costs.fqns - always - never, always)
+    if not always and not step_flops:
+        raise ValueError("never leaves no parameter to train; expected at least one that it does not match")
+    minimum = costs.step_flops(always) if always else min(step_flops.values())
+    if budget < minimum:
+        raise _too_small(costs, terms.budget_fraction, minimum, always)
+    return Limits(
+        costs=costs,
+        budget_fraction=terms.budget_fraction,
+        budget_flops=budget,
+        always=always,
+        never=never,
+        undecided=frozenset(fqn for fqn, flops in step_flops.items() if flops <= budget),
+    )
+
+
+def flops_with_each(costs: "BackwardCosts", fqns: Iterable[str], given: frozenset[str]) -> dict[str, int]:
+    """FLOPs of a step that trains a parameter together with `given`, for each of the parameters."""
+    flops = dict.fromkeys(fqns, costs.step_flops(given))
+    for work in costs.shared_work:
+        if work.parameters.isdisjoint(given):
+            for fqn in work.parameters & flops.keys():
+                flops[fqn] += work.flops
+    return flops
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The first of some names in quotation marks, for an error message."""
+    return some([repr(name) for name in sorted(names)])
+
+
+def _too_small(
+    costs: "BackwardCosts", budget_fraction: float, minimum_flops: int, always: Collection[str]
+) -> BudgetError:
+    """The error that names the smallest budget that works, as a number that works when it is typed back."""
+    what = f"trains {quoted(always)}, as asked for by always," if always else "trains anything"
+    forward = costs.forward_flops / costs.full_flops
+    return BudgetError(
+        f"budget_fraction {budget_fraction!r} is too small: a step that {what} takes at least "
+        f"{written_budget(costs.full_flops, minimum_flops)} of a full step's FLOPs, "
+        f"{forward:.4f} of them in the forward",
+        smallest_budget(costs.full_flops, minimum_flops),
+    )

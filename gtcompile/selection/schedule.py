@@ -1,0 +1,131 @@
+"""Which set to train at every step, so that the mean cost stays within the budget at every moment."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from gtcompile.costs.budgets import budget_flops
+
+if TYPE_CHECKING:
+    from gtcompile.costs.backward_costs import BackwardCosts
+    from gtcompile.selection.selection import Selection
+
+_START = 0.5
+"""Probability that a step takes up a set the savings suffice for: such steps come at random."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The sets that training alternates between until the next selection."""
+
+    sets: tuple[frozenset[str], ...]
+    """FQNs of each set. None, if the policy is asked for a set at every step."""
+    shallow: frozenset[str]
+    """FQNs of a set within the budget, trained while FLOPs are saved for a set that costs more."""
+    at_random: bool = False
+    """Whether the next set is drawn at random; otherwise the sets take turns."""
+    selection: "Selection | None" = None
+    """How good the only set is, if that is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a schedule has come since the selection."""
+
+    steps: int = 0
+    """Optimizer steps for which a set was handed out, the one under way included."""
+    spent_flops: int = 0
+    """What these steps cost together."""
+    drawn: int = 0
+    """How many sets were drawn from the plan."""
+    waiting: frozenset[str] | None = None
+    """A set that is drawn and not yet affordable."""
+
+
+class Schedule:
+    """Hands out the set for every step of a window, which begins at a selection.
+
+    A set that costs at most the budget is trained in the step it is drawn for. A set that costs more waits:
+    the plan's shallow set is trained until what the steps saved suffices, and then the waiting set, at a step
+    chosen at random. So after every step the mean cost of the window is at most the budget, no drawn set is
+    lost, and savings are spent.
+
+    Args:
+        plan: the sets.
+        costs: FLOPs of each of them.
+        budget_fraction: share of a full step's FLOPs that a step may take on average, in (0, 1].
+        seed: the same seed and selection number draw the same sets.
+        number: of the selection that the window begins at.
+        propose: takes the costs and a generator and returns a set; for a plan without sets.
+        progress: to continue in the middle of a window.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        costs: "BackwardCosts",
+        budget_fraction: float,
+        *,
+        seed: int,
+        number: int,
+        propose: "Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None" = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan, self.costs, self.progress = plan, costs, progress or Progress()
+        self.budget_fraction, self.seed, self.number = budget_fraction, seed, number
+        self._budget, self._propose = budget_flops(costs.full_flops, budget_fraction), propose
+        self._flops_of = lru_cache(maxsize=256)(costs.step_flops)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a later step can train another set than the first one."""
+        return len(self.plan.sets) != 1 or self._flops_of(self.plan.sets[0]) > self._budget
+
+    @property
+    def spent_fraction(self) -> float:
+        """Mean cost of the window's steps as a share of a full step's FLOPs, the step under way included."""
+        full = self.progress.steps * self.costs.full_flops
+        return self.progress.spent_flops / full if full else 0.0
+
+    def next_set(self) -> frozenset[str]:
+        """The set to train in the next step."""
+        now = self.progress
+        waiting = self._draw() if now.waiting is None else now.waiting
+        starts = self._starts(waiting)
+        taken = waiting if starts else self.plan.shallow
+        self.progress = Progress(
+            steps=now.steps + 1,
+            spent_flops=now.spent_flops + self._flops_of(taken),
+            drawn=now.drawn + (now.waiting is None),
+            waiting=None if starts else waiting,
+        )
+        return taken
+
+    def _starts(self, trained: frozenset[str]) -> bool:
+        """Whether this step trains a set; one above the budget starts at random once it is affordable."""
+        now, flops = self.progress, self._flops_of(trained)
+        if now.spent_flops + flops > self._budget * (now.steps + 1):
+            return False
+        return flops <= self._budget or bool(torch.rand((), generator=self._generator("start")) < _START)
+
+    def _draw(self) -> frozenset[str]:
+        generator = self._generator("draw")
+        if self._propose is not None:
+            return self._propose(self.costs, generator)
+        sets = self.plan.sets
+        if self.plan.at_random:
+            return sets[int(torch.randint(len(sets), (), generator=generator))]
+        return sets[self.progress.drawn % len(sets)]
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return seeded(self.seed, self.number, self.progress.steps, purpose)
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A generator on the CPU whose numbers follow from the key alone: no state to keep or to send."""
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
