@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gtcompile.capture.model_io import loss_of, unwrap
-from gtcompile.compiler.forced_leaves import REENTRANT
 from gtcompile.state.restore import flags_kept, restored
 from gtcompile.state.trained_set import trained_parameters
+from gtcompile.torch_internals import REENTRANT_CHECKPOINT_NODE
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -66,7 +66,7 @@ def _is_checkpointed_reentrantly(loss: torch.Tensor) -> bool:
         node = todo.pop()
         if node is None:
             continue
-        if node.name() == REENTRANT:
+        if node.name() == REENTRANT_CHECKPOINT_NODE:
             return True
         parents = {parent for parent, _ in node.next_functions} - seen
         seen |= parents

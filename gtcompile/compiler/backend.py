@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 from torch import fx
 
 from gtcompile.compiler.region import Region, RegionOptions
+from gtcompile.compiler.self_test import check_contracts
 
 
 def gtcompile(
@@ -35,6 +36,7 @@ def make_backend(options: RegionOptions) -> Callable[[fx.GraphModule, Sequence[A
     """A backend with its options decided; blocks compiled with the same one share their captures."""
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        check_contracts()
         return Region(graph, example_inputs, options)
 
     return backend

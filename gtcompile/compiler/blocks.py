@@ -19,6 +19,7 @@ from gtcompile.compiler.code_objects import CodeCopies
 from gtcompile.compiler.cuts import cut, is_cut
 from gtcompile.compiler.first_forward import FirstForward
 from gtcompile.compiler.forced_leaves import needs_gradient, unwatch_embeddings, watch_embeddings
+from gtcompile.compiler.self_test import check_contracts
 from gtcompile.errors import CaptureError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.state import trained_set
@@ -61,6 +62,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
+    check_contracts()  # here rather than in the backend, so that an error is not wrapped by Dynamo's
     if trained_set.uses_compiled_code(model):
         raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
     refuse_string(blocks)

@@ -1,7 +1,8 @@
 """What the user of the callback may set, and what one training has done so far: two frozen values."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -13,8 +14,8 @@ from gtcompile.state.optimizer_state import Setting, check_setting
 Every = int | Literal["epoch"]
 """How often a new set is selected: at each pass over the data, or after so many optimizer steps."""
 
-Policy = str | Callable[..., Any]
-"""The name of a selection policy, or a function of the user's own."""
+Policy = Any
+"""A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
 
 MAY_CHANGE = frozenset({"compiled", "compiler"})
 """Options that a resumed training may set differently: they do not change what is trained."""
@@ -32,7 +33,7 @@ class CallbackOptions:
     budget_fraction: float = 0.5
     """Share of a full step's FLOPs that a step may take, in (0, 1]."""
     policy: Policy = "best"
-    """Name or function of the selection policy."""
+    """How the set is selected."""
     every: Every = "epoch"
     """When to select a new set: each "epoch", or after this many optimizer steps."""
     batches: int = 4
@@ -52,8 +53,8 @@ class CallbackOptions:
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
-        if not (isinstance(self.policy, str) or callable(self.policy)):
-            raise TypeError(f"expected the name of a policy or a function, got {self.policy!r}")
+        if not (isinstance(self.policy, str) or callable(self.policy) or hasattr(self.policy, "plan")):
+            raise TypeError(f"expected the name of a policy, a policy or a function, got {self.policy!r}")
         if self.every != "epoch" and not _is_count(self.every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
         for name in ("compiled", "two_pass"):
@@ -69,11 +70,12 @@ class CallbackOptions:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types.
 
-        A policy that is a function is written as its qualified name, which the constructor refuses: a
-        checkpoint cannot restore a function.
+        A policy that is no name is written as text, which the constructor refuses: a checkpoint cannot
+        restore a function.
         """
-        values = {**dataclasses.asdict(self), "always": list(self.always), "never": list(self.never)}
-        return {**values, "policy": policy_name(self.policy)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        patterns = {"always": list(self.always), "never": list(self.never)}
+        return {**values, **patterns, "policy": policy_name(self.policy)}
 
     def check_resumed(self, saved: Mapping[str, Any]) -> None:
         """Refuse to continue a training that was started with other options.
@@ -125,7 +127,7 @@ def policy_name(policy: Policy) -> str:
     """
     if isinstance(policy, str):
         return policy
-    return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
+    return f"{policy.__module__}.{policy.__qualname__}" if inspect.isroutine(policy) else repr(policy)
 
 
 def _is_count(value: object, least: int) -> bool:
