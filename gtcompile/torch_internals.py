@@ -1,12 +1,13 @@
-"""Every private torch name gtcompile uses, each with its reason; read at torch 2.13.0, 2.14.1 and 2.15.0.
+"""Every private torch name that gtcompile uses, with the reason; read at torch 2.11, 2.13, 2.14 and 2.15.
 
-Nothing else in the project imports from a `torch._*` module. A torch outside the supported range is refused
-here, before any of these imports can fail in a less helpful way; `GTCOMPILE_ANY_TORCH=1` tries all the same.
+Nothing else in the project imports from a `torch._*` module, and the strings that torch may change (names of
+nodes, keys, prefixes) are constants here: this is the one file to touch for a new torch. A torch that is too
+old, or that lacks one of the names, is refused here in one sentence. `gtcompile.compiler.self_test` checks,
+before the first compilation, that the names still do what they did.
 """
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
@@ -16,172 +17,247 @@ from packaging.version import Version
 from torch import fx
 
 SUPPORTED = ("2.11", "2.16")
-"""First supported torch release, first one that is not."""
+"""The first torch release that gtcompile runs on, and the first that it was not tested with."""
+TESTED = f"gtcompile was tested with torch >={SUPPORTED[0]},<{SUPPORTED[1]}"
 
 
-def check_version(version: str, *, anyway: bool) -> None:
-    """Refuse a torch that gtcompile was not tested with.
+def check_version(version: str) -> None:
+    """Refuse a torch that is too old. A newer one than was tested is left to the self-test.
 
     Raises:
-        ImportError: when `version` is outside the supported range and `anyway` is false.
+        ImportError: says which torch is needed and which one is here.
     """
-    release = Version(version).release
-    first, end = (Version(bound).release for bound in SUPPORTED)
-    if not (first <= release < end) and not anyway:
-        raise ImportError(
-            f"gtcompile supports torch >={SUPPORTED[0]},<{SUPPORTED[1]}; this is torch {version}. "
-            f"Install a supported torch, or set GTCOMPILE_ANY_TORCH=1 to try this one."
-        )
+    if Version(version).release < Version(SUPPORTED[0]).release:
+        raise ImportError(f"gtcompile needs torch {SUPPORTED[0]} or newer, and this is torch {version}")
 
 
-check_version(torch.__version__, anyway=os.environ.get("GTCOMPILE_ANY_TORCH") == "1")
+check_version(torch.__version__)
 
-# Ours to patch for the length of a capture or a compilation.
-import torch._dynamo.config as dynamo_config  # noqa: E402
+try:
+    # --- Dynamo: from Python code to a graph ---
 
-# What `torch.compiler.set_stance` was told: under "force_eager" compiled code stands aside.
-import torch._dynamo.eval_frame as eval_frame  # noqa: E402
-import torch._functorch.config as functorch_config  # noqa: E402
-import torch._inductor.config as inductor_config  # noqa: E402
+    # Settings that are patched during a capture or a compilation.
+    import torch._dynamo.config as dynamo_config
 
-# Tensors inside transforms such as `vmap`, which have no memory of their own, and whether one is under way.
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level  # noqa: E402
+    # Holds the stance of `torch.compiler.set_stance`: under "force_eager" compiled code must not run.
+    import torch._dynamo.eval_frame as eval_frame
 
-# What operators that ONNX has not are made of.
-from torch._decomp import get_decompositions  # noqa: E402
+    # Writes Dynamo's log of compilations, which 2.11 cannot do with our settings.
+    from torch._dynamo import utils as dynamo_utils
 
-# Marks a size of an example as one that may change.
-from torch._dynamo import mark_dynamic  # noqa: E402
+    # Marks a size of an example input as one that may change.
+    from torch._dynamo import mark_dynamic
 
-# Where Dynamo writes its log of compilations.
-from torch._dynamo import utils as dynamo_utils  # noqa: E402
+    # Makes a backend out of a compiler for the forward graph, one for the backward, and a partitioner.
+    from torch._dynamo.backends.common import aot_autograd
 
-# The backend route: AOTAutograd over a graph that Dynamo captured.
-from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+    # Takes the wrapper off a function that `torch.compiler.disable` wrapped: regions run undisturbed anyway.
+    from torch._dynamo.eval_frame import innermost_fn
 
-# What a function wraps for which Dynamo is disabled.
-from torch._dynamo.eval_frame import innermost_fn  # noqa: E402
+    # What Dynamo raises when it cannot capture, the errors after which it would run a graph uncompiled, and
+    # the base of errors of a backend that it raises as they are.
+    from torch._dynamo.exc import (
+        ShortenTraceback,
+        TorchDynamoException,
+        exceptions_allowed_to_be_fallback,
+    )
 
-# Dynamo: the error it raises on what it cannot capture, the errors of a backend that have it run a graph
-# uncompiled, the errors of a backend that it hands on unchanged, and counters of its captures.
-from torch._dynamo.exc import (  # noqa: E402
-    ShortenTraceback,
-    TorchDynamoException,
-    exceptions_allowed_to_be_fallback,
-)
+    # Captures a whole model for `aot_export_joint_with_descriptors`.
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 
-# Whole-model capture: Dynamo's front end, then AOTAutograd's joint trace with descriptors (documented).
-from torch._dynamo.functional_export import dynamo_graph_capture_for_export  # noqa: E402
-from torch._dynamo.utils import counters as dynamo_counters  # noqa: E402
+    # Counts captured graphs and Inductor's cache hits.
+    from torch._dynamo.utils import counters as dynamo_counters
 
-# What placeholders and outputs of a joint graph mean.
-from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
-    BackwardTokenAOTOutput,
-    BufferAOTInput,
-    GradAOTOutput,
-    InputMutationAOTOutput,
-    ParamAOTInput,
-    PlainAOTInput,
-    TangentAOTInput,
-)
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors  # noqa: E402
+    # The state of a compilation. Compiling another variant later needs the state of the first one again.
+    from torch._guards import TracingContext, tracing
 
-# What the partitioner merges in a graph: nodes that compute the same from the same.
-from torch._functorch.compile_utils import fx_graph_cse  # noqa: E402
+    # --- AOTAutograd: from a graph to its joint forward and backward graph ---
 
-# Splits a joint graph in two, recomputing what is cheap: the least saved for backward.
-from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+    # Settings that are patched during a compilation: donation, caching, memory budget.
+    import torch._functorch.config as functorch_config
 
-# Re-running AOTAutograd after Dynamo has finished needs its tracing context again.
-from torch._guards import TracingContext, tracing  # noqa: E402
+    # The meaning of each input and output of a joint graph.
+    from torch._functorch._aot_autograd.descriptors import (
+        BackwardTokenAOTOutput,
+        BufferAOTInput,
+        GradAOTOutput,
+        InputMutationAOTOutput,
+        ParamAOTInput,
+        PlainAOTInput,
+        TangentAOTInput,
+    )
 
-# The operator that AOTAutograd wraps around one with a side effect.
-from torch._higher_order_ops.effects import with_effects  # noqa: E402
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: E402
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files  # noqa: E402
+    # Traces the joint graph of a captured model.
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
-# Inductor's notion of the current fake mode, needed when it is entered after a compilation is over.
-from torch._inductor.virtualized import V as inductor_state  # noqa: E402, N811
+    # Merges equal nodes, as the partitioner does: costs are counted on the graph that will run.
+    from torch._functorch.compile_utils import fx_graph_cse
 
-# The classes of operators in a graph: those of aten, and those that call others.
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket  # noqa: E402
+    # Splits a joint graph in two so that as little as possible is saved for backward.
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-# Shapes without values: capture from a configuration alone. What is copied within a fake mode would be fake.
-from torch._subclasses.fake_tensor import (  # noqa: E402
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+    # Autocast was traced into the graph; AOTAutograd switches it off while it compiles, and so do we.
+    no_autocast = torch._C._DisableAutocast
 
-# What operators are traced with.
-from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
+    # --- Inductor: from a graph to code ---
 
-# Sizes of fake tensors that only a run tells, and comparisons of sizes that are symbols.
-from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
-    has_free_unbacked_symbols,
-    statically_known_true,
-    sym_eq,
-)
+    # Settings that are patched during a compilation.
+    import torch._inductor.config as inductor_config
 
-# Generated code that empties its list of arguments, so that inputs are freed as soon as they are used.
-from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # noqa: E402
+    # Compile a graph with its backward, and compile one graph.
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-# Tells tensors that are made of other tensors: AOTAutograd flattens them, each into several inputs.
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: E402
+    # Passes and partitioners that Inductor calls, and a hash of their sources for its cache's key.
+    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 
-# Applies a function to the leaves of nested tuples, lists and dictionaries.
-from torch.utils._pytree import tree_map  # noqa: E402
+    # The folder in which Inductor keeps what it compiled.
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-# Which symbols stand for numbers that are no sizes.
-from torch.utils._sympy.symbol import SymT, symbol_is_type  # noqa: E402
+    # Holds Inductor's fake mode, which is needed again when more is compiled after a compilation has ended.
+    from torch._inductor.virtualized import V as inductor_state  # noqa: N811
 
-# What a reentrant checkpoint runs as.
-from torch.utils.checkpoint import CheckpointFunction  # noqa: E402
+    # --- Fake tensors, symbolic sizes, dispatch modes ---
 
-# FlopCounterMode's dispatch mode: by itself it makes torch.compile fall back to eager while it counts.
-from torch.utils.flop_counter import _FlopCounterMode as CountingMode  # noqa: E402
+    # The memory behind a tensor inside `vmap`, which has none of its own, and whether a transform is under way.
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level
 
-# What the functions of `torch.nn.utils.rnn` call.
-pack_padded_sequence, pad_packed_sequence = torch._pack_padded_sequence, torch._pad_packed_sequence
+    # Tensors with shapes but without values. What is copied within their mode would be fake too.
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-# The autograd node whose backward is running.
-current_autograd_node = torch._C._current_autograd_node
+    # The class of the tensors that AOTAutograd traces with.
+    from torch._subclasses.functional_tensor import FunctionalTensor
 
-# What AOTAutograd compiles under: autocast has been traced already.
-no_autocast = torch._C._DisableAutocast
+    # Symbols for sizes; which of them only a run tells, and what is known about them.
+    from torch.fx.experimental.symbolic_shapes import (
+        ShapeEnv,
+        has_free_unbacked_symbols,
+        statically_known_true,
+        sym_eq,
+    )
 
-# How autograd names the nodes of some functions, and transformers one of its hooks. These names are looked
-# for in histories and in modules; there is no public way to tell such nodes or hooks.
-REENTRANT_CHECKPOINT_NODE = "CheckpointFunctionBackward"
-"""A reentrant activation checkpoint: the parameters that it uses are no part of the history."""
-FSDP_POST_BACKWARD_NODE = "RegisterPostBackwardFunctionBackward"
-"""`fully_shard` puts it on the inputs of a module; it hands gradients on as they are."""
-EMBEDDING_HOOK = "make_inputs_require_grad"
-"""Begins the names of the forward hooks by which transformers ("...grads") and PEFT have the outputs of
-embeddings require grad, for the sake of activation checkpointing."""
+    # Recognises symbols for floating-point numbers, which are no sizes.
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+    # Runs code without the dispatch modes around it, such as a FLOP counter of the user's.
+    from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 
-# Strings that torch gives a meaning to, and that nothing but its source promises.
+    # Recognises tensors made of other tensors, which AOTAutograd flattens into several inputs.
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    # --- Graphs and operators ---
+
+    # Rewrites operators that ONNX lacks into others.
+    from torch._decomp import get_decompositions
+
+    # AOTAutograd wraps this operator around one with a side effect.
+    from torch._higher_order_ops.effects import with_effects
+
+    # Operators of aten, all overloads of one, and operators that call other operators.
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+    # Generates code that empties its list of arguments, so that inputs are freed as soon as possible.
+    from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
+
+    # Applies a function to the leaves of nested tuples, lists and dictionaries.
+    from torch.utils._pytree import tree_map
+
+    # `torch.nn.utils.rnn` calls these two.
+    pack_padded_sequence, pad_packed_sequence = torch._pack_padded_sequence, torch._pad_packed_sequence
+
+    # --- Autograd at run time ---
+
+    # The autograd node whose backward is running: it tells which trained set its forward ran with.
+    current_autograd_node = torch._C._current_autograd_node
+
+    # The autograd function of reentrant checkpoints.
+    from torch.utils.checkpoint import CheckpointFunction
+
+    # FlopCounterMode's dispatch mode. Used directly, it would make torch.compile run eagerly while it counts.
+    from torch.utils.flop_counter import _FlopCounterMode as CountingMode
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"gtcompile uses private parts of torch, and torch {torch.__version__} lacks one of them: {error}. "
+        f"{TESTED}; install one of these"
+    ) from error
 
 COMPILED_REGION = "CompiledFunctionBackward"
-"""Name of the autograd node that AOTAutograd makes for a call of compiled code."""
+"""Name of the autograd node of a compiled graph; the trained set reaches the backward in its metadata."""
+
+REENTRANT_CHECKPOINT_NODE = "CheckpointFunctionBackward"
+"""Name of the autograd node of a reentrant checkpoint, which hides the graph of what it computes."""
+
+FSDP_POST_BACKWARD_NODE = "RegisterPostBackwardFunctionBackward"
+"""Name of the autograd node that `fully_shard` puts on the inputs of a module; it passes gradients on."""
+
+EMBEDDING_HOOK = "make_inputs_require_grad"
+"""Beginning of the names of the forward hooks by which transformers ("...grads") and PEFT make the outputs of
+embeddings require grad, for reentrant checkpointing."""
+
 BACKWARD_HOOKS = "_backward_hooks"
 """Attribute of a tensor: the hooks that autograd calls with its gradient, or None."""
-BOXED_CALL = "_boxed_call"
-"""Attribute that tells AOTAutograd that a function takes one list of inputs and empties it."""
-IS_BACKWARD = "is_backward"
-"""Keyword argument of `compile_fx_inner`: whether the graph is a backward."""
-STATIC_INPUTS = "static_input_idxs"
-"""Keyword argument of `compile_fx_inner`: positions of inputs that always have the same address."""
-VISIBLE_OUTPUTS = "user_visible_output_idxs"
-"""Key in the metadata of a graph's output node: positions of outputs whose strides Inductor must keep."""
+
+DESCRIPTOR = "desc"
+"""Key in the metadata of a joint graph's placeholders and output: what each input and output means."""
+
+VALUE = "val"
+"""Key in the metadata of a joint graph's nodes: the fake tensor that the node computes."""
+
+EXAMPLE_VALUE = "example_value"
+"""Key in the metadata of nodes of a graph that Dynamo captured: the fake tensor that the node computes."""
+
+TRACING_CONTEXT = "tracing_context"
+"""Key in the metadata of a graph that `dynamo_graph_capture_for_export` captured."""
+
 RECOMPUTE = "recompute"
-"""Key in a node's metadata: a `CheckpointPolicy` for the partitioner."""
+"""Key in a node's metadata by which the partitioner is told to save or to recompute its value."""
+
 SAVED_RANDOM_STATE = "rng_state_output"
-"""Prefix of the names of random states that a forward saves so that its backward can draw the same
-numbers."""
+"""Prefix of the nodes that the partitioner adds to save a random state for recomputation."""
+
 INDUCTOR_RANDOM = "inductor_rand"
-"""Part of the names of Inductor's operators that draw random numbers, for which there is no eager code."""
+"""Part of the names of the operators by which Inductor draws random numbers; only compiled code can."""
+
+IS_BACKWARD = "is_backward"
+"""Keyword argument of `compile_fx_inner` that is true for a backward graph."""
+
+STATIC_INPUTS = "static_input_idxs"
+"""Keyword argument of `compile_fx_inner`: the inputs whose addresses never change."""
+
+VISIBLE_OUTPUTS = "user_visible_output_idxs"
+"""Key in the metadata of a graph's output: the outputs whose strides Inductor must keep."""
+
+DONATED_INPUTS = "bw_donated_idxs"
+"""Attribute of AOTAutograd's metadata: the saved tensors that the backward may overwrite."""
+
+BOXED_CALL = "_boxed_call"
+"""Attribute of a compiled function that takes its arguments as one list, which it empties."""
+
+SETTINGS = (
+    (dynamo_config, ("automatic_dynamic_shapes", "ignore_logging_functions", "recompile_limit")),
+    (
+        functorch_config,
+        (
+            "activation_memory_budget",
+            "donated_buffer",
+            "enable_autograd_cache",
+            "force_non_lazy_backward_lowering",
+        ),
+    ),
+    (inductor_config, ("custom_partitioner_fn", "fallback_random", "post_grad_custom_pre_pass")),
+)
+"""The settings that are patched, by module. A patch of an unknown setting fails late or changes nothing."""
+
+ATTRIBUTES = (
+    (torch.Tensor, BACKWARD_HOOKS, "the hooks of a parameter, which run only while it is trained"),
+    (torch.Tensor, "_is_view", "whether an output is a view of an input"),
+    (torch.Tensor, "_version", "how often a tensor was written into"),
+    (torch.UntypedStorage, "_cdata", "the identity of a storage"),
+    (torch.nn.Module, "_compiled_call_impl", "the compiled code of a module that was compiled in place"),
+    (FakeTensor, "item_memo", "the symbol that the `.item()` of a fake tensor stands for"),
+    (FakeTensorMode, "dispatch", "the call of an operator on fake tensors, overridden to keep known values"),
+    (FakeTensorMode, "from_tensor", "makes a fake tensor, overridden to keep known values"),
+)
+"""Private attributes that other modules read: class, name, use."""
 
 
 def dense_kernel(operator: HigherOrderOperator) -> Callable[..., Any] | None:
@@ -199,10 +275,10 @@ def compiled_code_stands_aside() -> bool:
 
 
 def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Graph:
-    """Merge the nodes that compute the same from the same, as the partitioner of this torch will.
+    """Merge nodes that apply one operator to the same inputs, as the partitioner of this torch will.
 
-    Since 2.14 it keeps a value of the forward alone apart from one that the backward needs too, lest it save
-    the merged value for backward.
+    Since 2.14 the partitioner does not merge a value that only the forward needs with one that the backward
+    needs too: the merged value would be saved for backward.
 
     Args:
         graph: a joint graph.
@@ -217,28 +293,28 @@ def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Grap
 
 
 def has_symbolic_numbers(mode: FakeTensorMode | None) -> bool:
-    """Whether Dynamo took floating-point numbers of Python for symbols in what it traced with this mode."""
+    """Whether Dynamo traced Python's floating-point numbers as symbols under this fake mode."""
     env = mode.shape_env if mode else None
     return env is not None and any(symbol_is_type(symbol, SymT.FLOAT) for symbol in env.backed_var_to_val)
 
 
 @contextlib.contextmanager
 def captured_as_compiled() -> Iterator[None]:
-    """Have `torch.compiler.is_exporting()` be false in models that are captured, as under `torch.compile`.
+    """Make `torch.compiler.is_exporting()` false while a model is captured, as it is under `torch.compile`.
 
-    Dynamo's front end says otherwise, and models compute some things in another way for exporters. In 2.11
-    whatever Dynamo traces is told that it is exported, under `torch.compile` too.
+    `dynamo_graph_capture_for_export` makes it true, and some models compute differently for exporters. In
+    2.11 it is true for everything that Dynamo traces, under `torch.compile` too.
     """
     name = "torch._dynamo.functional_export._compiling_state_context"
-    with mock.patch(name, contextlib.nullcontext, create=True):  # a torch without it says no such thing
+    with mock.patch(name, contextlib.nullcontext, create=True):  # 2.11 does not have it
         yield
 
 
 @contextlib.contextmanager
 def settings_not_logged() -> Iterator[None]:
-    """Have Dynamo keep its settings out of its log of compilations.
+    """Keep Dynamo's settings out of its log of compilations.
 
-    torch 2.11 cannot write `ignore_logging_functions`, and prints a traceback after every capture.
+    torch 2.11 cannot write `ignore_logging_functions` there and prints a traceback after every capture.
     """
     with mock.patch.object(dynamo_utils, "_get_dynamo_config_for_logging", return_value=None):
         yield
@@ -246,16 +322,16 @@ def settings_not_logged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_to_be_compiled() -> Iterator[None]:
-    """Have `torch.compiler.is_compiling()` be true in models that are traced without Dynamo."""
+    """Make `torch.compiler.is_compiling()` true while a model is traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
         yield
 
 
 @contextlib.contextmanager
 def reentrant_checkpoints_passed_over() -> Iterator[None]:
-    """Have reentrant checkpoints call what they hold; only a real backward can go through such a checkpoint.
+    """Replace reentrant checkpoints by plain calls while a model is traced, as Dynamo does.
 
-    Dynamo takes them for what they hold too.
+    Tracing cannot go through a reentrant checkpoint: it builds its graph only in a real backward.
     """
 
     def call(function: Callable[..., Any], _preserve_random_state: bool, *args: Any) -> Any:
@@ -282,17 +358,26 @@ def lstm_kernels_of_eager() -> Iterator[None]:
 
 
 __all__ = [
-    "EMBEDDING_HOOK",
-    "FSDP_POST_BACKWARD_NODE",
-    "REENTRANT_CHECKPOINT_NODE",
+    "ATTRIBUTES",
     "BACKWARD_HOOKS",
     "BOXED_CALL",
     "COMPILED_REGION",
+    "DESCRIPTOR",
+    "DONATED_INPUTS",
+    "EMBEDDING_HOOK",
+    "EXAMPLE_VALUE",
+    "FSDP_POST_BACKWARD_NODE",
     "INDUCTOR_RANDOM",
     "IS_BACKWARD",
     "RECOMPUTE",
+    "REENTRANT_CHECKPOINT_NODE",
     "SAVED_RANDOM_STATE",
+    "SETTINGS",
     "STATIC_INPUTS",
+    "SUPPORTED",
+    "TESTED",
+    "TRACING_CONTEXT",
+    "VALUE",
     "VISIBLE_OUTPUTS",
     "BackwardTokenAOTOutput",
     "BoxedCodeGen",
@@ -310,12 +395,14 @@ __all__ = [
     "OpOverloadPacket",
     "ParamAOTInput",
     "PlainAOTInput",
+    "ShapeEnv",
     "ShortenTraceback",
     "TangentAOTInput",
     "TorchDynamoException",
     "TracingContext",
     "aot_autograd",
     "aot_export_joint_with_descriptors",
+    "cache_dir",
     "captured_as_compiled",
     "check_version",
     "compile_fx",
@@ -343,6 +430,9 @@ __all__ = [
     "merge_equal_nodes",
     "min_cut_rematerialization_partition",
     "no_autocast",
+    "no_dispatch_modes",
+    "pack_padded_sequence",
+    "pad_packed_sequence",
     "reentrant_checkpoints_passed_over",
     "settings_not_logged",
     "statically_known_true",

@@ -9,6 +9,7 @@ from torch import fx
 
 from gtcompile.compiler.options import CompileOptions, parse_options
 from gtcompile.compiler.region import Region
+from gtcompile.compiler.self_test import check_contracts
 from gtcompile.torch_internals import ShortenTraceback
 
 
@@ -44,13 +45,14 @@ def gtcompile(
         _refuse(others)
     except ValueError as error:
         raise RefusedOptionError(str(error), inspect.currentframe()) from None
-    return Region(graph, example_inputs, parsed)
+    return make_backend(parsed)(graph, example_inputs)
 
 
 def make_backend(options: CompileOptions) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """Return a backend that compiles with these options."""
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        check_contracts()
         return Region(graph, example_inputs, options)
 
     return backend

@@ -24,6 +24,7 @@ from gtcompile.compiler.boundaries import (
 )
 from gtcompile.compiler.code_objects import CodeCopies
 from gtcompile.compiler.options import parse_options
+from gtcompile.compiler.self_test import check_contracts
 from gtcompile.errors import CaptureError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.state import trained_set
@@ -32,7 +33,7 @@ from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
 logger = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
-"""Defaults of `compile_blocks` that differ from `RegionOptions`: a new trained set compiles nothing."""
+"""Defaults of `compile_blocks` that differ from `CompileOptions`: a new trained set compiles nothing."""
 CAPTURES = 64
 """How many graphs of one class may be captured. More is an error: something differs at every call."""
 _MORE = 4 * CAPTURES
@@ -66,6 +67,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
+    check_contracts()  # here rather than in the backend, so that an error is not wrapped by Dynamo's
     if uses_compiled_code(model):
         raise ValueError("the model is compiled already; uncompile_blocks(model) undoes compile_blocks")
     refuse_string(blocks)

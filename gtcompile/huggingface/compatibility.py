@@ -26,7 +26,7 @@ def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
     """Refuse a trainer whose model would be compiled a second time.
 
     Raises:
-        ValueError: says what to hand over instead.
+        ValueError: says what to give the trainer instead.
     """
     model: Any = trainer.model
     if uses_compiled_code(model):
@@ -36,16 +36,16 @@ def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
         )
 
 
-def repair_model(model: nn.Module) -> None:
-    """Take away the hooks that make embeddings' outputs ask for a gradient; PEFT and TRL each put one there.
+def remove_input_hooks(model: nn.Module) -> None:
+    """Remove the hooks that make embedding outputs require grad; PEFT and TRL each register one.
 
-    Reentrant checkpointing needs them; any other does not, and with them the backward would run through every
-    frozen block below the deepest trained parameter.
+    Only reentrant checkpointing needs them. With any other, the backward would run through every frozen block
+    below the deepest trained parameter.
     """
     for module in model.modules():
         for key in module._forward_hooks.keys() - without_forcing(module._forward_hooks):
             del module._forward_hooks[key]
-            logger.info("took away the hook that makes inputs require gradients: it undoes a frozen prefix")
+            logger.info("removed a hook that makes embedding outputs require grad: it undoes a frozen prefix")
 
 
 def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:
@@ -56,24 +56,24 @@ def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str
         yield f"torch_compile=True compiles the model a second time; leave it off, {name} compiles the blocks"
     if trainer.is_deepspeed_enabled:
         yield (
-            "DeepSpeed keeps gradients and optimizer states in flat buffers of its own, where a frozen "
+            "DeepSpeed keeps gradients and optimizer states in flat buffers of its own, from which a frozen "
             "parameter cannot be left out; train without it"
         )
     sharding = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_fsdp_enabled and getattr(sharding, "fsdp_version", 1) != 2:
         yield (
-            f"{name} does not work with version 1 of FSDP, which flattens parameters that are selected one "
-            f'by one; set fsdp_config={{"version": 2}}'
+            f"{name} does not work with version 1 of FSDP, which flattens several parameters into one, while "
+            f'they are selected one by one; set fsdp_config={{"version": 2}}'
         )
     if args.n_gpu > 1:
         yield (
-            f"{name} takes one device in a process, got {args.n_gpu}: DataParallel copies the model at every "
-            f"step. Start one process per device with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
+            f"{name} works with one device per process, got {args.n_gpu}: DataParallel copies the model at "
+            f"every step. Start one process per device with torchrun, or set CUDA_VISIBLE_DEVICES to one"
         )
     checkpointing = args.activation_checkpointing or args.gradient_checkpointing
     kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
     if checkpointing and kwargs.get("use_reentrant"):
         yield (
-            "reentrant checkpointing hands out gradients in parts; "
-            'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+            "reentrant checkpointing computes gradients in separate backward passes, where the trained set "
+            'cannot be seen as a whole; set gradient_checkpointing_kwargs={"use_reentrant": False}'
         )

@@ -1,0 +1,143 @@
+"""What the user of the callback may set, and what one training has done so far: two frozen values."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from gtcompile.compiler.backend import parse_options
+from gtcompile.costs.budgets import check_budget
+from gtcompile.graph.names import refuse_string
+from gtcompile.state.optimizer_state import Setting, check_setting
+
+Every = int | Literal["epoch"]
+"""How often a new set is selected: at each pass over the data, or after so many optimizer steps."""
+
+Policy = Any
+"""A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
+
+MAY_CHANGE = frozenset({"compiled", "compiler"})
+"""Options that a resumed training may set differently: they do not change what is trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallbackOptions:
+    """The arguments of `AdaptiveBackpropCallback`, checked.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for a value of the wrong type.
+    """
+
+    budget_fraction: float = 0.5
+    """Share of a full step's FLOPs that a step may take, in (0, 1]."""
+    policy: Policy = "best"
+    """How the set is selected."""
+    every: Every = "epoch"
+    """When to select a new set: each "epoch", or after this many optimizer steps."""
+    batches: int = 4
+    """Number of batches that importance is measured on."""
+    compiled: bool = True
+    """Whether the model's repeated blocks are compiled."""
+    compiler: str = "inductor"
+    """What compiles them: "inductor" or "eager"."""
+    always: tuple[str, ...] = ()
+    """Patterns of parameters that are always trained."""
+    never: tuple[str, ...] = ()
+    """Patterns of parameters that are never trained."""
+    two_pass: bool = False
+    """Whether importance is measured within each batch, as the paper does."""
+    frozen_state: Setting = "keep"
+    """What becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop"."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget_fraction)
+        if not (isinstance(self.policy, str) or callable(self.policy) or hasattr(self.policy, "plan")):
+            raise TypeError(f"expected the name of a policy, a policy or a function, got {self.policy!r}")
+        if self.every != "epoch" and not _is_count(self.every, 1):
+            raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
+        for name in ("compiled", "two_pass"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"expected {name}=True or False, got {getattr(self, name)!r}")
+        if not _is_count(self.batches, 1 if self.two_pass else 2):
+            raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {self.batches!r}")
+        parse_options({"compiler": self.compiler})
+        check_setting(self.frozen_state)
+        for name in ("always", "never"):
+            object.__setattr__(self, name, _patterns(getattr(self, name)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON types.
+
+        A policy that is no name is written as text, which the constructor refuses: a checkpoint cannot
+        restore a function.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        patterns = {"always": list(self.always), "never": list(self.never)}
+        return {**values, **patterns, "policy": policy_name(self.policy)}
+
+    def check_resumed(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to continue a training that was started with other options.
+
+        Args:
+            saved: what `to_json` returned then.
+
+        Raises:
+            ValueError: names the first option that differs, with both values.
+        """
+        for name, value in self.to_json().items():
+            if name not in MAY_CHANGE and saved[name] != value:
+                raise ValueError(
+                    f"the checkpoint was trained with {name}={saved[name]!r}, this callback has {value!r}; "
+                    f"resume with the checkpoint's, or start a new training"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What one training has done so far."""
+
+    steps: int = 0
+    """Optimizer steps taken."""
+    spent: float = 0.0
+    """Sum over those steps of the share of a full step's FLOPs that each took."""
+    selected_at: int = -1
+    """The trainer's step before which the present set was selected; -1 before the first selection."""
+    due: bool = True
+    """Whether the next step selects a new set, whatever its number."""
+    mid_epoch: bool = False
+    """Whether the training was resumed inside an epoch: the next epoch event then starts no new epoch."""
+
+    def after_step(self, fraction: float) -> Self:
+        """The progress after a step that took this share of a full step's FLOPs."""
+        return dataclasses.replace(self, steps=self.steps + 1, spent=self.spent + fraction)
+
+    @property
+    def mean_fraction(self) -> float | None:
+        """Mean share of a full step's FLOPs over the steps so far; None before the first step."""
+        return self.spent / self.steps if self.steps else None
+
+
+def policy_name(policy: Policy) -> str:
+    """A policy as checkpoints name it.
+
+    >>> policy_name("best"), policy_name(len)
+    ('best', 'builtins.len')
+    """
+    if isinstance(policy, str):
+        return policy
+    return f"{policy.__module__}.{policy.__qualname__}" if inspect.isroutine(policy) else repr(policy)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    refuse_string(given)
+    patterns = tuple(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"expected FQNs or shell-style patterns, got {pattern!r}")
+    return patterns
