@@ -16,15 +16,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.paper.models import build_on_meta, draw_importance
-from benchmarks.steady_state import HOISTED, SteadyState, Trial, flops_share
+from benchmarks.paper.models import build_on_meta
+from benchmarks.steady_state import flops_share
 from benchmarks.switching import BUDGETS, make_workload
+from benchmarks.workloads import Workload, hoisted_blocks
 from gtcompile.compiler.blocks import compile_blocks
 from gtcompile.costs.backward_costs import backward_costs
 from gtcompile.selection.selection import select_parameters
 from gtcompile.state.trained_set import train_only
-from gtcompile.tools.bench.baselines import Rival, Workload, compilations, hoisted_blocks
+from gtcompile.tools.bench.baselines import Candidate, compilations
 from gtcompile.tools.bench.measurement import Spread, alternate, describe_machine, ratios, seconds
+from gtcompile.tools.bench.steady_state import HOISTED, SteadyState, Trial
+from gtcompile.tools.common.known_importances import draw_importance
 from gtcompile.tools.common.step_memory import saved_bytes
 
 SPECIALIZED = "specialized blocks"
@@ -52,10 +55,10 @@ class Comparison:
     """Hoisted steps that the first specialized one takes, over the share of a step it wins; or infinite."""
 
 
-def specialized_blocks(workload: Workload) -> Rival:
+def specialized_blocks(workload: Workload) -> Candidate:
     """Blocks that are compiled anew for each trained set."""
     prepare = functools.partial(compile_blocks, variants="specialized", variants_kept=PLENTY_KEPT)
-    return Rival(workload, prepare, train_only)
+    return Candidate(workload, prepare, train_only)
 
 
 def compare_variants(
@@ -73,15 +76,17 @@ def compare_variants(
     costs = backward_costs(build_on_meta(workload.config()), batch)
     importance = draw_importance(costs, seed)
     selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}
-    rivals = {HOISTED: hoisted_blocks(workload), SPECIALIZED: specialized_blocks(workload)}
-    steady = SteadyState(rivals, selections)
-    both = [Trial(rival, budget) for budget in (1.0, *budgets) for rival in rivals]
+    candidates = {HOISTED: hoisted_blocks(workload), SPECIALIZED: specialized_blocks(workload)}
+    steady = SteadyState(candidates, selections)
+    both = [Trial(candidate, budget) for budget in (1.0, *budgets) for candidate in candidates]
     compiled, waited = {}, {}
     for trial in both:
         before = compilations()
-        waited[trial] = seconds(functools.partial(steady.prepare, trial.budget, trial.rival), workload.device)
+        waited[trial] = seconds(
+            functools.partial(steady.prepare, trial.budget, trial.candidate), workload.device
+        )
         compiled[trial] = (compilations() - before).compiled
-    contenders = {trial: steady.contender(trial) for trial in both}
+    contenders = {trial: steady.timed(trial) for trial in both}
     times = alternate(contenders, rounds, workload.device)
     return [
         _compare(steady, budget, times, compiled[Trial(SPECIALIZED, budget)], waited)
@@ -99,9 +104,9 @@ def _compare(
     specialized, hoisted = Trial(SPECIALIZED, budget), Trial(HOISTED, budget)
     saved = {}
     for trial in (specialized, hoisted):
-        steady.prepare(trial.budget, trial.rival)
-        rival = steady.rivals[trial.rival]
-        saved[trial] = saved_bytes(rival.loss, rival.model)
+        steady.prepare(trial.budget, trial.candidate)
+        candidate = steady.candidates[trial.candidate]
+        saved[trial] = saved_bytes(candidate.loss, candidate.model)
     pairs = list(zip(times[specialized], times[hoisted], strict=True))
     time = ratios(times[specialized], times[hoisted])
     step = sorted(times[hoisted])[len(pairs) // 2]

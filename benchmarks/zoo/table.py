@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks.zoo.check import MODES, Checked, check_named
 from benchmarks.zoo.models import ARCHITECTURES, read_architectures
-from gtcompile.tools.runs.checkpoints import write_text
+from gtcompile.tools.common.files import write_text
 
 TIME_LIMIT = 600.0
 """Seconds for one model."""

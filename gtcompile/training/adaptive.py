@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from gtcompile.capture.model_io import list_parameters, loss_of, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.costs.budgets import check_budget
-from gtcompile.errors import CaptureError, GTCompileError, some
+from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
@@ -20,6 +20,7 @@ from gtcompile.importance.gradient_stream import on_device
 from gtcompile.selection.selection import Selection, parameters_to_measure, select_parameters
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
+from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, train_only, trained_parameters
 from gtcompile.training.ddp import ranks_of
 
@@ -168,7 +169,7 @@ class AdaptiveBackprop:
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
-        _refuse_other_model(state["parameters"], _shapes(self._model))
+        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         history = tuple(
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
@@ -274,18 +275,6 @@ def _check_patterns(names: dict[str, str], patterns: Iterable[str]) -> tuple[str
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {p.fqn: list(p.shape) for p in list_parameters(unwrap(model))}
-
-
-def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    differences = [f"{fqn} is not in this model" for fqn in saved.keys() - present.keys()]
-    differences += [f"{fqn} is not in the state" for fqn in present.keys() - saved.keys()]
-    differences += [
-        f"{fqn} is {list(saved[fqn])} in the state and {present[fqn]} in this model"
-        for fqn in saved.keys() & present.keys()
-        if list(saved[fqn]) != present[fqn]
-    ]
-    if differences:
-        raise ValueError(f"this is the state of another model: {some(sorted(differences), '; ')}")
 
 
 def _shapes_in(value: Any) -> object:
