@@ -122,14 +122,12 @@ def test_bytes_of_gradients_and_state_are_those_of_the_trained_and_the_kept(sett
         optimizer.step()
         ever |= trained
     parameters = dict(model.named_parameters())
-    frozen_bytes = sum(state_bytes(optimizer, p) for name, p in parameters.items() if name not in trained)
-    assert sum(p.grad.nbytes for p in parameters.values() if p.grad is not None) == bytes_of(
-        parameters, trained
-    )
-    assert sum(state_bytes(optimizer, parameters[name]) for name in trained) == 2 * bytes_of(
-        parameters, trained
-    )
-    assert frozen_bytes == (0 if setting == "drop" else 2 * bytes_of(parameters, ever - trained))
+    gradient_bytes = sum(p.grad.nbytes for p in parameters.values() if p.grad is not None)
+    state = {name: state_bytes(optimizer, p) for name, p in parameters.items()}
+    assert gradient_bytes == bytes_of(parameters, trained)
+    assert sum(state[name] for name in trained) == 2 * bytes_of(parameters, trained)
+    kept = set() if setting == "drop" else ever - trained
+    assert sum(state[name] for name in state.keys() - trained) == 2 * bytes_of(parameters, kept)
 
 
 def bytes_of(parameters, names):

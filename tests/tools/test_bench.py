@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from gtcompile.cli import app
 from gtcompile.errors import BudgetError
 from gtcompile.tools.bench.command import bench
-from gtcompile.tools.bench.measurement import spread
+from gtcompile.tools.bench.measurement import Timed, alternate, ratios, spread
 from gtcompile.tools.bench.options import BenchOptions
 from gtcompile.tools.bench.result import Bench, Measured, compare
 from gtcompile.tools.bench.steady_state import EAGER, HOISTED, Trial
@@ -234,3 +234,20 @@ def test_rows_beyond_positions_that_are_computed_are_measured(tmp_path: Path) ->
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=4).save_pretrained(tmp_path)
     assert find_subject(str(tmp_path), CPU, SHAPE).example["input_ids"].shape == (2, 8)
+
+
+def test_functions_take_turns_and_prepare_untimed() -> None:
+    order: list[str] = []
+    functions = {
+        name: Timed(lambda name=name: order.append(f"prepare {name}"), lambda name=name: order.append(name))
+        for name in "ab"
+    }
+    times = alternate(functions, 2, CPU, runs=2)
+    turn = {name: [f"prepare {name}", name, name] for name in "ab"}
+    assert order == [*turn["a"], *turn["b"], *turn["b"], *turn["a"]]
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert str(ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])) == "2 (1-3)"
+    assert spread([3.0, 1.0, 2.0, 4.0]).median == 2.5

@@ -173,8 +173,8 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
         trained &= costs.fqns
     elif trained - costs.fqns or costs.step_flops(trained) != last["step_flops"]:
         raise ValueError(
-            f"the model captured now needs other FLOPs than the run in {run.path} recorded: another version of "
-            f"gtcompile, torch or transformers wrote it. Inspect {run.path / 'model'} instead"
+            f"the model captured now needs other FLOPs than the run in {run.path} recorded: another version "
+            f"of gtcompile, torch or transformers wrote it. Inspect {run.path / 'model'} instead"
         )
     importance = dict(last["importance"])
     total = math.fsum(importance.get(fqn, 0.0) for fqn in sorted(trained))

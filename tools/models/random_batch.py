@@ -17,7 +17,7 @@ def random_batch(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.T
         shape: rows and tokens.
 
     Returns:
-        `input_ids` and `attention_mask` of batch_size x length, `labels` of batch_size x label columns; int64.
+        `input_ids` and `attention_mask` of batch_size x length, `labels` of batch_size x columns; int64.
 
     Raises:
         ValueError: the model has no vocabulary, so it does not take tokens.
