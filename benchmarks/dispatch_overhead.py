@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from benchmarks.workloads import Workload
 from gtcompile.compiler.blocks import compile_blocks, find_blocks
-from gtcompile.tools.bench.baselines import Workload
 
 CALLS = 2000
 """Calls of which the fastest counts: what else runs on the machine only ever adds."""

@@ -17,12 +17,15 @@ import typer
 from torch import nn
 
 from gtcompile.capture.model_io import loss_of
-from gtcompile.tools.common.subject import random_batch
+from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.models.loading import load_model
+from gtcompile.tools.models.random_batch import random_batch
 from gtcompile.tools.onnx.command import export
+from gtcompile.tools.onnx.options import ExportOptions
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 STEPS, LR = 20, 1e-3
+SHAPE = BatchShape(batch_size=2, length=32, target_length=16)
 BATCHES = 4
 """Drawn at random and taken in turn, so that there is something to learn."""
 
@@ -84,21 +87,21 @@ def main(
     """Export a step, train with it, and print both losses."""
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    trainee = load_model(model).eval()
+    subject = load_model(model).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
-        exported = export(model, path, budget=budget, optimizer="adamw", batch_size=2, length=32)
+        exported = export(model, ExportOptions(path=path, budget=budget, optimizer="adamw", shape=SHAPE))
         typer.echo(exported)
-        drawn = [random_batch(trainee, batch_size=2, length=32, target_length=16) for _ in range(BATCHES)]
+        drawn = [random_batch(subject, SHAPE) for _ in range(BATCHES)]
         batches = [drawn[step % BATCHES] for step in range(STEPS)]
-        weights = {fqn: p.detach().clone().numpy() for fqn, p in trainee.named_parameters()}
+        weights = {fqn: p.detach().clone().numpy() for fqn, p in subject.named_parameters()}
         arrays = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
         ours, after = train_in_onnx_runtime(path, weights, arrays, LR)
-    theirs = train_in_torch(trainee, exported.trained, batches, LR)
+    theirs = train_in_torch(subject, exported.trained, batches, LR)
     typer.echo("step  loss in ONNX Runtime  in PyTorch")
     for number, (loss, other) in enumerate(zip(ours, theirs, strict=True), start=1):
         typer.echo(f"{number:4}  {loss:20.6f}  {other:10.6f}")
-    off = max(float(np.abs(after[fqn] - p.detach().numpy()).max()) for fqn, p in trainee.named_parameters())
+    off = max(float(np.abs(after[fqn] - p.detach().numpy()).max()) for fqn, p in subject.named_parameters())
     typer.echo(f"weights at most {off:.1e} apart; AdamW moves one by up to {STEPS * LR:.0e} in {STEPS} steps")
 
 

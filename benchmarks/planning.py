@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from benchmarks.paper.models import PAPER_MODELS, build_on_meta, draw_importance, make_batch
+from benchmarks.measurement import in_fresh_process, verdict
+from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import BackwardCosts, costs_of
 from gtcompile.selection.selection import select_parameters
-from gtcompile.tools.bench.measurement import describe_machine, in_fresh_process, verdict
+from gtcompile.tools.bench.measurement import describe_machine
+from gtcompile.tools.common.known_importances import draw_importance
 
 BUDGETS = (0.36, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of a full step's FLOPs to select for."""

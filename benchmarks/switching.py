@@ -1,4 +1,4 @@
-"""What changing the trained set costs, and what a step costs afterwards, beside every rival.
+"""The cost of changing the trained set, and of a step afterwards, for gtcompile and every baseline.
 
 Run it with `python -m benchmarks.switching`; `--workload opt-2.7b --device cuda` is for a GPU.
 On a CPU it quotes ratios only.
@@ -19,40 +19,37 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.dispatch_overhead import Dispatch, measure_dispatch
+from benchmarks.measurement import in_fresh_process, keep_memory, verdict
 from benchmarks.paper.models import build_on_meta
 from benchmarks.steady_state import (
     measure_memory,
     memory_table,
     memory_verdicts,
+    predicted_saved,
     set_up,
     time_duels,
-    time_steps,
     time_table,
     time_verdicts,
 )
-from gtcompile.tools.bench.baselines import (
-    PLENTY,
+from benchmarks.workloads import (
+    UNLIMITED,
     WORKLOADS,
-    Compilations,
-    Rival,
-    Trained,
     Workload,
-    compilations,
-    eager,
     hoisted_blocks,
-    plain_blocks,
     random_sets,
     whole,
     whole_with_reset,
 )
-from gtcompile.tools.bench.measurement import (
-    describe_machine,
-    in_fresh_process,
-    keep_memory,
-    seconds,
-    spread,
-    verdict,
+from gtcompile.tools.bench.baselines import (
+    Candidate,
+    Compilations,
+    Trained,
+    compilations,
+    eager,
+    plain_blocks,
 )
+from gtcompile.tools.bench.measurement import describe_machine, seconds, spread
+from gtcompile.tools.bench.steady_state import time_steps
 
 BUDGETS = (0.4, 0.5, 0.7)
 """Shares of a full step's FLOPs."""
@@ -61,7 +58,7 @@ DEPTHS = (4, 8, 16, 32)
 ORDINARY_STEPS = 3
 """Steps after the first with each set; their median is the ordinary step."""
 LIMIT_TRIES = 10
-"""Sets for the rival that runs into Dynamo's default limit of 8 captures."""
+"""Sets for the baseline that reaches Dynamo's default limit of 8 captures."""
 MEDIAN_SWITCH, WORST_SWITCH = 1.2, 2.0
 """Ordinary steps that the first step with a new set may take."""
 DISPATCH_MICROSECONDS = 30.0
@@ -71,74 +68,76 @@ FLAT = 1.25
 OURS = "gtcompile, hoisted blocks"
 EAGER = "eager, requires_grad_"
 TWICE = (OURS, EAGER)
-"""Rivals that compile nothing, which go through the sets twice."""
+"""Candidates that compile nothing; they go through the sets twice."""
 Part = Literal["switching", "steady", "memory", "dispatch", "depth"]
 PARTS: tuple[Part, ...] = ("switching", "steady", "memory", "dispatch", "depth")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switching:
-    """First steps with new trained sets, one after the other, of one rival."""
+    """First steps with new trained sets, one after the other, of one candidate."""
 
-    rival: str
+    candidate: str
     first_steps: tuple[float, ...]
     """In ordinary steps with the same set; one per set after the first."""
     again: tuple[float, ...] = ()
-    """The same sets once more, with a fresh rival to which they are as new; empty where that was not done."""
+    """A second pass over the same sets with a fresh candidate; empty without a second pass."""
     ordinary_s: float
     """Median seconds of an ordinary step."""
     done: Compilations
-    """Since the first set, in all passes."""
+    """Compilations after the first set, in all passes."""
 
     @property
     def worst_in_both(self) -> float:
-        """The most that some set took in both passes: what else the machine did seldom falls twice on one."""
+        """The slowest set in both passes: other work on the machine seldom slows the same set twice."""
         return max(map(min, self.first_steps, self.again or self.first_steps))
 
 
-def measure_switching(name: str, rival: Rival, sets: Sequence[Trained], device: torch.device) -> Switching:
+def measure_switching(
+    name: str, candidate: Candidate, sets: Sequence[Trained], device: torch.device
+) -> Switching:
     """Train with each set in turn.
 
     Args:
-        name: of the rival.
-        rival: fresh.
-        sets: the first is not timed: it compiles whatever has to be.
+        name: of the candidate.
+        candidate: a fresh one.
+        sets: the first is not timed, since it compiles.
         device: where it runs.
     """
-    rival.switch_and_step(sets[0])
-    rival.step()
+    candidate.switch_and_step(sets[0])
+    candidate.step()
     before, first_steps, ordinary = compilations(), [], []
     for trained in sets[1:]:
-        first = seconds(functools.partial(rival.switch_and_step, trained), device)
-        ordinary.append(statistics.median(seconds(rival.step, device) for _ in range(ORDINARY_STEPS)))
+        first = seconds(functools.partial(candidate.switch_and_step, trained), device)
+        ordinary.append(statistics.median(seconds(candidate.step, device) for _ in range(ORDINARY_STEPS)))
         first_steps.append(first / ordinary[-1])
     return Switching(
-        rival=name,
+        candidate=name,
         first_steps=tuple(first_steps),
         ordinary_s=statistics.median(ordinary),
         done=compilations() - before,
     )
 
 
-def switching_rivals(count: int, slow: int) -> dict[str, tuple[Callable[[Workload], Rival], int]]:
-    """By name how to make each rival, and how many new sets to try; those that compile get few."""
+def switching_candidates(count: int, slow: int) -> dict[str, tuple[Callable[[Workload], Candidate], int]]:
+    """How to make each candidate, and how many new sets it gets; those that compile get few."""
     return {
         OURS: (hoisted_blocks, count),
         EAGER: (eager, count),
         "torch.compile, default limit": (whole, max(slow, min(count, LIMIT_TRIES))),
-        "torch.compile, limit raised": (functools.partial(whole, recompile_limit=PLENTY), slow),
+        "torch.compile, limit raised": (functools.partial(whole, recompile_limit=UNLIMITED), slow),
         "torch.compile, reset each time": (whole_with_reset, slow),
         "plain blocks, default limit": (plain_blocks, slow),
-        "plain blocks, limit raised": (functools.partial(plain_blocks, recompile_limit=PLENTY), slow),
+        "plain blocks, limit raised": (functools.partial(plain_blocks, recompile_limit=UNLIMITED), slow),
     }
 
 
 def compare_switching(workload: Workload, count: int, slow: int, seed: int) -> list[Switching]:
-    """Every rival on everything and then on the same random sets, one rival in memory at a time.
+    """Switch every candidate from everything trained through the same random sets, one candidate at a time.
 
     Args:
         workload: what to train.
-        count: new sets for the rivals that compile nothing.
+        count: new sets for the candidates that compile nothing.
         slow: new sets for those that compile.
         seed: of the sets.
     """
@@ -146,7 +145,7 @@ def compare_switching(workload: Workload, count: int, slow: int, seed: int) -> l
     sets = [frozenset(names), *random_sets(names, max(count, slow), seed)]  # at first all have moments
     keep_memory()
     results = []
-    for name, (make, tries) in switching_rivals(count, slow).items():
+    for name, (make, tries) in switching_candidates(count, slow).items():
         torch.compiler.reset()
         gc.collect()
         result = measure_switching(name, make(workload), sets[: tries + 1], workload.device)
@@ -159,16 +158,16 @@ def compare_switching(workload: Workload, count: int, slow: int, seed: int) -> l
 
 
 def twice(one: Switching, other: Switching) -> Switching:
-    """Two passes of one rival over the same sets as one result."""
+    """Two passes of one candidate over the same sets as one result."""
     captures = one.done.captures + other.done.captures
     done = Compilations(captures, one.done.compiled + other.done.compiled)
     return replace(one, again=other.first_steps, done=done)
 
 
 def switching_table(results: Sequence[Switching], device: torch.device) -> Table:
-    """One row per rival; "twice" is the worst that a set took in both of two passes."""
+    """One row per candidate; "twice" is the slowest set in both of two passes."""
     table = Table(title="First step with a new trained set, in ordinary steps with that set")
-    table.add_column("rival")
+    table.add_column("candidate")
     timed = device.type == "cuda"
     for column in (
         "sets",
@@ -186,13 +185,13 @@ def switching_table(results: Sequence[Switching], device: torch.device) -> Table
         milliseconds = (f"{result.ordinary_s * 1e3:.1f}",) if timed else ()
         both = f"{result.worst_in_both:.2f}" if result.again else "-"
         cells = (f"{first.median:.2f}", f"{first.high:.2f}", both, *counts, *milliseconds)
-        table.add_row(result.rival, str(len(result.first_steps)), *cells)
+        table.add_row(result.candidate, str(len(result.first_steps)), *cells)
     return table
 
 
 def switching_verdicts(results: Sequence[Switching]) -> list[str]:
     """One line per target."""
-    ours = next(result for result in results if result.rival == OURS)
+    ours = next(result for result in results if result.candidate == OURS)
     first, compiled = spread(ours.first_steps), ours.done.captures + ours.done.compiled
     return [
         f"first step with a new set, median {first.median:.2f}: {verdict(first.median, MEDIAN_SWITCH)}",
@@ -218,15 +217,15 @@ def measure_compilation(workload: Workload) -> Compiled:
     """Time the first step of a model with hoisted blocks, with no cache on disk."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        rival, before = hoisted_blocks(workload), compilations()
-        first = seconds(rival.step, workload.device)
+        candidate, before = hoisted_blocks(workload), compilations()
+        first = seconds(candidate.step, workload.device)
         done = compilations() - before
-        later = statistics.median(seconds(rival.step, workload.device) for _ in range(ORDINARY_STEPS))
+        later = statistics.median(seconds(candidate.step, workload.device) for _ in range(ORDINARY_STEPS))
     return Compiled(depth=workload.layers, seconds=first - later, done=done)
 
 
 def compare_depths(workload: Workload, depths: Sequence[int]) -> list[Compiled]:
-    """The same at several depths, each in a fresh process."""
+    """Time the compilation of models of several depths, each in a fresh process."""
     return [in_fresh_process(measure_compilation, replace(workload, layers=depth)) for depth in depths]
 
 
@@ -293,11 +292,11 @@ class Effort:
     """How much to measure."""
 
     sets: int
-    """New trained sets for the rivals that compile nothing."""
+    """New trained sets for the candidates that compile nothing."""
     slow_sets: int
-    """New trained sets for those that compile."""
+    """New trained sets for the candidates that compile."""
     rounds: int
-    """In which each trial of the steady state takes one turn, and two rivals several in their duel."""
+    """Rounds of the steady state: each trial takes one turn in a round, each duel several."""
     seed: int
     """Of trained sets and importances."""
     depths: Sequence[int] = DEPTHS
@@ -319,9 +318,9 @@ def run_part(part: Part, workload: Workload, effort: Effort) -> tuple[Table, lis
     steady = set_up(workload, effort.budgets, effort.seed)
     if part == "memory":
         memory = measure_memory(steady, device)
-        return memory_table(steady, memory), memory_verdicts(memory)
-    times, duels = time_steps(steady, effort.rounds, device), time_duels(steady, effort.rounds, device)
-    return time_table(steady, times, duels, device), time_verdicts(steady, times, duels)
+        return memory_table(predicted_saved(workload, steady), memory), memory_verdicts(memory)
+    times, compared = time_steps(steady, effort.rounds, device), time_duels(steady, effort.rounds, device)
+    return time_table(steady, times, compared, device), time_verdicts(steady, times, compared)
 
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -336,8 +335,8 @@ def main(
     vocabulary: Annotated[int | None, typer.Option(min=2)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="sequences per batch")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens per sequence")] = None,
-    sets: Annotated[int, typer.Option(min=1, help="new sets for rivals that compile nothing")] = 50,
-    slow_sets: Annotated[int, typer.Option(min=1, help="new sets for rivals that compile")] = 3,
+    sets: Annotated[int, typer.Option(min=1, help="new sets for candidates that compile nothing")] = 50,
+    slow_sets: Annotated[int, typer.Option(min=1, help="new sets for candidates that compile")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="of the steady state")] = 7,
     seed: Annotated[int, typer.Option(help="of trained sets and importances")] = 0,
     only: Annotated[list[str] | None, typer.Option(help=f"parts to run, of {', '.join(PARTS)}")] = None,
@@ -357,7 +356,7 @@ def main(
     console = Console()
     console.print(describe_machine(chosen.device), str(chosen), sep="\n", highlight=False)
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # nobody profits from earlier runs
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # earlier runs must not help
         for part in parts:
             table, lines = run_part(part, chosen, effort)
             console.print(table)

@@ -1,4 +1,4 @@
-"""The same training by a trainer of Hugging Face's with and without the callback, beside each other."""
+"""Compare a training by a Hugging Face trainer with and without the callback."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from gtcompile import AdaptiveBackpropCallback
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one training came to."""
+    """The result of one training."""
 
     losses: Mapping[int, float]
     """Mean training loss by the step it was logged at."""
@@ -25,7 +25,7 @@ class Outcome:
 
 
 def make_parser(description: str | None, output: str) -> argparse.ArgumentParser:
-    """The options that the comparisons have in common."""
+    """The options of all comparisons."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--budget", type=float, default=0.5)
@@ -38,7 +38,7 @@ def make_parser(description: str | None, output: str) -> argparse.ArgumentParser
 
 
 def trainer_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the trainings have in common, as keywords of `TrainingArguments`."""
+    """Keyword arguments of `TrainingArguments` for all trainings."""
     return {
         "output_dir": str(options.output),
         "max_steps": options.steps,
@@ -68,11 +68,11 @@ def small_llama(options: argparse.Namespace, vocabulary: int) -> LlamaForCausalL
 
 
 def compare(options: argparse.Namespace, make_trainer: Callable[[argparse.Namespace], Trainer]) -> None:
-    """Train with and without the line, and print the two beside each other."""
-    with_line = make_trainer(options)
+    """Train with and without the callback, and print both results side by side."""
+    with_callback = make_trainer(options)
     callback = AdaptiveBackpropCallback(options.budget, every=options.every, compiler=options.compiler)
-    with_line.add_callback(callback)  # the one line
-    ours, theirs = run(with_line), run(make_trainer(options))
+    with_callback.add_callback(callback)
+    ours, theirs = run(with_callback), run(make_trainer(options))
     print(f"{'step':>10} {f'budget {options.budget}':>12} {'without':>12}")
     for step, loss in ours.losses.items():
         print(f"{step:>10} {loss:12.4f} {theirs.losses[step]:12.4f}")

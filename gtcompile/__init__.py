@@ -1,54 +1,72 @@
-"""Cheaper fine-tuning by a compiler pass: compute only the weight gradients that are worth their FLOPs."""
+"""Cheaper fine-tuning by a compiler pass: compute only the weight gradients that are worth their FLOPs.
 
-from typing import TYPE_CHECKING, Any
+Importing this package imports neither torch nor any of its own modules. Every public name is imported when it
+is first used.
+"""
 
-from gtcompile.compiler.backend import gtcompile
-from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
-from gtcompile.compiler.options import CompileOptions
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.costs.dependency_graph import dependency_graph
-from gtcompile.errors import BudgetError, CaptureError, GraphContractError, GTCompileError
-from gtcompile.graph.flop_registry import register_flops
-from gtcompile.importance.estimators import measure_importance
-from gtcompile.selection import policies
-from gtcompile.selection.selection import Selection, select_parameters
-from gtcompile.state.trained_set import train_only, trained_parameters
-from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.checkpoint import load_training, save_training
+from typing import TYPE_CHECKING
+
+from gtcompile.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from gtcompile.huggingface.callback import AdaptiveBackpropCallback
+    from gtcompile import testing as testing
+    from gtcompile.compiler.backend import gtcompile as gtcompile
+    from gtcompile.compiler.blocks import compile_blocks as compile_blocks
+    from gtcompile.compiler.blocks import uncompile_blocks as uncompile_blocks
+    from gtcompile.compiler.options import CompileOptions as CompileOptions
+    from gtcompile.costs.backward_costs import BackwardCosts as BackwardCosts
+    from gtcompile.costs.backward_costs import backward_costs as backward_costs
+    from gtcompile.costs.dependency_graph import dependency_graph as dependency_graph
+    from gtcompile.errors import BudgetError as BudgetError
+    from gtcompile.errors import CaptureError as CaptureError
+    from gtcompile.errors import GraphContractError as GraphContractError
+    from gtcompile.errors import GTCompileError as GTCompileError
+    from gtcompile.graph.flop_registry import register_flops as register_flops
+    from gtcompile.huggingface.callback import AdaptiveBackpropCallback as AdaptiveBackpropCallback
+    from gtcompile.importance.estimators import measure_importance as measure_importance
+    from gtcompile.selection import policies as policies
+    from gtcompile.selection.selection import Selection as Selection
+    from gtcompile.selection.selection import select_parameters as select_parameters
+    from gtcompile.state.trained_set import train_only as train_only
+    from gtcompile.state.trained_set import trained_parameters as trained_parameters
+    from gtcompile.training.adaptive import AdaptiveBackprop as AdaptiveBackprop
+    from gtcompile.training.checkpoint import load_training as load_training
+    from gtcompile.training.checkpoint import save_training as save_training
 
-__all__ = [
-    "AdaptiveBackprop",
-    "AdaptiveBackpropCallback",
-    "BackwardCosts",
-    "BudgetError",
-    "CaptureError",
-    "CompileOptions",
-    "GTCompileError",
-    "GraphContractError",
-    "Selection",
-    "backward_costs",
-    "compile_blocks",
-    "dependency_graph",
-    "gtcompile",
-    "load_training",
-    "measure_importance",
-    "policies",
-    "register_flops",
-    "save_training",
-    "select_parameters",
-    "train_only",
-    "trained_parameters",
-    "uncompile_blocks",
-]
+__version__ = "0.1.0"
+
+# To add a public name, write one line here and one above for type checkers; a test compares the two.
+_NAMES = {
+    "AdaptiveBackprop": "gtcompile.training.adaptive",
+    "AdaptiveBackpropCallback": "gtcompile.huggingface.callback",
+    "BackwardCosts": "gtcompile.costs.backward_costs",
+    "BudgetError": "gtcompile.errors",
+    "CaptureError": "gtcompile.errors",
+    "CompileOptions": "gtcompile.compiler.options",
+    "GTCompileError": "gtcompile.errors",
+    "GraphContractError": "gtcompile.errors",
+    "Selection": "gtcompile.selection.selection",
+    "backward_costs": "gtcompile.costs.backward_costs",
+    "compile_blocks": "gtcompile.compiler.blocks",
+    "dependency_graph": "gtcompile.costs.dependency_graph",
+    "gtcompile": "gtcompile.compiler.backend",
+    "load_training": "gtcompile.training.checkpoint",
+    "measure_importance": "gtcompile.importance.estimators",
+    "register_flops": "gtcompile.graph.flop_registry",
+    "save_training": "gtcompile.training.checkpoint",
+    "select_parameters": "gtcompile.selection.selection",
+    "train_only": "gtcompile.state.trained_set",
+    "trained_parameters": "gtcompile.state.trained_set",
+    "uncompile_blocks": "gtcompile.compiler.blocks",
+}
+_MODULES = {
+    "policies": "gtcompile.selection.policies",
+    "testing": "gtcompile.testing",
+}
+
+__all__ = sorted({*_NAMES, *_MODULES})
+__getattr__ = lazy_names(__name__, _NAMES, _MODULES)
 
 
-def __getattr__(name: str) -> Any:
-    """The callback, which alone needs transformers, when somebody asks for it."""
-    if name == "AdaptiveBackpropCallback":
-        from gtcompile.huggingface.callback import AdaptiveBackpropCallback
-
-        return AdaptiveBackpropCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,25 +1,52 @@
-"""The `gtcompile` command: parse, call a tool, print what it returns or one line that says what is wrong."""
+"""The `gtcompile` command: check the options, call a tool, and print its result or one line on what is wrong.
+
+This module, and every check that it makes, imports neither torch nor transformers: a mistake is refused at
+once. Each command imports its tool after that.
+"""
 
 import contextlib
+import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+import gtcompile
+from gtcompile.errors import GTCompileError
+from gtcompile.tools.bench.options import BenchOptions, parse_budgets
+from gtcompile.tools.common.options import BatchShape, check_model, is_run
 from gtcompile.tools.common.terminal import say
-from gtcompile.tools.runs.settings import Compiler, Method, Settings
+from gtcompile.tools.finetune.options import RunOptions
+from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
+from gtcompile.tools.onnx.options import ExportOptions
+from gtcompile.tools.runs.settings import Compiler, Method, Settings, source_of
+
+if TYPE_CHECKING:
+    from gtcompile.tools.finetune.summary import Summary
 
 app = typer.Typer(
     help="Fine-tune language models within a FLOPs budget.", no_args_is_help=True, add_completion=False
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gtcompile {gtcompile.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Fine-tune language models within a FLOPs budget."""
 
 
@@ -32,18 +59,18 @@ SUBJECT_HELP = (
     "Hub id, directory (a config is enough), demo, module:function, or the output folder of finetune."
 )
 EXPORT_HELP = "Hub id, directory with weights, demo, module:function, or the output folder of finetune."
-DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or a .jsonl, .json or .csv file."
+DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or a .jsonl, .json, .csv or .parquet file."
 
 Dataset = Annotated[str, _option(DATASET_HELP)]
 DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]
 Budget = Annotated[float, _option("Share of a full step's FLOPs that may be spent, forward included.")]
 Tokenizer = Annotated[str | None, _option("Another tokenizer, or bytes for one token per byte.")]
-SourceField = Annotated[str | None, _option("Field of a file to read. Default: source.")]
-TargetField = Annotated[str | None, _option("Field of a file to answer with. Default: target.")]
+SourceField = Annotated[str | None, _option("Field of a file that holds the text. Default: source.")]
+TargetField = Annotated[str | None, _option("Field of a file that holds the answer. Default: target.")]
 TrainSplit = Annotated[str | None, _option("Split to learn from, or a share such as valid[:80%].")]
-MaxLength = Annotated[int, _option("Tokens of a sequence at most; batches are as long as the data needs.")]
+MaxLength = Annotated[int, _option("Most tokens of a sequence; batches are as long as the data needs.")]
 BatchSize = Annotated[int, _option("Examples per step.")]
-MaxNewTokens = Annotated[int | None, _option("Tokens of an answer at most. Default: the dataset's.")]
+MaxNewTokens = Annotated[int | None, _option("Most tokens of an answer. Default: the dataset's.")]
 
 
 @app.command()
@@ -52,7 +79,7 @@ def finetune(
     dataset: Dataset,
     budget: Budget = 0.5,
     method: Annotated[
-        Method, _option("The best within the budget, everything, or the last blocks that fit.")
+        Method, _option("Train the best set within the budget, everything, or the last blocks that fit.")
     ] = "adaptive",
     output: Annotated[Path | None, _option("Empty or new folder. Default: a new one in runs/.")] = None,
     resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
@@ -64,8 +91,8 @@ def finetune(
     target_field: TargetField = None,
     train_split: TrainSplit = None,
     eval_split: Annotated[str | None, _option("Split to answer afterwards, or a share of one.")] = None,
-    max_train_samples: Annotated[int | None, _option("Examples to learn from at most.")] = None,
-    max_eval_samples: Annotated[int | None, _option("Examples to answer at most.")] = None,
+    max_train_samples: Annotated[int | None, _option("Most examples to learn from.")] = None,
+    max_eval_samples: Annotated[int | None, _option("Most examples to answer.")] = None,
     epochs: Annotated[int, _option("Times every example is seen.")] = 5,
     batch_size: BatchSize = 4,
     lr: Annotated[float, _option("Learning rate at the first step; falls linearly to 0.")] = 2e-5,
@@ -77,59 +104,52 @@ def finetune(
     tokenizer: Tokenizer = None,
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
     activation_memory_budget: Annotated[
-        float, _option("Share of what is saved for backward that may be; the rest is computed again.")
+        float, _option("Share of the bytes saved for backward that may be kept; the rest is recomputed.")
     ] = 1.0,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
-    checkpoint_every: Annotated[int, _option("Steps between checkpoints, beside those at epochs.")] = 500,
+    checkpoint_every: Annotated[
+        int, _option("Steps between checkpoints; one is written after every epoch too.")
+    ] = 500,
     log_to: Annotated[str | None, _option("tensorboard: a trace in OUTPUT/tensorboard.")] = None,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
     arguments = dict(locals())
     for name in ("output", "resume", "compare_full", "compiler", "log_to"):
         del arguments[name]
-    console = Console()
     with _errors_in_one_line():
-        _finetune(
-            console,
-            arguments,
-            output,
-            resume=resume,
-            compare_full=compare_full,
-            compiler=compiler,
-            log_to=log_to,
-        )
+        settings = Settings(**arguments, processes=_process_count(), compiler=compiler or "eager")
+        options = RunOptions(output=output, resume=resume, compare_full=compare_full, log_to=log_to)
+        source_of(settings)
+        if os.environ.get("RANK", "0") == "0":
+            options.check_output(settings, besides=() if compiler else ("compiler",))
+        _quiet()
+        if compiler is None:
+            from gtcompile.tools.runs.preparation import default_compiler
+
+            settings = dataclasses.replace(settings, compiler=default_compiler())
+        _finetune(Console(), settings, options)
 
 
-def _finetune(
-    console: Console,
-    arguments: dict[str, Any],
-    output: Path | None,
-    *,
-    resume: bool,
-    compare_full: bool,
-    compiler: Compiler | None,
-    log_to: str | None,
-) -> None:
-    if resume and output is None:
-        raise ValueError("--resume continues the run in --output; pass the folder")
+def _process_count() -> int:
+    """How many processes torchrun started for this run; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def _finetune(console: Console, settings: Settings, options: RunOptions) -> None:
     from gtcompile.tools.finetune import processes, progress, run, summary
-    from gtcompile.tools.runs import preparation, run_folder
+    from gtcompile.tools.runs import run_folder
 
-    _quiet()
-    arguments |= {"compiler": compiler or preparation.default_compiler()}
     with processes.joined_processes() as ranks:
-        chosen = Settings(**arguments, processes=ranks.count)
-        name = f"{Path(chosen.model).name}-{Path(chosen.dataset).stem}-{chosen.method}"
-        folder = output or ranks.from_first(lambda: run_folder.next_free_folder(name))
+        folder = options.output or ranks.from_first(lambda: run_folder.next_free_folder(settings.short_name))
         console.quiet = ranks.rank > 0
         reporter = progress.Reporter(console)
-        how: dict[str, Any] = {"resume": resume, "log_to": log_to, "ranks": ranks}
-        runs: tuple[summary.Summary, ...]
+        how: dict[str, Any] = {"resume": options.resume, "log_to": options.log_to, "ranks": ranks}
+        runs: tuple[Summary, ...]
         try:
-            if compare_full and chosen.method != "full":
-                runs = run.compare_with_full(chosen, folder, reporter, **how)
+            if options.compare_full and settings.method != "full":
+                runs = run.compare_with_full(settings, folder, reporter, **how)
             else:
-                runs = (run.finetune(chosen, folder, reporter, **how),)
+                runs = (run.finetune(settings, folder, reporter, **how),)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt) or "interrupted"
             kept = run_folder.RunFolder(folder).checkpoint.is_file()
@@ -146,7 +166,9 @@ def inspect(
         float | None,
         _option("Share of a full step's FLOPs, forward included. Default: 0.5, or the run's plan."),
     ] = None,
-    dataset: Annotated[str | None, _option(f"Take the shape of a run on {DATASET_HELP}")] = None,
+    dataset: Annotated[
+        str | None, _option(f"Take the batch shape of a run on a dataset: {DATASET_HELP}")
+    ] = None,
     batch_size: BatchSize = 4,
     length: Annotated[int, _option("Input tokens per example, without --dataset.")] = 512,
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder, without --dataset.")] = 64,
@@ -154,16 +176,20 @@ def inspect(
         Path | None, _option("selections.json of a run of this model. Default: a stand-in.")
     ] = None,
     only: Annotated[
-        str | None, _option("Parameters with these path segments: layers.1 is not layers.10.", "--filter")
+        str | None,
+        _option("List parameters with these path segments only: layers.1 is not layers.10.", "--filter"),
     ] = None,
     sort: Annotated[str, _option("name, cost, marginal, importance or size.")] = "cost",
-    top: Annotated[int, _option("Parameters to list at most; 0 for all.")] = 12,
+    top: Annotated[int, _option("Most parameters to list; 0 for all.")] = 12,
     why: Annotated[
-        list[str] | None, _option("A parameter or node: why it is computed, or not. May be repeated.")
+        list[str] | None,
+        _option("Explain why a parameter's gradient or a node is computed, or not. May be repeated."),
     ] = None,
     diff: Annotated[
         tuple[str, str] | None,
-        _option("Two trained sets: epochs of a run, plan, all, none, or patterns with commas between."),
+        _option(
+            "Compare two trained sets: epochs of a run, plan, all, none, or patterns with commas between."
+        ),
     ] = None,
     html: Annotated[Path | None, _option("Write a report to this file, to be opened in a browser.")] = None,
     export: Annotated[
@@ -188,11 +214,10 @@ def inspect(
         "max_new_tokens": max_new_tokens,
         "tokenizer": tokenizer,
     }
-    shape = {"batch_size": batch_size, "length": length, "target_length": target_length}
     with _errors_in_one_line():
-        from gtcompile.tools.inspect import command, outputs
-
-        wanted = outputs.Outputs(
+        shape = BatchShape(batch_size=batch_size, length=length, target_length=target_length)
+        options = PlanOptions(budget=budget, shape=shape, importances=importances)
+        wanted = Outputs(
             only=only,
             order=sort,
             top=top,
@@ -202,17 +227,22 @@ def inspect(
             export=export,
             as_json=json_output,
         )
-        _quiet()
-        if dataset is None:
-            result = command.inspect_model(
-                model, budget, **shape, importances=importances, progress=Console(stderr=True)
-            )
-        else:
-            share = command.DEFAULT_BUDGET if budget is None else budget
-            run = Settings(
+        settings = None
+        if dataset is not None:
+            share = DEFAULT_BUDGET if budget is None else budget
+            settings = Settings(
                 model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
             )
-            result = command.inspect_dataset(run, importances, Console(stderr=True))
+            source_of(settings)
+        _check_model_or_run(model)
+        _quiet()
+        from gtcompile.tools.inspect import command, outputs
+
+        progress = Console(stderr=True)
+        if settings is None:
+            result = command.inspect_model(model, options, progress)
+        else:
+            result = command.inspect_dataset(settings, importances, progress)
         outputs.put_out(outputs.output_console(), result, wanted)
 
 
@@ -221,8 +251,10 @@ def export(
     model: Annotated[str, typer.Argument(help=EXPORT_HELP)],
     onnx: Annotated[Path, _option("File to write: the training step of the trained set.")],
     train: Annotated[list[str] | None, _option("Pattern of parameters to train; may be repeated.")] = None,
-    budget: Annotated[float | None, _option("Train what this share of a full step's FLOPs buys.")] = None,
-    optimizer: Annotated[str | None, _option("Include its update: sgd or adamw.")] = None,
+    budget: Annotated[
+        float | None, _option("Train the best set within this share of a full step's FLOPs.")
+    ] = None,
+    optimizer: Annotated[str | None, _option("Include the update of an optimizer: sgd or adamw.")] = None,
     dynamic: Annotated[bool, _option("Other batch sizes and lengths work too.", "--dynamic")] = False,
     batch_size: BatchSize = 4,
     length: Annotated[int, _option("Input tokens per example.")] = 64,
@@ -230,21 +262,19 @@ def export(
 ) -> None:
     """Write the training step as plain ONNX: loss and gradients of the trained parameters only."""
     with _errors_in_one_line():
+        options = ExportOptions(
+            path=onnx,
+            train=tuple(train) if train else None,
+            budget=budget,
+            optimizer=optimizer,  # type: ignore[arg-type]  # checked there
+            dynamic=dynamic,
+            shape=BatchShape(batch_size=batch_size, length=length, target_length=target_length),
+        )
+        _check_model_or_run(model)
+        _quiet()
         from gtcompile.tools.onnx import command
 
-        _quiet()
-        written = command.export(
-            model,
-            onnx,
-            train=train or None,
-            budget=budget,
-            optimizer=optimizer,
-            dynamic=dynamic,
-            batch_size=batch_size,
-            length=length,
-            target_length=target_length,
-        )
-        say(Console(), str(written))
+        say(Console(), str(command.export(model, options)))
 
 
 @app.command()
@@ -258,52 +288,45 @@ def bench(
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 64,
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
     dtype: Annotated[str | None, _option("Weights in float32 or bfloat16. Default: float32.")] = None,
-    rounds: Annotated[int, _option("Times every step is timed; fewer than 5 decide nothing.")] = 9,
+    rounds: Annotated[int, _option("Times that every step is timed; fewer than 5 decide nothing.")] = 9,
     importances: Annotated[Path | None, _option("selections.json of a run. Default: random.")] = None,
     json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
 ) -> None:
-    """Measure steps at several budgets beside full training and eager freezing, with random weights."""
+    """Compare steps at several budgets with full training and eager freezing, on random weights."""
     with _errors_in_one_line():
-        from gtcompile.tools.bench import command
-        from gtcompile.tools.runs import preparation
-
-        _quiet()
-        result = command.bench(
-            model,
-            _shares(budgets),
-            compiler=compiler or preparation.default_compiler(),
-            dtype=dtype,
+        options = BenchOptions(
+            budgets=parse_budgets(budgets),
+            shape=BatchShape(batch_size=batch_size, length=length, target_length=target_length),
+            compiler=compiler,
             rounds=rounds,
             importances=importances,
-            progress=Console(stderr=True),
-            batch_size=batch_size,
-            length=length,
-            target_length=target_length,
+            dtype=dtype,
         )
+        check_model(model)
+        _quiet()
+        from gtcompile.tools.bench import command, result
+
+        measured = command.bench(model, options, progress=Console(stderr=True))
         if json_output:
-            typer.echo(json.dumps(result.as_dict(), indent=2))
+            typer.echo(json.dumps(measured.as_dict(), indent=2))
         else:
-            command.show(Console(), result)
+            result.show(Console(), measured)
 
 
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise ValueError(f"--budgets: expected numbers with commas between, got {text!r}") from None
+def _check_model_or_run(model: str) -> None:
+    if not is_run(Path(model)):
+        check_model(model)
 
 
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """What the user can act on is printed without a traceback, and the exit code is 2."""
-    from gtcompile.errors import GTCompileError
-
+    """Print errors that the user can act on without a traceback, and exit with code 2."""
     try:
         yield
     except (GTCompileError, ValueError, ImportError) as error:
         say(Console(stderr=True), f"error: {error}")
         raise typer.Exit(2) from error
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it
         raise
     except OSError as error:
         say(Console(stderr=True), f"error: {error.filename or 'input or output'}: {error.strerror or error}")
@@ -311,7 +334,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Keep the libraries' own progress bars and advice out of ours."""
+    """Turn off the progress bars and advice of other libraries."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

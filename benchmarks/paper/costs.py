@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from benchmarks.paper.models import PAPER_MODELS, build_on_meta, draw_importance, make_batch
+from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
 from benchmarks.paper.selection import BudgetComparison, compare_budgets
 from gtcompile.costs.backward_costs import backward_costs
+from gtcompile.tools.common.known_importances import draw_importance
 
 STEPS = 5 * 1992 // 4
 """Five epochs of SciTLDR's 1992 examples in batches of 4."""

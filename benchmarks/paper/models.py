@@ -1,6 +1,5 @@
 """The models of the paper's experiments, from configurations written out here: nothing is downloaded."""
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +14,6 @@ from transformers import (
     PreTrainedModel,
     T5Config,
 )
-
-from gtcompile.costs.backward_costs import BackwardCosts
 
 Batch = dict[str, torch.Tensor]
 
@@ -90,9 +87,3 @@ def make_batch(config: PretrainedConfig, rows: int, length: int, target_length: 
     columns = target_length if config.is_encoder_decoder else length
     labels = torch.ones(rows, columns, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def draw_importance(costs: BackwardCosts, seed: int) -> dict[str, float]:
-    """A random importance for every selectable parameter, log-normal: a few matter far more than the rest."""
-    draw = random.Random(seed)
-    return {fqn: draw.lognormvariate(0.0, 1.0) for fqn in sorted(costs.fqns)}

@@ -1,7 +1,7 @@
-"""The backend on many architectures: `python -m benchmarks.zoo.table` checks each and writes a table.
+"""Check the backend on many architectures and write a table: `python -m benchmarks.zoo`.
 
-Each model is checked in a process of its own. The table is written after each, and what it holds already is
-not checked again: a run that was cut off, or a table of some of the models, is gone on with.
+Each model is checked in its own process. The table is written after each model, and models that it already
+holds are not checked again, so an interrupted run can be continued.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks.zoo.check import MODES, Checked, check_named
 from benchmarks.zoo.models import ARCHITECTURES, read_architectures
-from gtcompile.tools.runs.checkpoints import write_text
+from gtcompile.tools.common.files import write_text
 
 TIME_LIMIT = 600.0
 """Seconds for one model."""
@@ -143,7 +143,3 @@ def main(
         if not (result.right or result.skipped) or result.flops_difference:
             console.print(f"{name} {mode}: {result}", highlight=False)
     console.print(*summary(results), sep="\n", highlight=False)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -190,7 +190,7 @@ def _block() -> Iterator[str]:
         yield from (f"with {variants} variants, {broken}" for broken in _compiled_block(options, predicted))
 
 
-def _compiled_block(options: RegionOptions, predicted: BackwardCosts) -> Iterator[str]:
+def _compiled_block(options: CompileOptions, predicted: BackwardCosts) -> Iterator[str]:
     block, graphs = _Block(), list[fx.GraphModule]()
     eager = copy.deepcopy(block)
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import list_parameters, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.errors import CaptureError, GTCompileError, some
+from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
@@ -23,6 +23,7 @@ from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
+from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, train_only, trained_parameters
 from gtcompile.training.ddp import ranks_of
 
@@ -222,7 +223,7 @@ class AdaptiveBackprop:
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
-        _refuse_other_model(state["parameters"], _shapes(self._model))
+        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         if state["policy"] != repr(self._policy):
             raise ValueError(
                 f"this is the state of the policy {state['policy']}, and here the policy is "
@@ -378,18 +379,6 @@ def _reason(limits: Limits) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {p.fqn: list(p.shape) for p in list_parameters(unwrap(model))}
-
-
-def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    differences = [f"{fqn} is not in this model" for fqn in saved.keys() - present.keys()]
-    differences += [f"{fqn} is not in the state" for fqn in present.keys() - saved.keys()]
-    differences += [
-        f"{fqn} is {list(saved[fqn])} in the state and {present[fqn]} in this model"
-        for fqn in saved.keys() & present.keys()
-        if list(saved[fqn]) != present[fqn]
-    ]
-    if differences:
-        raise ValueError(f"this is the state of another model: {some(sorted(differences), '; ')}")
 
 
 def _shapes_in(value: Any) -> object:

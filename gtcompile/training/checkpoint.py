@@ -27,6 +27,7 @@ from gtcompile.capture.rng import check_random_state, random_state, restore_rand
 from gtcompile.distributed.fsdp import sharded
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
+from gtcompile.state.same_model import Shapes, check_same_model, shapes_of
 from gtcompile.state.shadow_optimizer import innermost
 from gtcompile.state.trained_set import enter_shards
 from gtcompile.training.adaptive import AdaptiveBackprop
@@ -66,7 +67,7 @@ def save_training(
     }
     tensors = {name: kept.value for name, kept in state.items() if isinstance(kept.value, torch.Tensor)}
     values = {
-        "weights": _shapes(weights),
+        "weights": shapes_of(weights),
         "groups": _groups(optimizer, parameters),
         "state": {name: kept.described(parameters) for name, kept in state.items()},
         "adaptive": adaptive.state_dict(),
@@ -108,8 +109,8 @@ def load_training(
     enter_shards(model)
     parameters, weights = _by_name(model), unwrap(model).state_dict()
     current, values = ranks.together(lambda: _read(path))
-    ranks.together(lambda: _refuse_other(path, values, _shapes(weights), _groups(optimizer, parameters)))
     ranks.together(lambda: [check_random_state(state) for state in values["random"]])
+    ranks.together(lambda: _refuse_other(path, values, shapes_of(weights), _groups(optimizer, parameters)))
     state = {name: _room(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
         load({"weights": weights, "state": state}, checkpoint_id=current, **processes)
@@ -176,10 +177,6 @@ def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     return {fqn: sharded(parameter) for fqn, parameter in unwrap(model).named_parameters()}
 
 
-def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    return {name: list(w.shape) if isinstance(w, torch.Tensor) else None for name, w in weights.items()}
-
-
 def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """The optimizer's groups, with FQNs for parameters."""
     names = {parameter: fqn for fqn, parameter in parameters.items()}
@@ -190,17 +187,10 @@ def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> lis
 def _refuse_other(
     path: Path,
     values: Mapping[str, Any],
-    weights: Mapping[str, list[int] | None],
+    weights: Shapes,
     groups: list[dict[str, Any]],
 ) -> None:
-    saved = values["weights"]
-    differing = sorted(name for name in saved.keys() | weights if saved.get(name) != weights.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{path} holds the training of another model: {name} is {saved.get(name, 'absent')} there and "
-            f"{weights.get(name, 'absent')} here ({len(differing)} differ)"
-        )
+    check_same_model(values["weights"], weights, f"{path} holds the training")
     if [group["params"] for group in groups] != [group["params"] for group in values["groups"]]:
         raise ValueError(f"{path} holds the training of an optimizer with other parameters in its groups")
 

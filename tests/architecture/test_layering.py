@@ -14,7 +14,7 @@ import gtcompile.tools
 FOLDERS = {p.__name__: Path(str(p.__file__)).parent for p in (gtcompile, gtcompile.passes, gtcompile.tools)}
 """Where the packages lie: in the checkout, or in site-packages when a wheel is tested."""
 FLOORS = [
-    {"errors", "torch_internals"},
+    {"errors", "lazy_names", "torch_internals"},
     {"graph"},
     {"passes", "distributed"},
     {"capture"},
@@ -29,7 +29,8 @@ FLOORS = [
 """Rooms from the lowest floor up. A room imports from lower floors and from itself, never from beside it."""
 TOOLS = [
     {"common"},
-    {"models", "data"},
+    {"models"},
+    {"data"},
     {"runs"},
     {"inspect", "onnx", "bench"},
     {"finetune"},

@@ -1,10 +1,10 @@
-"""The example scripts: the same training with and without one line."""
+"""The comparison scripts: the same training with and without the callback."""
 
 import json
 
 import pytest
 
-from examples import run_clm
+from benchmarks import run_clm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -16,7 +16,6 @@ def assert_only_the_budget_saves(printed):
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
     assert 30 < float(lines["FLOPs"][0].rstrip("%")) <= 60
     assert lines["FLOPs"][1] == "100.0%"
-    assert lines["evaluation"][0] != lines["evaluation"][1]
 
 
 def write(path, rows):
@@ -34,7 +33,7 @@ def test_causal_language_modelling_prints_both_runs_beside_each_other(tmp_path, 
 
 def test_supervised_fine_tuning_prints_both_runs_beside_each_other(tmp_path, capsys):
     pytest.importorskip("trl", reason="trl is not installed")
-    from examples import run_sft
+    from benchmarks import run_sft
 
     dialogue = "#Person1#: Is the report done?\n#Person2#: Number {} is."
     talk = [{"dialogue": dialogue.format(n), "summary": f"Report {n} is done."} for n in range(32)]

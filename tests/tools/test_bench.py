@@ -11,16 +11,19 @@ from torch import nn
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, ViTConfig
 from typer.testing import CliRunner, Result
 
-from benchmarks.steady_state import EAGER, HOISTED, Trial
 from gtcompile.cli import app
 from gtcompile.errors import BudgetError
-from gtcompile.tools.bench.command import Bench, Measured, bench, compare
-from gtcompile.tools.bench.measurement import spread
-from gtcompile.tools.common.subject import find_subject
+from gtcompile.tools.bench.command import bench
+from gtcompile.tools.bench.measurement import Timed, alternate, ratios, spread
+from gtcompile.tools.bench.options import BenchOptions
+from gtcompile.tools.bench.result import Bench, Measured, compare
+from gtcompile.tools.bench.steady_state import EAGER, HOISTED, Trial
+from gtcompile.tools.bench.subject import find_subject
+from gtcompile.tools.common.options import BatchShape
 from tests.compiler import test_side_work
 
 CPU = torch.device("cpu")
-SHAPE = {"batch_size": 2, "length": 8, "target_length": 4}
+SHAPE = BatchShape(batch_size=2, length=8, target_length=4)
 
 
 class Perceptron(nn.Module):
@@ -72,12 +75,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     LlamaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=3, intermediate_size=32, num_attention_heads=2
     ).save_pretrained(folder)
-    return bench(str(folder), (0.5, 0.7), compiler="eager", rounds=3, **SHAPE)
+    return bench(str(folder), BenchOptions(budgets=(0.5, 0.7), compiler="eager", rounds=3, shape=SHAPE))
 
 
-def test_flops_counted_in_each_rival_are_those_predicted(measured: Bench) -> None:
-    assert [(m.trial.rival, m.trial.budget) for m in measured.trials] == [
-        (rival, budget) for budget in (1.0, 0.5, 0.7) for rival in (HOISTED, EAGER)
+def test_every_candidate_executes_the_predicted_flops(measured: Bench) -> None:
+    assert [(m.trial.candidate, m.trial.budget) for m in measured.trials] == [
+        (name, budget) for budget in (1.0, 0.5, 0.7) for name in (HOISTED, EAGER)
     ]
     for trial in measured.trials:
         assert trial.counted_flops == trial.predicted_flops <= trial.trial.budget * measured.full_flops
@@ -86,8 +89,8 @@ def test_flops_counted_in_each_rival_are_those_predicted(measured: Bench) -> Non
 
 
 def test_less_is_saved_the_less_is_trained(measured: Bench) -> None:
-    for rival in (HOISTED, EAGER):
-        half, more, full = (measured.find(rival, budget).saved_bytes for budget in (0.5, 0.7, 1.0))
+    for name in (HOISTED, EAGER):
+        half, more, full = (measured.find(name, budget).saved_bytes for budget in (0.5, 0.7, 1.0))
         assert 0 < half < more < full
     assert measured.find(HOISTED, 0.5).saved_bytes <= measured.find(EAGER, 0.5).saved_bytes
 
@@ -111,11 +114,11 @@ def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path
 def test_json_holds_the_same_for_a_model_of_ones_own_without_blocks() -> None:
     result = run("tests.tools.test_bench:perceptron", "--budgets", "0.9", "--rounds", 1, "--json")
     assert result.exit_code == 0, result.output
-    told: dict[str, Any] = json.loads(result.stdout)
-    assert told["model"].startswith("tests.tools.test_bench:perceptron: Perceptron, 4.9e-05 M parameters")
-    assert [row["budget"] for row in told["trials"]] == [1.0, 1.0, 0.9, 0.9]
-    assert all(row["counted_flops"] == row["predicted_flops"] for row in told["trials"])
-    assert "seconds" not in told["trials"][0]
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["model"].startswith("tests.tools.test_bench:perceptron: Perceptron, 4.9e-05 M parameters")
+    assert [row["budget"] for row in found["trials"]] == [1.0, 1.0, 0.9, 0.9]
+    assert all(row["counted_flops"] == row["predicted_flops"] for row in found["trials"])
+    assert "seconds" not in found["trials"][0]
 
 
 def remembering() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -123,13 +126,13 @@ def remembering() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def test_what_blocks_compute_beside_the_loss_is_predicted() -> None:
-    shape = {"batch_size": 1, "length": 1, "target_length": 1}
-    measured = bench("tests.tools.test_bench:remembering", (0.8,), compiler="eager", rounds=1, **shape)
+    options = BenchOptions(budgets=(0.8,), compiler="eager", rounds=1)
+    measured = bench("tests.tools.test_bench:remembering", options)
     assert [m.counted_flops for m in measured.trials] == [m.predicted_flops for m in measured.trials]
 
 
 def test_a_copy_shares_the_weights_and_not_what_is_frozen(llama: Path) -> None:
-    subject = find_subject(str(llama), CPU, **SHAPE)
+    subject = find_subject(str(llama), CPU, SHAPE)
     one, other = subject.model(), subject.model()
     for p in one.parameters():
         p.requires_grad_(False)
@@ -191,7 +194,7 @@ def test_budgets_that_are_no_shares_are_refused(budgets: str, said: str) -> None
 
 def test_a_budget_below_the_smallest_names_it(llama: Path) -> None:
     with pytest.raises(BudgetError, match="takes at least"):
-        bench(str(llama), (0.05,), compiler="eager", rounds=1, **SHAPE)
+        bench(str(llama), BenchOptions(budgets=(0.05,), compiler="eager", rounds=1, shape=SHAPE))
 
 
 def test_models_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
@@ -224,10 +227,27 @@ def test_rows_beyond_positions_that_are_looked_up_are_refused_in_one_line(
     assert result.output == (
         "error: OPTForCausalLM has 8 positions and does not run on 9 tokens; lower --length\n"
     )
-    assert find_subject(str(tmp_path), CPU, **SHAPE).example["input_ids"].shape == (2, 8)
+    assert find_subject(str(tmp_path), CPU, SHAPE).example["input_ids"].shape == (2, 8)
 
 
 def test_rows_beyond_positions_that_are_computed_are_measured(tmp_path: Path) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=4).save_pretrained(tmp_path)
-    assert find_subject(str(tmp_path), CPU, **SHAPE).example["input_ids"].shape == (2, 8)
+    assert find_subject(str(tmp_path), CPU, SHAPE).example["input_ids"].shape == (2, 8)
+
+
+def test_functions_take_turns_and_prepare_untimed() -> None:
+    order: list[str] = []
+    functions = {
+        name: Timed(lambda name=name: order.append(f"prepare {name}"), lambda name=name: order.append(name))
+        for name in "ab"
+    }
+    times = alternate(functions, 2, CPU, runs=2)
+    turn = {name: [f"prepare {name}", name, name] for name in "ab"}
+    assert order == [*turn["a"], *turn["b"], *turn["b"], *turn["a"]]
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert str(ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])) == "2 (1-3)"
+    assert spread([3.0, 1.0, 2.0, 4.0]).median == 2.5

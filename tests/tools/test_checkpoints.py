@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from gtcompile.capture.rng import random_state, restore_random_state
-from gtcompile.tools.runs.checkpoints import (
-    check_same_model,
-    load_checkpoint,
-    save_checkpoint,
+from gtcompile.tools.common.files import (
     write_atomically,
     write_folder,
     write_json,
     write_lines,
     write_text,
 )
+from gtcompile.tools.runs.checkpoints import load_checkpoint, save_checkpoint
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_no_rest(tmp_path: Path) -> None:
@@ -98,16 +95,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint"):
         load_checkpoint(tmp_path / "c.pt")
-
-
-@pytest.mark.parametrize("other", [nn.Linear(3, 4), nn.Linear(2, 2, bias=False), nn.Bilinear(2, 2, 2)])
-def test_the_weights_of_another_model_are_refused(other: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoint of another model"):
-        check_same_model(nn.Linear(2, 2), other.state_dict(), tmp_path)
-
-
-def test_the_weights_of_a_like_model_are_accepted(tmp_path: Path) -> None:
-    check_same_model(nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), tmp_path)
 
 
 @pytest.mark.long

@@ -330,7 +330,7 @@ def test_what_is_recomputed_to_save_memory_is_counted_and_said(settings: Setting
     frugal = replace(settings, activation_memory_budget=0.2, epochs=1)
     summary = finetune(frugal, tmp_path / "run", reporter())
     assert summary.counted_flops > summary.predicted_flops
-    assert "computed again to save memory" in " ".join(notes([summary]))
+    assert "recomputed to save memory" in " ".join(notes([summary]))
 
 
 def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Settings, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from transformers import FSMTConfig, FSMTForConditionalGeneration, LlamaConfig, 
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.errors import BudgetError
-from gtcompile.tools.common.subject import random_batch
+from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.finetune import run_report
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.inspect.command import Traced, inspect_shape, inspection_of_run
 from gtcompile.tools.inspect.inspection import Inspection
+from gtcompile.tools.inspect.options import PlanOptions
 from gtcompile.tools.models.loading import model_with_values
+from gtcompile.tools.models.random_batch import random_batch
 from gtcompile.tools.runs.run_record import RunRecord
 
 
@@ -32,7 +34,8 @@ def config_only(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def inspect(model: str, budget: float = 0.6, importances: Path | None = None) -> Inspection:
-    return inspect_shape(model, budget, batch_size=2, length=8, target_length=4, importances=importances)
+    shape = BatchShape(batch_size=2, length=8, target_length=4)
+    return inspect_shape(model, PlanOptions(budget=budget, shape=shape, importances=importances))
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +137,14 @@ def branching(folder: Path, *, weights: bool) -> str:
 @pytest.mark.parametrize("weights", [False, True])
 def test_a_model_that_branches_on_data_is_run_with_the_weights_it_has(tmp_path: Path, weights: bool) -> None:
     name, console = branching(tmp_path, weights=weights), Console(record=True)
-    shape = {"batch_size": 2, "length": 6, "target_length": 6}
-    result = inspect_shape(name, 0.9, **shape, importances=None, progress=console)
+    shape = BatchShape(batch_size=2, length=6, target_length=6)
+    result = inspect_shape(name, PlanOptions(budget=0.9, shape=shape), console)
     whose = f"the weights of {name}" if weights else "random weights"
     assert result.values == f"{whose} and random tokens"
     assert f"run once with {whose}" in console.export_text(clear=False).replace("\n", "")
     assert result.lines()[0].startswith("the forward branches on data")
     model, _ = model_with_values(name, FSMTConfig.from_pretrained(name))
-    costs = costs_of(capture(model, random_batch(model, **shape)))
+    costs = costs_of(capture(model, random_batch(model, shape)))
     assert result.costs.full_flops == costs.full_flops
 
 

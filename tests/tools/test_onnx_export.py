@@ -18,9 +18,11 @@ from transformers import (
 
 from benchmarks.onnx_training import train_in_onnx_runtime, train_in_torch
 from gtcompile.errors import CaptureError
+from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.onnx import command, onnx_graph, training_step
 from gtcompile.tools.onnx.convolution import convolution_gradients
 from gtcompile.tools.onnx.export import export_onnx
+from gtcompile.tools.onnx.options import ExportOptions
 from gtcompile.tools.onnx.training_step import Update
 from gtcompile.tools.runs.run_record import described_batch
 from tests.support.models import Recipe, make_batch
@@ -200,7 +202,7 @@ def test_a_convolutional_model_of_ones_own_is_exported_with_its_constants_beside
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 100)
     path = tmp_path / "step.onnx"
     name = "tests.tools.test_onnx_export:convolutional"
-    export = command.export(name, path, optimizer="sgd", dynamic=True)
+    export = command.export(name, ExportOptions(path=path, optimizer="sgd", dynamic=True))
     assert {file.name for file in tmp_path.iterdir()} == {"step.onnx", "step.onnx.data"}
     assert not export.agreement.refused
     model, batch = convolutional()
@@ -274,8 +276,8 @@ def test_a_run_is_exported_with_what_it_trained_last_at_its_own_shape(tmp_path, 
     (tmp_path / "selections.json").write_text(json.dumps(selections))
     asked = []
     monkeypatch.setattr(command, "export_onnx", lambda *a, **options: asked.append((*a, options)))
-    command.export(str(tmp_path), tmp_path / "step.onnx")
-    command.export(str(tmp_path), tmp_path / "step.onnx", train=["*fc2*"])
+    command.export(str(tmp_path), ExportOptions(path=tmp_path / "step.onnx"))
+    command.export(str(tmp_path), ExportOptions(path=tmp_path / "step.onnx", train=("*fc2*",)))
     assert [options["trained"] for *_, options in asked] == [["model.decoder.layers.1.fc1.weight"], ["*fc2*"]]
     assert {tuple(value.shape) for value in asked[0][1].values()} == {(3, 7)}
 
@@ -320,13 +322,13 @@ def test_a_branch_that_another_batch_takes_differently_is_named_as_the_cause(tmp
 def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(tmp_path):
     CONFIGS["opt"].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has a configuration and no weights"):
-        command.export(str(tmp_path), tmp_path / "step.onnx")
+        command.export(str(tmp_path), ExportOptions(path=tmp_path / "step.onnx"))
     with pytest.raises(ValueError, match="--length: expected at least 1, got 0"):
-        command.export("demo", tmp_path / "step.onnx", length=0)
+        command.export("demo", ExportOptions(path=tmp_path / "step.onnx", shape=BatchShape(length=0)))
     with pytest.raises(ValueError, match="--onnx"):
-        command.export("demo", tmp_path / "none" / "step.onnx")
+        command.export("demo", ExportOptions(path=tmp_path / "none" / "step.onnx"))
     with pytest.raises(ValueError, match="no function 'convolution'; near names: convolutional"):
-        command.export("tests.tools.test_onnx_export:convolution", tmp_path / "step.onnx")
+        command.export("tests.tools.test_onnx_export:convolution", ExportOptions(path=tmp_path / "step.onnx"))
 
 
 def test_parameters_of_another_type_are_refused_with_what_to_do(tmp_path):

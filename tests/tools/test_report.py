@@ -12,8 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, T5Config
 
 from gtcompile.costs.explain import alive_backward_nodes, explain
+from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.finetune.run import finetune
 from gtcompile.tools.inspect.command import inspect_run, inspect_shape
+from gtcompile.tools.inspect.options import PlanOptions
 from gtcompile.tools.inspect.report import report_page, write_report
 from gtcompile.tools.runs.settings import Settings
 from tests.tools.test_finetune import reporter
@@ -118,7 +120,7 @@ def test_finetune_leaves_a_report_that_works_offline(
         assert len(text(browser, f"#{section}")) > 60, section
     assert text(browser, "#measures tbody").count("= predicted") == 3  # two epochs and a full step
     assert_memory_is_measured(run_folder, browser)
-    inspection = inspect_run(run_folder)
+    inspection = inspect_run(run_folder, PlanOptions())
 
     put(browser, "#search", "layers.1")
     names = first_column(browser)
@@ -168,7 +170,7 @@ def assert_memory_is_measured(run_folder: Path, browser: Any) -> None:
 
 def test_the_page_gives_the_reasons_that_the_library_gives(run_folder: Path, browser: Any) -> None:
     visit(browser, run_folder / "report.html")
-    inspection = inspect_run(run_folder)
+    inspection = inspect_run(run_folder, PlanOptions())
     trained = inspection.selection.trained
     click(browser, "#blocks details:nth-child(3) summary")
     assert browser.execute_script("return document.querySelectorAll('#blocks details[open]').length") == 1
@@ -209,7 +211,10 @@ def test_a_node_is_found_and_explained_by_keyboard_alone(run_folder: Path, brows
 def test_tiles_of_encoder_and_decoder_are_told_apart(tmp_path: Path, browser: Any) -> None:
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     config.save_pretrained(tmp_path)
-    result = inspect_shape(str(tmp_path), 0.6, batch_size=2, length=16, target_length=8, importances=None)
+    result = inspect_shape(
+        str(tmp_path),
+        PlanOptions(budget=0.6, shape=BatchShape(batch_size=2, length=16, target_length=8)),
+    )
     write_report(result, tmp_path / "report.html")
     visit(browser, tmp_path / "report.html")
     tiles = browser.execute_script(
@@ -240,7 +245,7 @@ def test_the_page_works_on_a_phone(run_folder: Path, browser: Any) -> None:
 
 
 def test_names_in_the_data_cannot_end_the_script(run_folder: Path) -> None:
-    page = report_page(inspect_run(run_folder))
+    page = report_page(inspect_run(run_folder, PlanOptions()))
     assert page.count("</script>") == 2
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
 
@@ -256,7 +261,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_report(inspect_run(run_folder), path)
+        write_report(inspect_run(run_folder, PlanOptions()), path)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
@@ -270,7 +275,7 @@ def test_a_model_of_2_7_billion_parameters_is_small_and_quick(tmp_path: Path, br
         ffn_dim=10240,
         num_attention_heads=32,
     ).save_pretrained(tmp_path)
-    result = inspect_shape(str(tmp_path), 0.5, batch_size=4, length=512, target_length=64, importances=None)
+    result = inspect_shape(str(tmp_path), PlanOptions(budget=0.5))
     write_report(result, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
     ready = []

@@ -12,14 +12,14 @@ from gtcompile.state.restore import restored
 
 
 def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """FLOPs of one forward and backward with what is trained now; nothing changes.
+    """Count one forward and backward with the current trained set; nothing changes.
 
     Args:
         model: compiled or not.
         batch: keyword dictionary with labels.
     """
     with restored(unwrap(model)):
-        loss_of(model(**batch)).backward()  # what is compiled on the way is no part of a step
+        loss_of(model(**batch)).backward()  # compiles; compilation is no part of a step
         with count_flops() as counter:
             loss_of(model(**batch)).backward()
     return int(counter.get_total_flops())
@@ -28,7 +28,17 @@ def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
 def check_step_flops(
     model: nn.Module, batch: Mapping[str, Any], predicted: int, *, recomputes: bool = False
 ) -> int:
-    """Count one step and compare; what a budget of memory has the backward compute again comes on top.
+    """Count one step and compare it with the prediction.
+
+    Args:
+        model: compiled or not.
+        batch: keyword dictionary with labels.
+        predicted: FLOPs that the costs predict.
+        recomputes: whether the backward recomputes activations to save memory; then more FLOPs are right too.
+
+    Returns:
+        The FLOPs counted.
+
 
     Raises:
         GTCompileError: the prediction is not exact.

@@ -1,30 +1,43 @@
-"""Importances for a plan without training: those of an earlier run, or a stand-in."""
+"""Importances without training: those of an earlier run, or a stand-in."""
+
+from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gtcompile.costs.backward_costs import BackwardCosts
+if TYPE_CHECKING:  # torch is not needed to refuse a wrong file
+    from gtcompile.costs.backward_costs import BackwardCosts
 
 
 def uniform_importance(costs: BackwardCosts) -> dict[str, float]:
-    """A stand-in before any run: the number of elements, since AdamW moves each about as far."""
+    """A stand-in before any run: the number of elements, since AdamW moves every element about as far."""
     return {p.fqn: float(p.numel) for p in costs.parameters if p.status == "selectable"}
 
 
+def draw_importance(costs: BackwardCosts, seed: int) -> dict[str, float]:
+    """A random importance for every selectable parameter, log-normal: a few matter far more than the rest."""
+    draw = random.Random(seed)
+    return {fqn: draw.lognormvariate(0.0, 1.0) for fqn in sorted(costs.fqns)}
+
+
 def read_importance(path: Path, costs: BackwardCosts) -> dict[str, float]:
-    """The importances that the last selection of a run measured; 0 for what it did not measure.
+    """The importances that the last selection of a run measured; 0 for parameters that it did not measure.
 
     Raises:
         ValueError: the file is not that of an adaptive run of this model.
     """
     measured = measured_importance(path)
     if unknown := sorted(measured.keys() - costs.fqns):
-        raise ValueError(f"{path} is of another model: it names {unknown[0]}, which this one does not train")
+        raise ValueError(
+            f"{path} is of another model: it names {unknown[0]}, which this model does not train"
+        )
     return {fqn: measured.get(fqn, 0.0) for fqn in sorted(costs.fqns)}
 
 
 def measured_importance(path: Path) -> dict[str, float]:
-    """What the last selection in a run's `selections.json` measured, by FQN.
+    """The importances of the last selection in a run's `selections.json`, by FQN.
 
     Raises:
         ValueError: the file is not that of an adaptive run.

@@ -13,26 +13,24 @@ from torch.profiler import ProfilerActivity, profile
 
 from gtcompile.capture.model_io import loss_of, unwrap
 from gtcompile.state.restore import restored
-from gtcompile.tools.bench.baselines import Rival
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """What one step holds beside weights."""
+    """Memory that one step needs in addition to the weights."""
 
     saved: int
-    """Bytes that are kept from the forward for the backward, parameters apart."""
+    """Bytes saved for backward, without parameters."""
     peak: int
-    """Most bytes allocated at once during the step: activations, gradients, and what an optimizer that steps
-    makes for itself."""
+    """Most bytes allocated at once during the step: activations, gradients, new optimizer state."""
 
     def as_dict(self) -> dict[str, int]:
-        """Plain values, as the files of a run have them."""
+        """Plain values under the names that the files of a run use."""
         return {"saved_bytes": self.saved, "peak_bytes": self.peak}
 
 
 def passes_memory(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> StepMemory:
-    """Measure forward and backward with what is trained now; nothing changes.
+    """Measure forward and backward with the current trained set; nothing changes.
 
     Args:
         model: compiled or not.
@@ -44,33 +42,21 @@ def passes_memory(model: nn.Module, batch: Mapping[str, Any], device: torch.devi
         return loss_of(model(**batch))
 
     with restored(unwrap(model)):
-        forward().backward()  # what is compiled on the way is no part of a step
+        forward().backward()  # compiles; compilation is no part of a step
         unwrap(model).zero_grad()
         saved = saved_bytes(forward, unwrap(model))
         return StepMemory(saved, peak_bytes(lambda: forward().backward(), device))
 
 
-def step_memory(rival: Rival, device: torch.device) -> StepMemory:
-    """Measure the next step; what it compiles must have been compiled before.
-
-    Args:
-        rival: trained with some set for a step already.
-        device: where it runs.
-    """
-    saved = saved_bytes(rival.loss, rival.model)
-    rival.forget_moments()
-    return StepMemory(saved, peak_bytes(rival.step, device))
-
-
 class _Saved:
-    """A tensor that autograd keeps; gone when autograd lets it go."""
+    """Holds a tensor that autograd saved; freed when autograd frees the tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes that a loss keeps for its backward: distinct storages, those of parameters and buffers apart."""
+    """Bytes that a loss keeps for its backward: distinct storages, without parameters and buffers."""
     kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> _Saved:
@@ -89,7 +75,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that were allocated at once while `work` ran, above what was allocated before."""
+    """Most bytes allocated at once while `work` ran, above what was allocated before."""
     if device.type != "cuda":
         return _peak_on_cpu(work)
     before = torch.cuda.memory_allocated(device)
@@ -99,8 +85,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
-    """By the profiler's records of every allocation and release."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would write a line whenever it starts or stops
+    """Measure by the profiler's records of every allocation and release."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it would print a line whenever it starts or stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     assert profiler.profiler is not None

@@ -1,15 +1,14 @@
-"""What the records of the known datasets become: a text to read, answers to learn, and a metric.
+"""The known datasets: how a record becomes a text with its answers, and how answers are scored.
 
-Prompts are those of the GreenTrainer paper; what it leaves out, an end-of-sequence token after the answer and
-every reference of a record, is there.
+The prompts are those of the GreenTrainer paper. Two things are added: an end-of-sequence token after the
+answer, and all references of a record.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from gtcompile.tools.data.readers import Record, value_of
-
+Record = Mapping[str, Any]
 Metric = Literal["rouge", "exact match"]
 
 END = "</s>"
@@ -18,10 +17,10 @@ END = "</s>"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text and every answer that counts as right; training teaches the first."""
+    """One text with all answers that count as right; training teaches the first one."""
 
     source: str
-    """What the model reads; cut from the right when it is too long."""
+    """The text that the model reads; cut at its end if it is too long."""
     references: tuple[str, ...]
     """Accepted answers, at least one."""
 
@@ -31,29 +30,40 @@ class TaskFormat:
     """How the records of one dataset become examples, and how answers to them are scored."""
 
     name: str
-    """As given to --dataset."""
+    """Name for `--dataset`."""
     read: Callable[[Record], Example]
-    """One record to its example; `ValueError` when a field is missing."""
+    """Makes an example of a record; raises `ValueError` if a field is missing."""
     cue: str
-    """Follows the source in a decoder's prompt and is never cut; an encoder-decoder needs none."""
+    """Text after the source in a decoder's prompt; never cut. An encoder-decoder has none."""
     joint: str
-    """Between cue and answer."""
+    """Text between cue and answer."""
     metric: Metric
-    """ROUGE-1/2/L against the best reference, or equality with any reference."""
+    """ROUGE-1/2/L with the best reference, or equality with any reference."""
     max_new_tokens: int
-    """Tokens an answer may have."""
+    """Most tokens of an answer."""
     file_splits: tuple[str, str] = ("train", "test")
-    """Training and evaluation split in the authors' files."""
+    """Names of the training and evaluation splits in the authors' files."""
     hub_splits: tuple[str, str] = ("train", "test")
-    """The same on the hub."""
+    """Names of the training and evaluation splits on the hub."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """Arguments of `datasets.load_dataset`."""
     note: str = ""
-    """What a reader of the scores must know."""
+    """A remark for readers of the scores."""
+
+
+def value_of(record: Record, name: str) -> Any:
+    """The value of a required field.
+
+    Raises:
+        ValueError: listing the fields that the record has.
+    """
+    if name not in record:
+        raise ValueError(f"no field {name!r}; it has {', '.join(map(repr, record))}")
+    return record[name]
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
-    """The texts of one field, a string or a list of them, without blank ones."""
+    """The texts of one field, which holds a string or a list of strings; blank ones are left out."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"expected text in field {name!r}, got {value!r}")
@@ -64,7 +74,7 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 
 
 def read_fields(record: Record, source: str, target: str) -> Example:
-    """An example from two fields: sentences to join, and one or more references."""
+    """Make an example of two fields: one or more sentences, and one or more references."""
     sentences = _texts(value_of(record, source), source)
     return Example(" ".join(sentences), _texts(value_of(record, target), target))
 
@@ -74,14 +84,14 @@ def _read_scitldr(record: Record) -> Example:
 
 
 def _read_dialogsum(record: Record) -> Example:
-    several = tuple(record[name] for name in ("summary1", "summary2", "summary3") if name in record)
+    several = tuple(record[name] for name in ("summary1", "summary2", "summary3") if record.get(name))
     references = several or _texts(value_of(record, "summary"), "summary")
     dialogue = _texts(value_of(record, "dialogue"), "dialogue")
     return Example(" ".join(dialogue), references)
 
 
 def _read_webquestions(record: Record) -> Example:
-    question = record["qText"] if "qText" in record else value_of(record, "question")
+    question = record.get("qText") or value_of(record, "question")
     return Example(f"question:{question}", _texts(value_of(record, "answers"), "answers"))
 
 

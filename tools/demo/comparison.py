@@ -1,12 +1,10 @@
-"""`make demo`: the embedded model on the generated task, at half the FLOPs and in full, side by side."""
+"""The demo: the embedded model on the generated task, at half the FLOPs and in full, side by side."""
 
 import transformers
 from rich.console import Console
 
 from gtcompile.tools.common.terminal import say
-from gtcompile.tools.finetune.progress import Reporter
-from gtcompile.tools.finetune.run import compare_with_full
-from gtcompile.tools.finetune.summary import show
+from gtcompile.tools.finetune import Reporter, compare_with_full, show
 from gtcompile.tools.runs.run_folder import next_free_folder
 from gtcompile.tools.runs.settings import Settings
 
@@ -18,7 +16,7 @@ SETTINGS = Settings(
     batch_size=16,
     lr=3e-3,
 )
-"""A pretrained model of a million parameters takes a larger learning rate than the paper's billions."""
+"""A model of a million parameters needs a larger learning rate than the paper's models of billions."""
 
 
 def main() -> None:
@@ -29,10 +27,6 @@ def main() -> None:
     try:
         runs = compare_with_full(SETTINGS, folder, Reporter(console))
     except KeyboardInterrupt as interrupt:
-        say(console, f"{interrupt or 'interrupted'}; the next make demo starts anew, in a folder of its own")
+        say(console, f"{interrupt or 'interrupted'}; the next make demo starts anew in another folder")
         raise SystemExit(130) from None
     show(console, runs, folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The training loop: plan, step, write down, and stop or continue bit for bit at any step."""
+"""The training loop: select, step, record; a run stops and continues at any step, bit for bit."""
 
 import math
 import time
@@ -16,15 +16,15 @@ from gtcompile.capture.rng import check_random_state, random_state, restore_rand
 from gtcompile.compiler.blocks import compile_blocks, find_blocks
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
+from gtcompile.state.same_model import check_same_model, shapes_of
 from gtcompile.state.trained_set import train_only
 from gtcompile.tools.common.flop_meter import check_step_flops
 from gtcompile.tools.common.step_memory import passes_memory
-from gtcompile.tools.finetune.methods import policy_for
+from gtcompile.tools.finetune.methods import method_for, selection_record
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.run_report import RunReport
 from gtcompile.tools.finetune.sigint import stop_between_steps
 from gtcompile.tools.finetune.tensorboard_trace import TensorBoardTrace
-from gtcompile.tools.runs.checkpoints import check_same_model
 from gtcompile.tools.runs.preparation import Batch, Prepared
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.run_record import described_batch
@@ -32,11 +32,11 @@ from gtcompile.training.ddp import ranks_of
 
 ALONE = Ranks(None)
 MEASURED_BATCHES = 4
-"""Batches whose importances are averaged, or all of a shorter epoch."""
+"""Batches whose importances are averaged; all of them if the epoch has fewer."""
 
 
 class StoppedEarlyError(KeyboardInterrupt):
-    """Ctrl-C: the run was stopped between two steps and can be resumed."""
+    """The run was stopped between two steps with Ctrl-C and can be resumed."""
 
 
 class Training:
@@ -44,10 +44,10 @@ class Training:
 
     Args:
         prepared: model and examples.
-        folder: where metrics, selections and checkpoints go.
+        folder: for metrics, selections and checkpoints.
         reporter: shows progress.
-        trace: told of every selection and step.
-        ranks: the processes that train together; each has batches of its own.
+        trace: records every selection and step.
+        ranks: the processes that train together; each has its own batches.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Training:
         self.total_steps = prepared.steps_per_epoch * settings.epochs
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
         self.replicated = replicate(self.model) if ranks.count > 1 else self.model
-        self.policy = policy_for(settings, self.replicated, self.optimizer)
+        self.method = method_for(settings, self.replicated, self.optimizer)
         self.report = RunReport(folder.path, reporter)
         self.selections: list[dict[str, Any]] = []
         self.steps = 0
@@ -81,17 +81,17 @@ class Training:
         self.step_seconds: list[float] = []
 
     def run(self) -> None:
-        """Train to the end, from wherever the state is.
+        """Train from the current state to the end.
 
         Raises:
-            StoppedEarlyError: Ctrl-C; the checkpoint is written.
+            StoppedEarlyError: Ctrl-C was pressed; the checkpoint is written.
             GTCompileError: the budget is too small, or a count contradicts the prediction.
         """
         self.reporter.say(f"compiled: {self.compiled_as}")
         with stop_between_steps() as stop, self.reporter.training(self):
             while self.steps < self.total_steps:
-                if self._plan_is_due():
-                    self._make_plan()
+                if self._selection_is_due():
+                    self._select()
                 self._step()
                 epoch_ends = self.steps % self.prepared.steps_per_epoch == 0
                 stopping = self.ranks.total({"stop": float(stop.requested)})["stop"] > 0
@@ -105,37 +105,38 @@ class Training:
         """Index of the current epoch."""
         return self.steps // self.prepared.steps_per_epoch
 
-    def _plan_is_due(self) -> bool:
+    def _selection_is_due(self) -> bool:
         if not self.selections:
             return True
         begins = self.steps % self.prepared.steps_per_epoch == 0
-        planned = self.selections[-1]["epoch"] == self.epoch
+        done = self.selections[-1]["epoch"] == self.epoch
         due = self.epoch % self.prepared.settings.reselect_every == 0
-        return self.policy.adapts and begins and due and not planned
+        return self.method.adapts and begins and due and not done
 
-    def _make_plan(self) -> None:
+    def _select(self) -> None:
         started = time.perf_counter()
         batches = [self.prepared.batch(ids) for ids in self.prepared.epoch(self.epoch)[-MEASURED_BATCHES:]]
-        plan = self.policy.plan(batches)
-        measured = self.ranks.from_first(lambda: self._measure_step(batches[0], plan.step_flops))
+        selection = self.method.select(batches)
+        measured = self.ranks.from_first(lambda: self._measure_step(batches[0], selection.step_flops))
         self.seconds["selecting"] += time.perf_counter() - started
         if not self.selections:
             described = described_batch(batches[0], self.prepared.collate.shape)
             self.folder.write_settings(
                 self.prepared.settings, {**described, "examples": self.prepared.digest}
             )
-        self.selections.append({"epoch": self.epoch, **plan.as_dict(), **measured})
+        record = selection_record(selection, self.method.importance)
+        self.selections.append({"epoch": self.epoch, **record, **measured})
         self.folder.write_selections(self.selections)
         self.save()
-        self.reporter.planned(self.epoch, plan)
+        self.reporter.selected(self.selections[-1])
         if self.trace is not None:
             fqns = [name for name, _ in self.module.named_parameters()]
-            self.trace.planned(self.steps, self.selections[-1], fqns)
+            self.trace.selected(self.steps, self.selections[-1], fqns)
         if self.folder.writes:
             self.report.write(self.module, batches[0])
 
     def _measure_step(self, batch: Batch, predicted_flops: int) -> dict[str, Any]:
-        """Count and measure a step of this process with what is trained now."""
+        """Count and measure a step of this process with the current trained set."""
         recomputes = self.prepared.settings.recomputes
         counted = check_step_flops(self.model, batch, predicted_flops, recomputes=recomputes)
         memory = passes_memory(self.model, batch, self.prepared.device)
@@ -168,7 +169,7 @@ class Training:
             )
 
     def _note(self, passes: float, seconds: float) -> None:
-        """Take one step into the totals."""
+        """Add one step to the totals."""
         self.steps += 1
         self.step_seconds.append(passes)
         self.seconds["training"] += seconds
@@ -177,7 +178,7 @@ class Training:
 
     @property
     def usual_step_seconds(self) -> float:
-        """Median time of forward and backward: compilation is in few steps, and does not show."""
+        """Median time of forward and backward; the few steps that compile do not change it."""
         return median(self.step_seconds)
 
     def save(self) -> None:
@@ -185,12 +186,12 @@ class Training:
         self.folder.save_state(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, and what it has done so far; all ranks ask for it."""
+        """The state from which the run continues, with its totals so far; a collective call of all ranks."""
         return {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "policy": self.policy.state_dict(),
+            "method": self.method.state_dict(),
             "random": self.ranks.gather(random_state()),
             "selections": self.selections,
             "steps": self.steps,
@@ -207,18 +208,19 @@ class Training:
             ValueError: there is no checkpoint, or it is of another model.
         """
         state = self.folder.load_state()
-        check_same_model(self.module, state["model"], self.folder.checkpoint)
+        what = f"{self.folder.checkpoint} is a checkpoint"
+        check_same_model(shapes_of(state["model"]), shapes_of(self.module.state_dict()), what)
         check_random_state(state["random"][self.ranks.rank])
         self.folder.cut_metrics(state["steps"])
         self.load_state_dict(state)
         self.folder.write_selections(self.selections)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.policy.load_state_dict(state["policy"])
+        self.method.load_state_dict(state["method"])
         for name in ("selections", "steps", "predicted_flops", "counted_flops", "seconds", "step_seconds"):
             setattr(self, name, state[name])
         train_only(self.model, self.selections[-1]["trained"])
@@ -228,30 +230,30 @@ class Training:
 def compile_for_training(
     model: nn.Module, compiler: Literal["inductor", "eager"], memory_budget: float
 ) -> tuple[nn.Module, str]:
-    """Compile repeated blocks where there are any, and otherwise the whole model.
+    """Compile repeated blocks if there are any, or else the whole model.
 
     Returns:
-        The model to train with, and what was done in words.
+        The model to train with, and a description of what was compiled.
     """
     options: dict[str, Any] = {"compiler": compiler, "activation_memory_budget": memory_budget}
     blocks = list(find_blocks(model))
     if blocks:
         compile_blocks(model, blocks=blocks, **options)
-        return model, f"{len(blocks)} blocks, weight gradients hoisted: another selection compiles nothing"
-    options["differentiate"] = "loss"  # nothing else is, in `finetune`
+        return model, f"{len(blocks)} blocks, weight gradients hoisted: a new selection compiles nothing"
+    options["differentiate"] = "loss"  # `finetune` differentiates nothing else
     whole = torch.compile(model, backend="gtcompile", options=options, dynamic=False)
     return cast(nn.Module, whole), "the whole model, which has no repeated blocks: each selection is compiled"
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The model with one replica in every process, of which trained gradients alone are sent."""
+    """Replicate the model in every process; only trained gradients are sent."""
     replicated = DistributedDataParallel(model, find_unused_parameters=True)
     ranks_of(replicated)
     return replicated
 
 
 def forward_and_backward(model: nn.Module, batch: Batch) -> float:
-    """One step without the optimizer; waits for the device.
+    """Run forward and backward, and wait for the device.
 
     Returns:
         The loss.

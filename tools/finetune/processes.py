@@ -12,14 +12,14 @@ import torch.distributed as dist
 from gtcompile.distributed.ranks import Ranks
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for the first one while it alone evaluates; torchrun ends them when one fails."""
+"""How long processes wait for the first one, which evaluates alone; torchrun ends all when one fails."""
 
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Ranks]:
-    """The processes of this run, or this one alone where torchrun did not start it.
+    """Join the processes of this run; without torchrun, it is this process alone.
 
-    Each takes the GPU of its local rank; without GPUs they talk through gloo.
+    Each process takes the GPU of its local rank; without GPUs they communicate through gloo.
     """
     if not dist.is_torchelastic_launched():
         yield Ranks(None)

@@ -1,4 +1,4 @@
-"""A fine-tuning run from settings to summary, and the full run beside it."""
+"""A fine-tuning run from settings to summary, optionally followed by a full run to compare with."""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +24,7 @@ from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.settings import Settings
 
 PAIRS_TIMED = 5
-"""Steps of each kind in a comparison, after one that compiles."""
+"""Timed steps of each kind in a comparison, after one that compiles."""
 
 
 def finetune(
@@ -42,18 +42,17 @@ def finetune(
     Compiled code and Dynamo's caches of earlier runs in this process are dropped.
 
     Args:
-        settings: the run.
-        output: must not exist or be empty, unless a run is resumed.
+        settings: of the run.
+        output: a folder that must be empty or not exist, unless a run is resumed.
         reporter: shows progress.
-        resume: continue the run in `output` from its checkpoint, bit-equal to not having stopped.
-        evaluate_before: score the model before training too; not repeated on resume.
+        resume: continue the run in `output` from its checkpoint, bit for bit as if it had not stopped.
+        evaluate_before: also score the model before training; not repeated on resume.
         log_to: `tensorboard` for a trace in `output/tensorboard`.
         ranks: the processes that train together; the first one writes and evaluates.
 
     Raises:
-        ValueError, GTCompileError: before any training and before anything is written, when something is
-            missing or does not fit.
-        StoppedEarlyError: Ctrl-C; `resume` continues.
+        ValueError, GTCompileError: something is missing or does not fit; nothing is written then.
+        StoppedEarlyError: Ctrl-C was pressed; `resume` continues.
     """
     with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder:
         return _finetune(
@@ -105,7 +104,7 @@ def _finetune(
 
 
 def _conclude(training: Training, before: dict[str, float] | None) -> Summary:
-    """Keep the trained model, evaluate it, and finish the folder."""
+    """Save the trained model, evaluate it, and finish the folder."""
     prepared, folder = training.prepared, training.folder
     folder.save_model(prepared.language)
     steps = None if prepared.settings.method == "full" else compare_steps(training)
@@ -124,7 +123,7 @@ def compare_with_full(
     log_to: str | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Summary, Summary]:
-    """Run as `finetune` does, then a full run from the same start into `output/full`.
+    """Run as `finetune` does, then run full fine-tuning from the same start, into `output/full`.
 
     Returns:
         The two summaries, the full one last.
@@ -139,7 +138,7 @@ def compare_with_full(
 
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
-    """Answer the evaluation split and score the answers, in percent."""
+    """Generate answers for the evaluation split and score them, in percent."""
     with reporter.answering(len(prepared.prompts)) as on_progress:
         answers = generate_answers(
             prepared.language.model,
@@ -154,25 +153,25 @@ def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
 
 
 def compare_steps(training: Training) -> StepComparison:
-    """A full step counted and its memory measured, and both kinds timed in turn; nothing is updated."""
+    """Count and measure a full step, and time it in turns with the last selection's; nothing is updated."""
     batch = training.prepared.batch(training.prepared.epoch(0)[0])
-    plan = training.selections[-1]
-    patterns = {"full": None, "plan": plan["trained"]}
+    last = training.selections[-1]
+    patterns = {"full": None, "selection": last["trained"]}
     seconds: dict[str, list[float]] = {name: [] for name in patterns}
     with restored(training.module), temporarily_training(training.model, None):
         full_flops = check_step_flops(
-            training.model, batch, plan["full_flops"], recomputes=training.prepared.settings.recomputes
+            training.model, batch, last["full_flops"], recomputes=training.prepared.settings.recomputes
         )
         memory = passes_memory(training.model, batch, training.prepared.device)
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             for name, trained in patterns.items():
                 train_only(training.model, trained)
                 seconds[name].append(_seconds_of_step(training, batch))
-    full, planned = (median(seconds[name][1:]) for name in patterns)
+    full, selected = (median(seconds[name][1:]) for name in patterns)
     return StepComparison(
         full_flops=full_flops,
         full_seconds=full,
-        plan_seconds=planned,
+        plan_seconds=selected,
         full_saved_bytes=memory.saved,
         full_peak_bytes=memory.peak,
     )
@@ -185,7 +184,7 @@ def _seconds_of_step(training: Training, batch: Batch) -> float:
 
 
 def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Summary | None:
-    """The summary of a run that is finished already."""
+    """Check the folder; return the summary if the run is already finished."""
     if not resume:
         folder.check_new()
         return None
@@ -199,8 +198,8 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
 
 def _introduce(prepared: Prepared, reporter: Reporter) -> None:
     reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
-    if anew := prepared.language.begun_anew:
-        reporter.say(f"weights: the checkpoint lacks {some(anew)}, which begin at random")
+    if anew := prepared.language.random_weights:
+        reporter.say(f"weights: the checkpoint lacks {some(anew)}, which start at random")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
     reporter.say(f"data: {prepared.task}")
     reporter.say(

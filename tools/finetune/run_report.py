@@ -9,19 +9,18 @@ from torch import nn
 from gtcompile.capture.capture import capture
 from gtcompile.state.restore import everything_trainable
 from gtcompile.tools.finetune.progress import Reporter
-from gtcompile.tools.inspect.command import Traced, inspection_of_run
-from gtcompile.tools.inspect.report import write_report
+from gtcompile.tools.inspect import Traced, inspection_of_run, write_report
 from gtcompile.tools.runs.run_record import read_run
 
 FILE = "report.html"
 
 
 class RunReport:
-    """Writes `report.html` of a run; the model is captured once, or anew where it branches on data.
+    """Writes `report.html` of a run; captures the model once, or every time if it branches on data.
 
     Args:
         folder: of the run.
-        reporter: told when the report cannot be written, which ends no run.
+        reporter: says if the report cannot be written; the run continues then.
     """
 
     def __init__(self, folder: Path, reporter: Reporter) -> None:
@@ -29,11 +28,11 @@ class RunReport:
         self._traced: Traced | None = None
 
     def write(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Replace the report by one of what the folder holds now.
+        """Replace the report by one of the folder's current content.
 
         Args:
             module: the model, with or without compiled blocks; nothing in it changes.
-            batch: any of the run's.
+            batch: any batch of the run.
         """
         if self._traced is None or self._traced.values:
             with everything_trainable(module):
@@ -43,6 +42,6 @@ class RunReport:
             write_report(inspection, self._folder / FILE)
         except OSError as error:
             self._reporter.say(
-                f"{FILE} could not be written ({error.strerror}); the run goes on. "
+                f"{FILE} could not be written ({error.strerror}); the run continues. "
                 f"Later: gtcompile inspect {self._folder} --html FILE"
             )

@@ -8,13 +8,13 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether Ctrl-C was pressed; a second one interrupts at once."""
+    """Whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Note Ctrl-C; this is the signal handler."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -22,7 +22,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Within the block Ctrl-C only sets `requested`; outside the main thread signals are left alone."""
+    """Within the block, Ctrl-C only sets `requested`; threads other than the main one change no signals."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

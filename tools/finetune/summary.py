@@ -1,4 +1,4 @@
-"""What a run cost and what came of it, beside full fine-tuning."""
+"""The summary of a run: its costs and scores, compared with full fine-tuning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,18 +13,18 @@ from gtcompile.tools.common.terminal import say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepComparison:
-    """Steps of the run's last plan and full steps, taken in turn on one batch without updating anything."""
+    """Full steps and steps of the run's last selection, timed in turns on one batch; nothing is updated."""
 
     full_flops: int
-    """Of a full step: predicted, and equal to what was counted."""
+    """FLOPs of a full step, predicted and counted."""
     full_seconds: float
-    """Forward and backward of a full step, the median of a few."""
+    """Median seconds of a full forward and backward."""
     plan_seconds: float
-    """The same with the last plan."""
+    """Median seconds of forward and backward with the last selection."""
     full_saved_bytes: int | None = None
-    """What a full step keeps from the forward for the backward, measured; None in older summaries."""
+    """Bytes that a full step saves for backward, measured; None in older summaries."""
     full_peak_bytes: int | None = None
-    """Most bytes a full step's forward and backward allocate at once; None as above."""
+    """Most bytes that a full step allocates at once; None in older summaries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,9 @@ class Summary:
     title: str
     """Method and budget."""
     model: str
-    """As asked for."""
+    """The model's name on the command line."""
     tokenizer: str
-    """Where the tokenizer comes from."""
+    """Origin of the tokenizer."""
     data: str
     """Dataset, splits and number of examples."""
     batch: str
@@ -44,33 +44,33 @@ class Summary:
     real_tokens: float
     """Share of a batch's input positions that is not padding."""
     compiler: str
-    """Who compiled the graphs."""
+    """The compiler of the graphs."""
     device: str
-    """Where it ran."""
+    """The device."""
     steps: int
     """Training steps taken."""
     predicted_flops: int
-    """Of all training steps, from the graph."""
+    """FLOPs of all training steps, predicted from the graph."""
     counted_flops: int
-    """Of all training steps: one step counted operator by operator per selection, times its steps."""
+    """FLOPs of all training steps: one counted step of every selection, times its steps."""
     full_flops: int
-    """What as many full steps take."""
+    """FLOPs of as many full steps."""
     step_seconds: float
-    """Forward and backward of one step, median."""
+    """Median seconds of forward and backward."""
     training_seconds: float
-    """All training steps, compilation included."""
+    """Seconds of all training steps, including compilation."""
     selecting_seconds: float
-    """Capturing, measuring, solving and counting."""
+    """Seconds of all selections: capturing, measuring, solving and counting."""
     quality: Mapping[str, float]
-    """Metric to score in percent."""
+    """Scores in percent by metric."""
     quality_before: Mapping[str, float] | None = None
-    """The same before training, where it was measured."""
+    """Scores before training, if they were measured."""
     comparison: StepComparison | None = None
     """Measured after training; None for a full run."""
     note: str = ""
-    """What a reader must know of the data."""
+    """A remark on the data."""
     processes: int = 1
-    """Processes that trained together; FLOPs are those of all of them."""
+    """Processes that trained together; FLOPs are summed over them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -84,11 +84,11 @@ def summary_from(values: Mapping[str, Any]) -> Summary:
 
 
 def comparison(run: Summary, full: Summary | None = None) -> Table:
-    """A run beside full fine-tuning.
+    """A table of a run and of full fine-tuning.
 
     Args:
         run: the run.
-        full: a full run on the same data; without it the column holds what is known of one.
+        full: a full run on the same data; without it, the column holds what the run knows about one.
     """
     table = Table(title=f"{run.model} on {run.data}")
     table.add_column("")
@@ -103,7 +103,7 @@ def comparison(run: Summary, full: Summary | None = None) -> Table:
 
 
 def show(console: Console, runs: Sequence[Summary], folder: Path) -> None:
-    """Print a run, or a run and a full one, with what the figures stand for."""
+    """Print a run, or a run and a full one, with an explanation of the figures."""
     console.print(comparison(*runs))
     say(console, *notes(runs), f"Written to {folder}.")
 
@@ -143,11 +143,11 @@ def _devices(run: Summary) -> str:
 
 def _agreement(run: Summary) -> str:
     recomputed = run.counted_flops / run.predicted_flops - 1
-    return f"{recomputed:.1%} more, computed again to save memory" if recomputed else "both agree"
+    return f"{recomputed:.1%} more, recomputed to save memory" if recomputed else "both agree"
 
 
 def notes(runs: Sequence[Summary]) -> list[str]:
-    """What the figures stand for, one sentence per line."""
+    """An explanation of the figures, one sentence per line."""
     run = runs[0]
     lines = [
         f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
@@ -155,9 +155,9 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
         "and counted by running one step of each selection operator by operator: "
         f"{_agreement(run)}.",
-        "Seconds of a step are the median of forward and backward; in turn: steps of both kinds taken "
-        "alternately after training, so that what else the machine does weighs on both. Seconds of training "
-        "are all steps with the optimizer and with compilation.",
+        "Seconds of a step are the median of forward and backward; in turn: both kinds of steps taken "
+        "alternately after training, so that other work on the machine slows both alike. Seconds of training "
+        "are all steps including optimizer and compilation.",
         run.note,
     ]
     return [line for line in lines if line]

@@ -1,32 +1,30 @@
-"""A run as TensorBoard shows it: loss and FLOPs by step, what is trained and its importance by selection."""
+"""A TensorBoard trace of a run: loss and FLOPs by step, trained set and importance by selection."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gtcompile.graph.module_paths import block_of_parameter
+from gtcompile.tools.finetune.options import check_log_target
 
 FOLDER = "tensorboard"
-"""In the folder of a run; `tensorboard --logdir RUN` finds it."""
-TARGETS = ("tensorboard",)
-"""What `--log-to` may name."""
+"""Folder of the trace within that of the run; `tensorboard --logdir RUN` finds it."""
 
 
 def open_trace(target: str | None, run: Path) -> "TensorBoardTrace | None":
-    """The trace that was asked for; nothing is written yet.
+    """Make the trace of a run; nothing is written yet.
 
     Args:
-        target: a name in `TARGETS`, or None for no trace.
+        target: a name in `LOG_TARGETS`, or None for no trace.
         run: the run's folder.
 
     Raises:
         ValueError: an unknown target.
         ImportError: TensorBoard is not installed.
     """
+    check_log_target(target)
     if target is None:
         return None
-    if target not in TARGETS:
-        raise ValueError(f"--log-to: expected {', '.join(TARGETS)}, got {target!r}")
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -35,18 +33,18 @@ def open_trace(target: str | None, run: Path) -> "TensorBoardTrace | None":
 
 
 class TensorBoardTrace:
-    """Writes event files; a resumed run hides the steps that it takes again.
+    """Writes event files; a resumed run hides the old events of steps that it takes again.
 
     Args:
-        folder: of the event files, made with the first of them.
+        folder: for the event files; made when the first is written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
 
-    def planned(self, step: int, selection: Mapping[str, Any], fqns: Iterable[str]) -> None:
-        """A selection was made.
+    def selected(self, step: int, selection: Mapping[str, Any], fqns: Iterable[str]) -> None:
+        """Record a selection.
 
         Args:
             step: steps taken before it.
@@ -76,7 +74,7 @@ class TensorBoardTrace:
         self._writer.flush()
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """A step was taken.
+        """Record a step.
 
         Args:
             record: as in `metrics.jsonl`.
@@ -90,7 +88,7 @@ class TensorBoardTrace:
         self._write(record["step"], {name: record[key] for name, key in names.items()})
 
     def close(self) -> None:
-        """Write what is not yet on disk."""
+        """Write everything to disk."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -99,7 +97,7 @@ class TensorBoardTrace:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Event files are only ever added to: what an interrupted run wrote from here on is hidden.
+            # event files only grow, so later events of an interrupted run are hidden
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)

@@ -16,10 +16,8 @@ from gtcompile.graph.module_paths import block_of
 from gtcompile.passes.dead_nodes import eliminate_dead_nodes
 from gtcompile.passes.drop_gradients import drop_gradients
 from gtcompile.passes.output_masks import narrow_output_masks
-from gtcompile.tools.runs.checkpoints import write_text
-
-FORMATS = (".json", ".dot", ".graphml", ".txt")
-"""Suffixes of a file that a graph can be written to."""
+from gtcompile.tools.common.files import write_text
+from gtcompile.tools.inspect.options import check_format
 
 
 def export_graph(joint: JointGraph, trained: Set[str], path: Path) -> tuple[Path, ...]:
@@ -52,16 +50,6 @@ def export_graph(joint: JointGraph, trained: Set[str], path: Path) -> tuple[Path
     else:
         write_text(path, "\n".join(nx.generate_graphml(attributed_graph(joint, trained))) + "\n")
     return (path,)
-
-
-def check_format(path: Path) -> None:
-    """Refuse a suffix of no known format.
-
-    Raises:
-        ValueError: it is none of `FORMATS`.
-    """
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--export: expected a file ending in {', '.join(FORMATS)}, got {path}")
 
 
 def attributed_graph(joint: JointGraph, trained: Set[str]) -> "nx.DiGraph[str]":

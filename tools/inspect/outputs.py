@@ -1,10 +1,9 @@
-"""What `gtcompile inspect` prints and writes of one inspection."""
+"""Print an inspection and write its files."""
 
 import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,79 +11,28 @@ from rich.console import Console
 from gtcompile.costs.explain import compare_trained_sets, explain
 from gtcompile.errors import GTCompileError
 from gtcompile.tools.common.terminal import say
-from gtcompile.tools.inspect.graph_exports import check_format, export_graph
+from gtcompile.tools.inspect.graph_exports import export_graph
 from gtcompile.tools.inspect.inspection import Inspection
+from gtcompile.tools.inspect.options import Outputs
 from gtcompile.tools.inspect.report import write_report
-from gtcompile.tools.inspect.text import check_order, show, show_difference, show_why, trained_set
+from gtcompile.tools.inspect.text import show, show_difference, show_why, trained_set
 
 WIDTH = 100
-"""Columns where there is no terminal that has a width."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
-    """What was asked for."""
-
-    only: str | None = None
-    """Path segments that listed parameters have."""
-    order: str = "cost"
-    """What parameters are sorted by."""
-    top: int = 12
-    """Parameters to list at most; 0 for all."""
-    why: tuple[str, ...] = ()
-    """Parameters and nodes to explain."""
-    diff: tuple[str, str] | None = None
-    """Two trained sets to compare."""
-    html: Path | None = None
-    """Where the report goes."""
-    export: Path | None = None
-    """Where the graph goes."""
-    as_json: bool = False
-    """Whether to print JSON."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be written or means nothing, before any work.
-
-        Raises:
-            ValueError: a path that cannot be written, an unknown format, or a negative number of rows.
-        """
-        if self.top < 0:
-            raise ValueError(f"--top: expected at least 0, got {self.top}")
-        check_order(self.order)
-        if self.export is not None:
-            check_format(self.export)
-        for option, path in (("--html", self.html), ("--export", self.export)):
-            if path is not None:
-                check_writable(option, path)
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written.
-
-    Raises:
-        ValueError: it is a folder, or there is no folder for it that may be written to.
-    """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise ValueError(f"{option}: {path} is a folder; expected the path of a file")
-    if not folder.is_dir():
-        raise ValueError(f"{option}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: the folder {folder} may not be written to")
+"""Columns of the output in a file or a pipe, which have no width."""
 
 
 def output_console() -> Console:
-    """Where an inspection is printed: as wide as the terminal, and `WIDTH` columns in a file or a pipe."""
+    """A console as wide as the terminal, or `WIDTH` columns wide in a file or a pipe."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def put_out(console: Console, inspection: Inspection, wanted: Outputs) -> None:
-    """Print an inspection and write the files asked for; what is printed comes first, so it is not lost.
+    """Print an inspection, then write its files, so that a failed write loses nothing that was printed.
 
     Raises:
-        ValueError: a name that matches nothing.
-        GTCompileError: a file could not be written after all.
+        ValueError: a name matches nothing.
+        GTCompileError: a file could not be written.
     """
     if wanted.as_json:
         print(json.dumps(as_json(inspection, wanted), indent=2))
@@ -131,7 +79,7 @@ def _write(inspection: Inspection, wanted: Outputs) -> tuple[Path, ...]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """The system's errors name the file asked for, not the temporary one that is written first."""
+    """Name the wanted file in system errors, which name the temporary file that is written first."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The HTML report of an inspection: one file that opens offline and asks nothing of any server."""
+"""The HTML report of an inspection: one file that opens offline and loads nothing."""
 
 import json
 from importlib.resources import files
 from pathlib import Path
 
+from gtcompile.tools.common.files import write_text
 from gtcompile.tools.inspect.inspection import Inspection
 from gtcompile.tools.inspect.report_data import report_data
-from gtcompile.tools.runs.checkpoints import write_text
 
 
 def write_report(inspection: Inspection, path: Path) -> None:

@@ -17,13 +17,12 @@ from gtcompile.errors import some
 from gtcompile.graph.names import match_patterns, near_names
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.inspect.inspection import Inspection
+from gtcompile.tools.inspect.options import ORDERS, check_order
 
 BAR, SHORT_BAR = 20, 10
 """Characters of a full bar, and of one on a narrow terminal."""
 NARROW = 100
 """Below so many columns bars are short and shapes are left out, so that names have room."""
-ORDERS = {"cost": "dw_flops", "marginal": "marginal_flops", "importance": "importance", "size": "elements"}
-"""What rows can be sorted by, largest first; `name` is the order of the model."""
 LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 """Of every table: a name of 46 characters stays in one piece at 100 columns."""
 LISTED = 6
@@ -70,16 +69,6 @@ def headline(inspection: Inspection) -> str:
         f"{inspection.model}: {inspection.architecture}, {elements:,} elements in {len(parameters)} "
         f"parameters, {len(inspection.costs.fqns)} selectable"
     )
-
-
-def check_order(order: str) -> None:
-    """Refuse what parameters cannot be sorted by.
-
-    Raises:
-        ValueError: listing what they can be sorted by.
-    """
-    if order != "name" and order not in ORDERS:
-        raise ValueError(f"--sort: expected one of name, {', '.join(ORDERS)}, got {order!r}")
 
 
 def chosen_rows(inspection: Inspection, only: str | None, order: str) -> list[dict[str, Any]]:

@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gtcompile.tools.common.options import DEMO, check_model
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 from gtcompile.tools.models.demo_model import load_demo
 from gtcompile.tools.models.smollm2 import SMOLLM2, smollm2_directory
 
-DEMO = "demo"
 WEIGHTS = ("*.safetensors", "*.bin")
-"""Files that weights come in."""
+"""Patterns of files that hold weights."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
-"""A directory without any of these has no tokenizer, whatever `AutoTokenizer` makes of it."""
+"""A directory without any of these has no tokenizer, though `AutoTokenizer` may make one up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class LanguageModel:
     """A model with the tokenizer that feeds it."""
 
     model: PreTrainedModel
-    """In training mode, float32."""
+    """The model in training mode, in float32."""
     tokenizer: PreTrainedTokenizerBase
-    """Has an end-of-sequence and a padding token."""
+    """The tokenizer; it has an end-of-sequence and a padding token."""
     tokenizer_origin: str
     """Where the tokenizer comes from, for the report."""
-    begun_anew: tuple[str, ...] = ()
-    """Parameters that the checkpoint lacks, so that they begin at random."""
+    random_weights: tuple[str, ...] = ()
+    """Parameters that the checkpoint lacks, so that they start at random."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -70,10 +70,10 @@ def load_language_model(
     """
     name = _directory_of(name)
     own = load_demo()[1] if name == DEMO else None
-    model, begun_anew = _load_weights(name) if weights else (model_on_meta(name), ())
+    model, random_weights = _load_weights(name) if weights else (model_on_meta(name), ())
     tokenizer, origin = _tokenizer(name, tokenizer_name, model.config, own)
     _complete(tokenizer, model)
-    return LanguageModel(model.train(), tokenizer, origin, begun_anew)
+    return LanguageModel(model.train(), tokenizer, origin, random_weights)
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -97,26 +97,26 @@ def _load_weights(name: str) -> tuple[PreTrainedModel, tuple[str, ...]]:
     config = load_config(name)
     if _lacks_weights(name):
         raise ValueError(
-            f"{name!r} has a configuration and no weights: expected {' or '.join(WEIGHTS)} beside it; "
+            f"{name!r} has a configuration and no weights: expected {' or '.join(WEIGHTS)} in its folder; "
             f"gtcompile inspect and bench need none"
         )
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, told = _load("model", name, _auto_class(config), config=config, **options)
-    if told["mismatched_keys"]:
-        fqn, saved, own = min(told["mismatched_keys"])
+    model, info = _load("model", name, _auto_class(config), config=config, **options)
+    if info["mismatched_keys"]:
+        fqn, saved, own = min(info["mismatched_keys"])
         raise ValueError(
             f"the weights of {name!r} do not fit its configuration: {fqn} is {list(saved)} in the file and "
             f"{list(own)} by config.json"
         )
-    return model, tuple(sorted(told["missing_keys"]))
+    return model, tuple(sorted(info["missing_keys"]))
 
 
 def model_with_values(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
-    """A model that can be run, in training mode, float32, on the CPU, and whose weights it has, in words.
+    """A model that can be run (training mode, float32, on the CPU), and the origin of its weights in words.
 
     Args:
         name: hub id, local directory, or `demo`.
-        config: of a model in a local directory without weights, which gets random ones, always the same.
+        config: of the model; a local directory without weights gets random weights, the same every time.
 
     Raises:
         ValueError: it could not be loaded.
@@ -140,13 +140,11 @@ def load_config(name: str) -> PretrainedConfig:
         ValueError: there is none.
     """
     name = _directory_of(name)
-    if _looks_local(name) and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"no model in {name!r}: expected a directory with a config.json, a hub id, or demo")
+    check_model(name)
     config: PretrainedConfig = _load("configuration", name, AutoConfig)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = (
-            config.pad_token_id
-        )  # without one neither training nor generation begins
+        # neither training nor generation can begin without one
+        config.decoder_start_token_id = config.pad_token_id
     return config
 
 
@@ -191,10 +189,6 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _looks_local(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
 def _load(what: str, name: str, auto_class: Any, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
@@ -214,7 +208,7 @@ def _tokenizer(
     if wanted is None and Path(name).is_dir() and not has_tokenizer(Path(name)):
         return byte_tokenizer(config), f"{name} has none; one token per byte was made for it"
     if wanted == "bytes":
-        return byte_tokenizer(config), "one token per byte, as asked"
+        return byte_tokenizer(config), "one token per byte, by --tokenizer bytes"
     source = wanted or name
     return _load("tokenizer", source, AutoTokenizer), source
 
@@ -225,7 +219,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """See that padding and the end of a sequence are agreed on between tokenizer and model."""
+    """Let tokenizer and model agree on the padding and end-of-sequence tokens."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-sequence token, so no answer could end; pass another --tokenizer"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,6 +10,7 @@ from torch import fx, nn
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph, names_of
 from gtcompile.tools.onnx.convolution import convolution_gradients
+from gtcompile.tools.onnx.options import OptimizerName
 from gtcompile.torch_internals import (
     BufferAOTInput,
     OpOverload,
@@ -19,7 +20,6 @@ from gtcompile.torch_internals import (
 )
 
 aten = torch.ops.aten
-OptimizerName = Literal["sgd", "adamw"]
 IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
 """Operators that hand on what they were given."""
 LR, STEP = "lr", "step"

@@ -1,4 +1,4 @@
-"""Settings to a model, encoded examples and the one shape of the run: all that can fail before training."""
+"""Make a model, encoded examples and the batch shape from settings: all that can fail before training."""
 
 import hashlib
 from array import array
@@ -9,9 +9,9 @@ import torch
 
 from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for, epoch_order
 from gtcompile.tools.data.causality import check_causal
-from gtcompile.tools.models.loading import LanguageModel, load_language_model
-from gtcompile.tools.runs.settings import Compiler, Settings
 from gtcompile.tools.data.tasks import Task, load_task
+from gtcompile.tools.models.loading import LanguageModel, load_language_model
+from gtcompile.tools.runs.settings import Compiler, Settings, source_of
 
 Batch = dict[str, torch.Tensor]
 
@@ -21,30 +21,30 @@ class Prepared:
     """A run that is ready to start."""
 
     settings: Settings
-    """As given."""
+    """The settings of the run."""
     task: Task
-    """Texts and metric."""
+    """The texts and the metric."""
     language: LanguageModel
     """Model and tokenizer; the model is on `device`."""
     examples: tuple[Encoded, ...]
-    """To learn from."""
+    """The training examples."""
     prompts: tuple[Encoded, ...]
-    """To answer afterwards."""
+    """The evaluation examples."""
     collate: Collator
-    """Makes batches of one shape."""
+    """Makes batches of the run's one shape."""
     max_new_tokens: int
-    """Tokens an answer may have."""
+    """Most tokens of an answer."""
     rank: int = 0
-    """Which of the processes that share the examples this is."""
+    """Rank of this process among those that share the examples."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.language.model.device
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch, the last one filled up."""
+        """Batches of one epoch; the last one may be padded with copies."""
         return -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -53,7 +53,7 @@ class Prepared:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Indices of each of this process's batches of an epoch; the same for the same seed."""
+        """Indices of the examples of each batch of this process in an epoch; the seed decides the order."""
         settings = self.settings
         return epoch_order(
             len(self.examples),
@@ -66,7 +66,7 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """A hash of what is learned and answered, as token ids: another file or tokenizer gives another."""
+        """A hash of all examples as token ids; it changes with the data and with the tokenizer."""
         tokens = hashlib.sha256()
         for example in (*self.examples, *self.prompts):
             for part in (example.prompt, example.answer):
@@ -75,7 +75,7 @@ class Prepared:
 
     @property
     def real_tokens(self) -> float:
-        """Share of the positions of a batch that hold a token and not padding, on average."""
+        """Average share of a batch's positions that hold a token and not padding."""
         lengths = [len(example.prompt) for example in self.examples]
         if not self.collate.encoder_decoder:
             lengths = [n + len(example.answer) for n, example in zip(lengths, self.examples, strict=True)]
@@ -83,32 +83,32 @@ class Prepared:
 
 
 def default_device() -> str:
-    """`cuda` where there is a GPU."""
+    """`cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_compiler() -> Compiler:
-    """Generated code pays on a GPU; on a CPU compiling takes longer than it saves on small runs."""
+    """`inductor` on a GPU; `eager` on a CPU, where compiling takes longer than small runs gain from it."""
     return "inductor" if torch.cuda.is_available() else "eager"
 
 
 def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepared:
-    """Load and encode everything a run needs.
+    """Load and encode everything that a run needs.
 
     Args:
         settings: the run.
-        weights: false leaves the model on the meta device, for its costs alone.
+        weights: false leaves the model on the meta device, which is enough for its costs.
         rank: of this process among those that share the examples.
 
     Raises:
-        ValueError: the data, the model or the tokenizer is not there, or they do not fit each other.
+        ValueError: the data, the model or the tokenizer is missing, or they do not fit each other.
     """
-    task = _load_task(settings)
-    torch.manual_seed(settings.seed)  # a head that the checkpoint lacks is made now
+    task = load_task(source_of(settings), (settings.max_train_samples, settings.max_eval_samples))
+    torch.manual_seed(settings.seed)  # a head that the checkpoint lacks is initialised now
     language = load_language_model(settings.model, settings.tokenizer, weights=weights)
     if weights:
         language.model.to(default_device())  # type: ignore[arg-type]
-    language.model.config.use_cache = False  # generation asks for it itself
+    language.model.config.use_cache = False  # generation turns it on itself
     max_new_tokens = settings.max_new_tokens or task.format.max_new_tokens
     encode = Encoder(
         tokenizer=language.tokenizer,
@@ -121,7 +121,7 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
     if settings.method == "adaptive" and len(examples) <= settings.batch_size * settings.processes:
         raise ValueError(
             f"{len(examples)} training examples make one batch of {settings.batch_size} for each process; "
-            f"choosing what to train takes two. Pass a smaller --batch-size."
+            f"a selection needs two batches. Pass a smaller --batch-size."
         )
     collate = collator_for(
         examples,
@@ -144,21 +144,11 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
     )
 
 
-def _load_task(settings: Settings) -> Task:
-    return load_task(
-        settings.dataset,
-        data_dir=settings.data_folder,
-        splits=(settings.train_split, settings.eval_split),
-        fields=(settings.source_field, settings.target_field),
-        limits=(settings.max_train_samples, settings.max_eval_samples),
-    )
-
-
 def _length_limit(settings: Settings, language: LanguageModel, max_new_tokens: int) -> int:
-    """`max_length`, or less where the model has fewer positions.
+    """`max_length`, or less if the model has fewer positions.
 
     Raises:
-        ValueError: there is no room for a prompt beside the answer.
+        ValueError: there is no room for a prompt and the answer.
     """
     known = getattr(language.model.config, "max_position_embeddings", None)
     positions = known or max(settings.max_length, max_new_tokens)
@@ -170,7 +160,7 @@ def _length_limit(settings: Settings, language: LanguageModel, max_new_tokens: i
         )
     if not language.encoder_decoder and limit - max_new_tokens < 16:
         raise ValueError(
-            f"{limit} tokens leave no room for a prompt beside an answer of {max_new_tokens}; "
+            f"{limit} tokens have no room for a prompt and an answer of {max_new_tokens}; "
             f"raise --max-length or lower --max-new-tokens (the model has {positions} positions)"
         )
     return limit

@@ -1,33 +1,32 @@
-"""The folder a run writes: settings, metrics, selections, checkpoint, model and summary."""
+"""The folder of a run: settings, metrics, selections, checkpoint, model and summary."""
+
+from __future__ import annotations
 
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from gtcompile.tools.runs.checkpoints import (
-    load_checkpoint,
-    save_checkpoint,
-    write_folder,
-    write_json,
-    write_lines,
-)
-from gtcompile.tools.models.loading import LanguageModel
+from gtcompile.tools.common.files import write_folder, write_json, write_lines
+from gtcompile.tools.common.options import is_run
 from gtcompile.tools.runs.settings import Settings
 
-if sys.platform == "win32":  # which knows no such locks
+if TYPE_CHECKING:
+    from gtcompile.tools.models.loading import LanguageModel
+
+if sys.platform == "win32":  # has no such locks
     fcntl = None
 else:
     import fcntl
 
 LOCK = ".lock"
-"""File that the process which writes to a folder has locked; it stays, empty."""
+"""An empty file that the process which writes to the folder holds locked."""
 
 
 class RunFolder:
-    """The output of one run. The folder is made with the first thing written to it.
+    """The output of one run; it is made when the first file is written.
 
     `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what was trained in each
     epoch, `checkpoint.pt` the state to resume from, `model/` the model with its tokenizer, `summary.json` the
@@ -35,7 +34,7 @@ class RunFolder:
 
     Args:
         path: of the folder.
-        writes: false in a process that only reads: of several that train together, all but the first.
+        writes: false in a process that only reads; of several that train together, only the first writes.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -43,7 +42,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def check_new(self) -> None:
-        """Refuse a path where something is.
+        """Refuse a path that is taken.
 
         Raises:
             ValueError: the path is a file, or a folder that is not empty.
@@ -60,12 +59,12 @@ class RunFolder:
         self._check_writable()
 
     def _check_writable(self) -> None:
-        place = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         try:
-            tempfile.TemporaryDirectory(dir=place).cleanup()
+            tempfile.TemporaryDirectory(dir=existing).cleanup()
         except OSError as error:
             raise ValueError(
-                f"the output {self.path} cannot be written: {place}: {error.strerror}"
+                f"the output {self.path} cannot be written: {existing}: {error.strerror}"
             ) from error
 
     def hold(self) -> None:
@@ -89,16 +88,20 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def check_same_run(self, settings: Settings) -> None:
+    def check_same_run(self, settings: Settings, *, besides: Collection[str] = ()) -> None:
         """Refuse to continue a run with other settings.
+
+        Args:
+            settings: to continue with.
+            besides: names of settings that are not compared.
 
         Raises:
             ValueError: there is no run here, or it had other settings; names them.
         """
-        path = self.path / "run.json"
-        if not path.is_file():
+        if not is_run(self.path):
             raise ValueError(f"nothing to resume: {self.path} holds no run")
-        differences = settings.differences(json.loads(path.read_text("utf-8")))
+        saved = json.loads((self.path / "run.json").read_text("utf-8"))
+        differences = settings.differences(saved, besides=besides)
         if differences:
             raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
 
@@ -106,7 +109,7 @@ class RunFolder:
         """Refuse to continue a run on other examples.
 
         Args:
-            digest: of the examples; runs of older versions kept none.
+            digest: of the examples; runs of older versions have none.
 
         Raises:
             ValueError: the run began with others.
@@ -114,18 +117,18 @@ class RunFolder:
         began = json.loads((self.path / "run.json").read_text("utf-8")).get("examples", digest)
         if began != digest:
             raise ValueError(
-                f"the run in {self.path} began with other examples: data or tokenizer have changed since"
+                f"the run in {self.path} began with other examples: its data or tokenizer have changed since"
             )
 
     def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
         """Begin the folder.
 
         Args:
-            settings: the run's.
-            batch: what `described_batch` says of its batches, and the digest of its examples.
+            settings: of the run.
+            batch: the description of its batches by `described_batch`, and the digest of its examples.
 
         Raises:
-            ValueError: another process began a run here.
+            ValueError: another process has begun a run here.
         """
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def cut_metrics(self, steps: int) -> None:
-        """Drop the lines after `steps` steps: the steps between checkpoint and stop are taken again."""
+        """Drop the lines after `steps` steps, since the steps after the checkpoint are taken again."""
         if not self.writes:
             return
         path = self.path / "metrics.jsonl"
@@ -157,6 +160,8 @@ class RunFolder:
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
         if self.writes:
+            from gtcompile.tools.runs.checkpoints import save_checkpoint  # imports torch
+
             save_checkpoint(self.checkpoint, state)
 
     def load_state(self) -> dict[str, Any]:
@@ -165,6 +170,8 @@ class RunFolder:
         Raises:
             ValueError: there is none, or it cannot be read.
         """
+        from gtcompile.tools.runs.checkpoints import load_checkpoint  # imports torch
+
         return load_checkpoint(self.checkpoint)
 
     @property
@@ -173,7 +180,7 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     def save_model(self, language: LanguageModel) -> None:
-        """Write model and tokenizer as `from_pretrained` reads them."""
+        """Write model and tokenizer for `from_pretrained`."""
         write_folder(self.path / "model", lambda folder: _save(language, folder))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -181,7 +188,7 @@ class RunFolder:
         write_json(self.path / "summary.json", dict(summary))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The result of a finished run."""
+        """The result of a finished run; None before."""
         path = self.path / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
 

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, read without training."""
+"""A run read from its folder, without training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from gtcompile.tools.common.options import BatchShape
+
 FORMAT = 1
-"""Of `run.json`; another number is another layout of the folder."""
+"""Version of `run.json`; another number means another layout of the folder."""
 NEEDED = {
     "importance",
     "importance_bound",
@@ -20,19 +22,19 @@ NEEDED = {
     "budget_flops",
     "full_flops",
 }
-"""What every selection of a run has, beside counts and measurements."""
+"""Keys that every selection of a run has; counts and measurements may be there too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """A run as its folder tells it, finished or not."""
+    """A run as its folder describes it, finished or not."""
 
     path: Path
     """The folder."""
     settings: Mapping[str, Any]
-    """As in `run.json`."""
+    """The content of `run.json`."""
     selections: Sequence[Mapping[str, Any]]
-    """What was trained from each epoch in `selections.json` on; at least one."""
+    """The content of `selections.json`, at least one: each is in force from its epoch on."""
     metrics: Sequence[Mapping[str, Any]]
     """One record per step taken."""
     summary: Mapping[str, Any] | None
@@ -40,7 +42,7 @@ class RunRecord:
 
     @property
     def model(self) -> str:
-        """The model as the run left it, or as it was asked for while there is none."""
+        """The trained model's folder, or the name of the original model while nothing is saved."""
         own = self.path / "model"
         return str(own) if (own / "config.json").is_file() else str(self.settings["model"])
 
@@ -53,6 +55,13 @@ class RunRecord:
         """A batch of ones in the shape of the run's."""
         described = self.settings["batch"].items()
         return {key: torch.ones(v["shape"], dtype=getattr(torch, v["dtype"])) for key, v in described}
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """The shape of every batch."""
+        tensors = self.settings["batch"]
+        (rows, length), (_, columns) = tensors["input_ids"]["shape"], tensors["labels"]["shape"]
+        return BatchShape(batch_size=rows, length=length, target_length=columns)
 
     def selection_at(self, epoch: int) -> Mapping[str, Any]:
         """The selection in force in an epoch.
@@ -70,17 +79,12 @@ class RunRecord:
 
 
 def described_batch(batch: Mapping[str, torch.Tensor], shape: str) -> dict[str, Any]:
-    """What `run.json` keeps of the batches beside the settings."""
+    """The description of a run's batches that `run.json` holds in addition to the settings."""
     tensors = {
         key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
         for key, tensor in batch.items()
     }
     return {"format": FORMAT, "batch_shape": shape, "batch": tensors}
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder is the output of `finetune`."""
-    return (path / "run.json").is_file()
 
 
 def read_run(path: Path) -> RunRecord:

@@ -1,9 +1,13 @@
-"""Everything a fine-tuning run depends on."""
+"""Everything that a fine-tuning run depends on; checked before torch is imported."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from gtcompile.tools.common.options import check_budget, check_model, expect, option
+from gtcompile.tools.data.tasks import Source, find_source
 
 Method = Literal["adaptive", "full", "last-layers"]
 Compiler = Literal["inductor", "eager"]
@@ -23,7 +27,7 @@ _AT_LEAST_ONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One run, as it can be repeated; the defaults of training are the GreenTrainer paper's."""
+    """The settings that repeat a run; the defaults of training are the GreenTrainer paper's."""
 
     model: str
     """Hub id, local directory, or `demo`."""
@@ -34,21 +38,21 @@ class Settings:
     data_dir: str | None = None
     """Folder with the dataset's files; None loads from the hub."""
     source_field: str | None = None
-    """Field of a file to read; None takes `source`."""
+    """Field of a file that holds the text; None takes `source`."""
     target_field: str | None = None
-    """Field of a file to answer with; None takes `target`."""
+    """Field of a file that holds the answer; None takes `target`."""
     train_split: str | None = None
     """Split to learn from, or a share such as `valid[:80%]`; None takes the usual one."""
     eval_split: str | None = None
     """Split to answer afterwards; None takes the usual one."""
     max_train_samples: int | None = None
-    """Examples to learn from at most."""
+    """Most examples to learn from."""
     max_eval_samples: int | None = None
-    """Examples to answer at most."""
+    """Most examples to answer."""
     max_length: int = 512
-    """Tokens of a sequence at most."""
+    """Most tokens of a sequence."""
     max_new_tokens: int | None = None
-    """Tokens of an answer at most; None takes the dataset's."""
+    """Most tokens of an answer; None takes the dataset's."""
     num_beams: int = 1
     """Beams of generation; 1 is greedy."""
     method: Method = "adaptive"
@@ -64,35 +68,36 @@ class Settings:
     lr: float = 2e-5
     """Learning rate at the first step; falls linearly to 0."""
     weight_decay: float = 1e-2
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seed: int = 0
-    """Of dropout, the order of the examples and newly made weights."""
+    """Seed of dropout, of the order of the examples and of newly made weights."""
     compiler: Compiler = "eager"
-    """Who compiles the rewritten graphs."""
+    """The compiler of the rewritten graphs."""
     activation_memory_budget: float = 1.0
-    """Share of what would be saved for backward that may be, in [0, 1]; the rest is computed again."""
+    """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     processes: int = 1
-    """Processes that share the training examples, each with batches of `batch_size`; torchrun's."""
+    """Processes of torchrun that share the training examples, each with batches of `batch_size`."""
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense, before any work.
+        """Refuse values that make no sense.
 
         Raises:
             ValueError: naming the option, what was expected and what came.
         """
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
-            _expect(value is None or value >= 1, name, "at least 1", value)
-        check_budget_option(self.budget)
+            expect(value is None or value >= 1, name, "at least 1", value)
+        check_budget(self.budget)
+        check_model(self.model)
         share = self.activation_memory_budget
-        _expect(0 <= share <= 1, "activation_memory_budget", "in [0, 1]", share)
-        _expect(0 < self.lr < math.inf, "lr", "greater than 0 and finite", self.lr)
-        _expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
-        _expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
-        _expect(self.method in get_args(Method), "method", f"one of {_listed(Method)}", self.method)
-        _expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
+        expect(0 <= share <= 1, "activation_memory_budget", "in [0, 1]", share)
+        expect(0 < self.lr < math.inf, "lr", "greater than 0 and finite", self.lr)
+        expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
+        expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
+        expect(self.method in get_args(Method), "method", f"one of {_listed(Method)}", self.method)
+        expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
 
     @property
     def title(self) -> str:
@@ -100,8 +105,13 @@ class Settings:
         return "full fine-tuning" if self.method == "full" else f"{self.method}, budget {self.budget:g}"
 
     @property
+    def short_name(self) -> str:
+        """Model, data and method in a name for a folder."""
+        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.method}"
+
+    @property
     def recomputes(self) -> bool:
-        """Whether the backward computes again what there is no room to save."""
+        """Whether the backward recomputes activations to save memory."""
         return self.activation_memory_budget < 1
 
     @property
@@ -110,35 +120,35 @@ class Settings:
         return None if self.data_dir is None else Path(self.data_dir)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
+        """The settings as plain values by name."""
         return asdict(self)
 
-    def differences(self, saved: dict[str, Any]) -> list[str]:
-        """What differs from the settings of a saved run, one phrase per setting."""
+    def differences(self, saved: Mapping[str, Any], *, besides: Collection[str] = ()) -> list[str]:
+        """The differences from the settings of a saved run, one phrase per setting."""
         own = self.as_dict()
         return [
-            f"{_option(field.name)} was {saved.get(field.name)!r} and is now {own[field.name]!r}"
+            f"{_name(field.name)} was {saved.get(field.name)!r} and is now {own[field.name]!r}"
             for field in fields(self)
-            if saved.get(field.name) != own[field.name]
+            if field.name not in besides and saved.get(field.name) != own[field.name]
         ]
 
 
-def check_budget_option(budget: float | None) -> None:
-    """Refuse a `--budget` that is no share, before any work.
+def source_of(settings: Settings) -> Source:
+    """Find the dataset of a run, without reading it.
 
     Raises:
-        ValueError: it is outside (0, 1].
+        ValueError: there is no such dataset, folder or split, or the two splits share records.
     """
-    _expect(budget is None or 0 < budget <= 1, "budget", "in (0, 1]", budget)
+    return find_source(
+        settings.dataset,
+        data_dir=settings.data_folder,
+        splits=(settings.train_split, settings.eval_split),
+        fields=(settings.source_field, settings.target_field),
+    )
 
 
-def _expect(condition: bool, name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{_option(name)}: expected {expected}, got {value!r}")
-
-
-def _option(name: str) -> str:
-    return "the number of processes" if name == "processes" else f"--{name.replace('_', '-')}"
+def _name(field: str) -> str:
+    return "the number of processes" if field == "processes" else option(field)
 
 
 def _listed(literal: Any) -> str:

@@ -1,6 +1,5 @@
-"""Models that a Python function makes, named `module:function`."""
+"""Models that a Python function returns, named `module:function`."""
 
-import difflib
 import importlib
 import inspect
 import re
@@ -12,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from gtcompile.graph.names import near_names
+
 
 def is_factory(name: str) -> bool:
     """Whether a model's name is of the form `package.module:function`."""
@@ -19,12 +20,12 @@ def is_factory(name: str) -> bool:
 
 
 def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
-    """The model that `module:function` returns, with its batch where it returns both.
+    """Call `module:function` and return its model, with its batch if it returns both.
 
-    The working directory is searched for the module as `python -m` would.
+    Like `python -m`, this also searches the working directory for the module.
 
     Raises:
-        ValueError: no such module or function (names near ones), arguments are needed, or no model came back.
+        ValueError: there is no such module or function, it needs arguments, or it returns no model.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -35,9 +36,8 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
         raise ValueError(f"cannot import the module of {name!r}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        near = difflib.get_close_matches(function_name, dir(module), n=3)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise ValueError(f"{module_name} has no function {function_name!r}{hint}")
+        near = near_names(function_name, [name for name in dir(module) if not name.startswith("_")])
+        raise ValueError(f"{module_name} has no function {function_name!r}; {near}")
     needed = _needed_arguments(function)
     if needed:
         raise ValueError(
@@ -55,17 +55,17 @@ def call_factory(name: str) -> tuple[nn.Module, Mapping[str, Any] | None]:
 
 
 def _needed_arguments(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments without which a function cannot be called."""
+    """Names of a function's required arguments."""
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
 def language_model(name: str, made: nn.Module) -> PreTrainedModel:
-    """A model that came without a batch, and that a batch of tokens can be made for.
+    """Return a factory's model if a batch of tokens can be made for it.
 
     Raises:
-        ValueError: for any other model.
+        ValueError: it is no model of transformers.
     """
     if isinstance(made, PreTrainedModel):
         return made

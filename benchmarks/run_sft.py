@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined] # exported l
 
 from benchmarks.trainer_comparison import compare, make_parser, small_llama, trainer_settings
 from gtcompile.tools.data.formats import Example, TaskFormat
-from gtcompile.tools.data.tasks import load_task
+from gtcompile.tools.data.tasks import find_source, load_task
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
 VOCABULARY = 2048
@@ -40,7 +40,7 @@ def make_trainer(options: argparse.Namespace) -> SFTTrainer:
     """The trainer of one run, with TRL's defaults: loss on completions alone, blocks recomputed."""
     model = small_llama(options, VOCABULARY)
     splits = (options.train_split, options.eval_split)
-    task = load_task("dialogsum", data_dir=options.data, splits=splits)
+    task = load_task(find_source("dialogsum", data_dir=options.data, splits=splits))
     data = as_completions(task.train, task.format)
     texts = (row["prompt"] + row["completion"] for row in data)
     return SFTTrainer(
@@ -53,7 +53,7 @@ def make_trainer(options: argparse.Namespace) -> SFTTrainer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run with and without the line, and print the two beside each other."""
+    """Train with and without the callback, and print both results side by side."""
     parser = make_parser(__doc__, output="runs/sft")
     parser.add_argument("data", type=Path, help="folder with DialogSum's dev.jsonl and test.jsonl")
     parser.add_argument("--train-split", default="dev")

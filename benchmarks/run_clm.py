@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from benchmarks.trainer_comparison import compare, make_parser, small_llama, trainer_settings
 from gtcompile.tools.data.formats import Example
-from gtcompile.tools.data.tasks import load_task
+from gtcompile.tools.data.tasks import find_source, load_task
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
 
@@ -31,8 +31,8 @@ def make_trainer(options: argparse.Namespace) -> Trainer:
     """The trainer of one run."""
     model = small_llama(options, vocabulary=320)
     tokenizer = byte_tokenizer(model.config)
-    splits, limits = ("train", "dev"), (options.texts, options.texts // 8)
-    task = load_task("scitldr", data_dir=options.data, splits=splits, limits=limits)
+    source = find_source("scitldr", data_dir=options.data, splits=("train", "dev"))
+    task = load_task(source, limits=(options.texts, options.texts // 8))
 
     def prepare(texts: Dataset) -> Dataset:
         tokens = texts.map(lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"]}, batched=True)
@@ -49,7 +49,7 @@ def make_trainer(options: argparse.Namespace) -> Trainer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run with and without the line, and print the two beside each other."""
+    """Train with and without the callback, and print both results side by side."""
     parser = make_parser(__doc__, output="runs/clm")
     parser.add_argument("data", type=Path, help="folder with SciTLDR's train.jsonl and dev.jsonl")
     parser.add_argument("--texts", type=int, default=800)

@@ -1,0 +1,61 @@
+"""The options of `gtcompile bench`, checked before torch is imported."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gtcompile.tools.common.options import BatchShape, check_counts, expect
+from gtcompile.tools.runs.settings import Compiler
+
+DTYPES = ("float32", "bfloat16")
+"""Types that weights can be cast to."""
+ROUNDS = 9
+"""Times that every step is timed by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to measure."""
+
+    budgets: tuple[float, ...]
+    """Shares of a full step's FLOPs, in (0, 1)."""
+    shape: BatchShape = field(default_factory=BatchShape)
+    """Shape of the batch, unless a factory returns its own batch."""
+    compiler: Compiler | None = None
+    """gtcompile's compiler; None takes `inductor` on a GPU and `eager` on a CPU. With `inductor`, blocks that
+    `torch.compile` alone compiles are a baseline too."""
+    rounds: int = ROUNDS
+    """Times that every step is timed."""
+    importances: Path | None = None
+    """`selections.json` of a run of this model; None draws importances at random."""
+    dtype: str | None = None
+    """Type of the weights, one of `DTYPES`; None takes float32, or the type that a factory returns."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ValueError: naming the option, what was expected and what came.
+        """
+        check_counts({"rounds": self.rounds})
+        expect(self.dtype is None or self.dtype in DTYPES, "dtype", " or ".join(DTYPES), self.dtype)
+        wrong = [budget for budget in self.budgets if not 0 < budget < 1]
+        if wrong or not self.budgets:
+            raise ValueError(
+                f"--budgets: expected shares between 0 and 1 with commas between, such as 0.4,0.5, got "
+                f"{', '.join(f'{b:g}' for b in wrong) or 'none'}; everything trained is always measured"
+            )
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Read shares with commas between.
+
+    Raises:
+        ValueError: a part is no number.
+
+    >>> parse_budgets("0.4,0.5")
+    (0.4, 0.5)
+    """
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(f"--budgets: expected numbers with commas between, got {text!r}") from None
