@@ -1,7 +1,15 @@
 """How Sphinx builds the documentation: `make docs`."""
 
+import ast
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import astroid
+from astroid import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -13,14 +21,57 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["gtcompile.css"]
 
-extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx.ext.intersphinx", "sphinx_copybutton"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r"\$ "
 copybutton_prompt_is_regexp = True
+napoleon_use_ivar = True  # an "Attributes:" section describes attributes once, not twice
 
 # The reference is read from the source without importing it, so that building needs no torch.
 autoapi_dirs = [str(ROOT / "gtcompile")]
 autoapi_generate_api_docs = False
 autoapi_add_toctree_entry = False
 autoapi_python_class_content = "class"
+autoapi_options: list[str] = []
+autodoc_typehints = "signature"
+# Inner modules import torch and each other under names AutoAPI cannot follow; the reference shows none of them.
+suppress_warnings = ["autoapi.python_import_resolution"]
+
+
+def lift_lazy_imports(package: nodes.Module) -> nodes.Module:
+    """Show AutoAPI the names that `gtcompile` imports lazily, which stand under `if TYPE_CHECKING:`."""
+    lifted: list[nodes.NodeNG] = []
+    for node in package.body:
+        lazy = isinstance(node, nodes.If) and node.test.as_string() == "TYPE_CHECKING"
+        lifted.extend(node.body if lazy else [node])
+    for node in lifted:
+        node.parent = package
+    package.body = lifted
+    return package
+
+
+astroid.MANAGER.register_transform(nodes.Module, lift_lazy_imports, lambda module: module.name == "gtcompile")
+
+
+def public_names() -> list[str]:
+    """What `gtcompile.__all__` lists, read without importing the package."""
+    tree = ast.parse((ROOT / "gtcompile" / "__init__.py").read_text(encoding="utf-8"))
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    (listed,) = [node.value for node in assignments if ast.unparse(node.targets[0]) == "__all__"]
+    names: list[str] = ast.literal_eval(listed)
+    return names
+
+
+def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn, which `make docs` turns into an error, about public names that the reference lacks."""
+    described = {name for name, *_ in env.get_domain("py").get_objects()}
+    for name in public_names():
+        if f"gtcompile.{name}" not in described:
+            logging.getLogger(__name__).warning("gtcompile.%s is public and not in the reference", name)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Sphinx calls this."""
+    app.connect("env-check-consistency", check_reference)
+    return {"parallel_read_safe": True}

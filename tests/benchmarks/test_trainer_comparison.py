@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from examples import run_clm
+from benchmarks import run_clm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -34,7 +34,7 @@ def test_causal_language_modelling_prints_both_runs_beside_each_other(tmp_path, 
 
 def test_supervised_fine_tuning_prints_both_runs_beside_each_other(tmp_path, capsys):
     pytest.importorskip("trl", reason="trl is not installed")
-    from examples import run_sft
+    from benchmarks import run_sft
 
     dialogue = "#Person1#: Is the report done?\n#Person2#: Number {} is."
     talk = [{"dialogue": dialogue.format(n), "summary": f"Report {n} is done."} for n in range(32)]
