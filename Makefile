@@ -34,7 +34,7 @@ typecheck: $(VENV)/ready-types
 
 # A warning, which includes a broken link between pages, fails the build.
 docs: .venv-docs/ready
-	$(DOCS)/sphinx-build -q -W --keep-going -b html docs build/docs
+	$(DOCS)/sphinx-build -q -E -W --keep-going -b html docs build/docs
 	@echo "The documentation is in build/docs/index.html"
 
 # Links to other sites. Not part of CI, which must not fail because another site is down.

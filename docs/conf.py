@@ -34,8 +34,12 @@ autoapi_generate_api_docs = False
 autoapi_add_toctree_entry = False
 autoapi_python_class_content = "class"
 autoapi_options: list[str] = []
-autodoc_typehints = "signature"
-# Inner modules import torch and each other under names AutoAPI cannot follow; the reference shows none of them.
+default_role = "code"  # docstrings write `names` in single backticks
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 90
+html_show_copyright = False
+html_show_sourcelink = False
+# Inner modules import names that AutoAPI cannot follow; the reference shows none of them.
 suppress_warnings = ["autoapi.python_import_resolution"]
 
 
