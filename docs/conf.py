@@ -22,7 +22,6 @@ html_static_path = ["_static"]
 html_css_files = ["gtcompile.css"]
 
 extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx_copybutton"]
-myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r"\$ "
 copybutton_prompt_is_regexp = True
@@ -43,36 +42,41 @@ html_show_sourcelink = False
 suppress_warnings = ["autoapi.python_import_resolution"]
 
 
+def is_lazy(node: ast.stmt | nodes.NodeNG) -> bool:
+    """Whether a statement of `gtcompile/__init__.py` is the block of imports for type checkers."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, nodes.If) and node.test.as_string() == "TYPE_CHECKING"
+
+
+def public_names() -> set[str]:
+    """The names that `gtcompile` imports lazily, read without importing the package."""
+    tree = ast.parse((ROOT / "gtcompile" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for block in tree.body if is_lazy(block) for node in ast.walk(block)]
+    return {
+        alias.asname or alias.name
+        for node in imports
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
 def lift_lazy_imports(package: nodes.Module) -> nodes.Module:
-    """Show AutoAPI the names that `gtcompile` imports lazily, which stand under `if TYPE_CHECKING:`."""
-    lifted: list[nodes.NodeNG] = []
+    """Show AutoAPI the lazy imports of `gtcompile`, which stand under `if TYPE_CHECKING:`."""
+    package.body = [inner for node in package.body for inner in (node.body if is_lazy(node) else [node])]
     for node in package.body:
-        lazy = isinstance(node, nodes.If) and node.test.as_string() == "TYPE_CHECKING"
-        lifted.extend(node.body if lazy else [node])
-    for node in lifted:
         node.parent = package
-    package.body = lifted
     return package
 
 
 astroid.MANAGER.register_transform(nodes.Module, lift_lazy_imports, lambda module: module.name == "gtcompile")
 
 
-def public_names() -> list[str]:
-    """What `gtcompile.__all__` lists, read without importing the package."""
-    tree = ast.parse((ROOT / "gtcompile" / "__init__.py").read_text(encoding="utf-8"))
-    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
-    (listed,) = [node.value for node in assignments if ast.unparse(node.targets[0]) == "__all__"]
-    names: list[str] = ast.literal_eval(listed)
-    return names
-
-
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn, which `make docs` turns into an error, about public names that the reference lacks."""
-    described = {name for name, *_ in env.get_domain("py").get_objects()}
-    for name in public_names():
-        if f"gtcompile.{name}" not in described:
-            logging.getLogger(__name__).warning("gtcompile.%s is public and not in the reference", name)
+    described = {name.rpartition(".")[2] for name, *_ in env.get_domain("py").get_objects()}
+    for name in sorted(public_names() - described):
+        logging.getLogger(__name__).warning("gtcompile.%s is public and not in the reference", name)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
