@@ -1,0 +1,61 @@
+"""Every script in examples/ runs, and shows what its docstring says."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TESTS = Path(__file__).parents[1]
+
+
+def run(name):
+    """What `main()` of an example returns."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+
+
+def test_a_plain_loop_learns_within_its_budget(capsys):
+    losses = run("plain_loop")
+    assert losses[-1] < losses[0]
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 3
+
+
+def test_a_vision_model_has_gradients_of_what_is_trained_alone():
+    trained = run("vision_backend")
+    assert trained["classifier"] == {"11.weight", "11.bias"}
+    assert all(name.endswith(".bias") for name in trained["biases"])
+    assert trained["biases"] < trained["everything"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_the_trainer_spends_what_the_callback_was_given(capsys):
+    logged = run("trainer")
+    assert 0.35 < logged["adaptive/flops_fraction_spent"] <= 0.5
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 2
+
+
+def test_lower_blocks_cost_more():
+    shares = list(run("inspect_costs").values())
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == 6
+
+
+def test_a_larger_budget_pays_for_more_of_the_last_blocks():
+    result = run("last_layers")
+    blocks = [count for count, _ in result.values()]
+    assert blocks == sorted(blocks)
+    assert blocks[-1] > blocks[0]
+    assert all(share <= budget for budget, (_, share) in result.items())
+
+
+def test_the_exported_step_has_gradients_of_the_head_alone():
+    shapes = run("onnx_export")
+    assert shapes == {"loss": (), "gradient.head.weight": (4, 16), "gradient.head.bias": (4,)}
+
+
+def test_every_example_is_short_and_run_by_a_test():
+    texts = [path.read_text() for path in TESTS.rglob("test_*.py")]
+    for example in EXAMPLES.glob("*.py"):
+        assert len(example.read_text().splitlines()) <= 60, example.name
+        assert any(f'"{example.stem}' in text for text in texts), f"no test runs {example.name}"
