@@ -30,17 +30,18 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def check_random_state(state: Mapping[str, Any]) -> None:
+def check_random_state(*states: Mapping[str, Any]) -> None:
     """Refuse what `random_state` did not return, before anything is restored.
 
     Raises:
         ValueError: names the missing keys.
     """
-    if missing := sorted(KEYS - state.keys()):
-        raise ValueError(
-            f"expected a random state as this version of gtcompile saves it, got one without "
-            f"{', '.join(missing)}"
-        )
+    for state in states:
+        if missing := sorted(KEYS - state.keys()):
+            raise ValueError(
+                f"expected a random state as this version of gtcompile saves it, got one without "
+                f"{', '.join(missing)}"
+            )
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:

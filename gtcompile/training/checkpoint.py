@@ -109,8 +109,8 @@ def load_training(
     enter_shards(model)
     parameters, weights = _by_name(model), unwrap(model).state_dict()
     current, values = ranks.together(lambda: _read(path))
-    ranks.together(lambda: [check_random_state(state) for state in values["random"]])
     ranks.together(lambda: _refuse_other(path, values, shapes_of(weights), _groups(optimizer, parameters)))
+    ranks.together(lambda: check_random_state(*values["random"]))
     state = {name: _room(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
         load({"weights": weights, "state": state}, checkpoint_id=current, **processes)

@@ -19,13 +19,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gtcompile import train_only, trained_parameters
+from gtcompile import backward_costs, compile_blocks, train_only, trained_parameters, uncompile_blocks
 from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.compiler.backward_plans import BackwardGraph, Plan
-from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
+from gtcompile.compiler.blocks import find_blocks
 from gtcompile.compiler.hoisted import HoistedVariants
 from gtcompile.compiler.operators import run_operators
-from gtcompile.costs.backward_costs import backward_costs
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import copy_module
 from gtcompile.testing import assert_same_gradients, reference_gradients
@@ -306,9 +305,9 @@ def test_evaluation_compiles_nothing_and_gives_the_same_values():
 def test_the_eager_rest_is_frozen_by_requires_grad(variants):
     model = compile_blocks(Recipe(("norm", "norm")).model(), compiler="eager", variants=variants)
     train_only(model, ["layers.0.linear.weight", "head.weight"])
-    asks = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name in asks if not name.startswith("layers.")} == {"head.weight"}
-    assert {name for name in selectable(model) if name.startswith("layers.")} <= asks
+    require_grad = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in require_grad if not name.startswith("layers.")} == {"head.weight"}
+    assert {name for name in selectable(model) if name.startswith("layers.")} <= require_grad
 
 
 def test_batch_norm_statistics_follow_those_of_eager_training():
