@@ -1,7 +1,7 @@
 """A joint forward/backward graph and what its inputs and outputs mean."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,15 +116,8 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def ancestors(
-    nodes: Iterable[fx.Node], writers: Mapping[fx.Node, Iterable[fx.Node]] | None = None
-) -> frozenset[fx.Node]:
-    """The given nodes and everything they are computed from.
-
-    Args:
-        nodes: of one graph.
-        writers: by node, those that write into its memory; None in a functional graph.
-    """
+def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    """The given nodes, of one functional graph, and everything they are computed from."""
     seen: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -132,7 +125,6 @@ def ancestors(
         if node not in seen:
             seen.add(node)
             todo.extend(node.all_input_nodes)
-            todo.extend(writers.get(node, ()) if writers else ())
     return frozenset(seen)
 
 

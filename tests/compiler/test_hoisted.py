@@ -498,12 +498,13 @@ def _(x, y):
     return x.new_empty(x.shape[0], y.shape[1])
 
 
+def product_backward(ctx, gradient):
+    x, y = ctx.saved_tensors
+    return product(gradient, y.t()), product(x.t(), gradient)
+
+
 product.register_autograd(
-    lambda ctx, gradient: (
-        product(gradient, ctx.saved_tensors[1].t()),
-        product(ctx.saved_tensors[0].t(), gradient),
-    ),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 
 
