@@ -83,7 +83,7 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     own_code = {type(block): CodeCopies() for block in modules}
     for block in modules:
         kind = kinds.setdefault(type(block), Kind(type(block), make_backend(parsed)))
-        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind.capture, **_LIMIT)
+        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind, **_LIMIT)
         block.forward = BlockForward(block, compiled, kind, calibration)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained_set.expect_region(inside)
@@ -104,10 +104,11 @@ class Kind:
         self.differentiable: set[int | str] = set()
         """Inputs, by position or name, that have required grad once."""
         self._class, self._backend = block_class, backend
+        self.__name__ = "gtcompile"  # what Dynamo calls this backend in the errors it raises
         self._captures, self._calls = 0, 0
         self._eager = weakref.WeakSet[nn.Module]()
 
-    def capture(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph that Dynamo captured.
 
         Raises:

@@ -1,7 +1,7 @@
 """A joint forward/backward graph and what its inputs and outputs mean."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -133,15 +133,8 @@ def count_forward_outputs(descriptors: Sequence[object]) -> int:
     return sum(1 for _ in forward)
 
 
-def ancestors(
-    nodes: Iterable[fx.Node], writers: Mapping[fx.Node, Iterable[fx.Node]] | None = None
-) -> frozenset[fx.Node]:
-    """The given nodes and everything they are computed from.
-
-    Args:
-        nodes: of one graph.
-        writers: by node, those that write into its memory; None in a functional graph.
-    """
+def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    """The given nodes, of one functional graph, and everything they are computed from."""
     seen: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -149,7 +142,6 @@ def ancestors(
         if node not in seen:
             seen.add(node)
             todo.extend(node.all_input_nodes)
-            todo.extend(writers.get(node, ()) if writers else ())
     return frozenset(seen)
 
 

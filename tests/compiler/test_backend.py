@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtcompile import CompileOptions, backward_costs, train_only
+from gtcompile import CaptureError, CompileOptions, backward_costs, compile_blocks, train_only
+from gtcompile.compiler import region
 from gtcompile.compiler.options import parse_options
 from gtcompile.graph.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
@@ -202,9 +203,34 @@ def test_no_options_are_the_defaults():
     assert parse_options({"variants": "hoisted"}) == CompileOptions(variants="hoisted")
 
 
-def test_a_wrong_option_reaches_the_user_of_torch_compile():
-    with pytest.raises(Exception, match="expected one of 'inductor', 'eager'"):
-        step(compiled(Regression(2), compiler="xla"), make_batch())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": {"compiler": "xla"}}, r"option compiler='xla': expected one of 'inductor', 'eager'"),
+        ({"options": {"specialize": "beside"}}, r"unknown option 'specialize'; known are activation_memory"),
+        (
+            {"mode": "reduce-overhead"},
+            r"torch\.compile\(\.\.\., mode='reduce-overhead'\) has no meaning for backend=\"gtcompile\"; "
+            r"use options=\{\.\.\.\} with the fields of gtcompile\.CompileOptions instead",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_of_torch_compile_is_refused_as_compile_blocks_refuses_it(arguments, message):
+    run = torch.compile(Regression(2), backend="gtcompile", **arguments)
+    with pytest.raises(ValueError, match=f"^{message}") as refused:
+        step(run, make_batch())
+    assert "raised" not in str(refused.value)
+
+
+def test_an_error_of_compilation_names_the_backend_that_the_user_knows(monkeypatch):
+    def fail(*_):
+        raise CaptureError("no such graph")
+
+    monkeypatch.setattr(region, "captured_region", fail)
+    model = compile_blocks(Regression(2), blocks=["layers.0"])
+    with pytest.raises(Exception, match=r"backend='gtcompile' raised:\nCaptureError: no such graph"):
+        step(model, make_batch())
 
 
 CACHED_STEPS = """

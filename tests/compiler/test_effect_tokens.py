@@ -26,6 +26,8 @@ class Spectrum(nn.Module):
 class Called(TorchDispatchMode):
     """The operators that were called, in compiled code too."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[object] = []

@@ -2,6 +2,9 @@
 
 import functools
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -14,12 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gtcompile import backward_costs, compile_blocks, train_only, trained_parameters
-from gtcompile.compiler import backward_plans
+from gtcompile import CaptureError, backward_costs, compile_blocks, train_only, trained_parameters
+from gtcompile.compiler import backward_plans, inductor
 from gtcompile.compiler.backward_plans import BackwardPlans
 from gtcompile.graph.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.bench.baselines import compilations
+from gtcompile.torch_internals import compile_fx_inner
 from tests.support.models import (
     BATCH,
     LENGTH,
@@ -481,3 +485,90 @@ def test_hoisted_and_specialized_agree_whole_and_in_blocks(recipe, data):
         found.append(gradients_with(lambda model: compile_blocks(model, **options), recipe, trained))  # noqa: B023
     for gradients in found[1:]:
         assert_same_gradients(gradients, found[0])
+
+
+@torch.library.custom_op("gtcompile_tests::product", mutates_args=())
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A product of matrices for which there is no FLOP formula."""
+    return x @ y
+
+
+@product.register_fake
+def _(x, y):
+    return x.new_empty(x.shape[0], y.shape[1])
+
+
+def product_backward(ctx, gradient):
+    x, y = ctx.saved_tensors
+    return product(gradient, y.t()), product(x.t(), gradient)
+
+
+product.register_autograd(
+    product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+class Scores(nn.Module):
+    """Compares what a layer returns with codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.codes = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(torch.tanh(self.linear(x)), self.codes).square().mean()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_training_needs_no_flop_formula(compiler):
+    model, batch = Scores(), {"x": torch.randn(4, WIDTH)}
+    with pytest.raises(CaptureError, match=r"gtcompile_tests.*product"):
+        backward_costs(model, batch)
+    run = compiled(model, compiler)
+    for trained in (None, ["codes"], ["linear.bias"]):
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        model.zero_grad()
+        run(**batch).backward()
+        assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_inductor_is_never_told_that_a_tangent_has_a_fixed_address(monkeypatch):
+    told: list[tuple[list[str], list[int]]] = []
+
+    def note(module, example_inputs, **options):
+        names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+        told.append((names, list(options["static_input_idxs"])))
+        return compile_fx_inner(module, example_inputs, **options)
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", note)
+    model, batch = Recipe(("residual",) * 2).model(), make_batch()
+    compile_blocks(model, cut_chains="compile")
+    step(model, batch)
+    train_only(model, ["layers.0.up.weight", "layers.1.down.bias"])
+    step(model, batch)
+    assert len(told) > 1
+    for names, fixed in told:
+        assert [name for name in names if not name.startswith("tangents")] == [names[i] for i in fixed]
+        assert len(fixed) < len(names)
+
+
+SECOND_RUN = """
+from gtcompile import compile_blocks, train_only
+from gtcompile.torch_internals import dynamo_counters
+from tests.support.models import Recipe, make_batch, step
+model, batch = Recipe(("norm",) * 3).model(), make_batch()
+compile_blocks(model)
+for trained in (None, ["layers.1.*"], ["layers.2.norm.*"]):
+    train_only(model, trained)
+    step(model, batch)
+counters = dynamo_counters["inductor"]
+print(counters["fxgraph_cache_miss"], counters["fxgraph_cache_hit"])
+"""
+
+
+def test_a_second_run_compiles_nothing_new(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SECOND_RUN]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert [run.stdout.split() for run in runs] == [["3", "0"], ["0", "3"]], runs[-1].stderr

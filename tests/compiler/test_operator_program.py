@@ -31,7 +31,7 @@ def graph_of(build) -> fx.GraphModule:
     return fx.GraphModule({}, graph)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.sampled_from(DETERMINISTIC), st.data())
 def test_an_excerpt_computes_what_the_graph_does_from_the_inputs_it_needs(recipe, data):
     backward = backward_of(capture_of(recipe))
