@@ -38,7 +38,7 @@ def loss_of(output: Any) -> torch.Tensor:
             f"in it), got {_said(output, loss)}. Does the batch contain labels? "
             f"If the loss is computed outside of the model, pass loss_fn=..."
         )
-    return loss.reshape(())
+    return scalar_loss(loss)
 
 
 def scalar_loss(value: Any) -> torch.Tensor:
