@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 class ValuesMode(FakeTensorMode):
-    """Runs every operator on real values: shapes of fake tensors, and numbers read from them, are the results'.
+    """Runs every operator on real values, which give fake tensors their shapes, and numbers read from them.
 
     So no operator needs a fake kernel. The values are copies, held by this mode until `forget`; after that it
     is an ordinary fake mode.

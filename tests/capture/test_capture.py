@@ -554,7 +554,7 @@ def test_a_table_that_the_forward_caches_on_its_module_is_no_obstacle(where):
     assert (model.table, model.tables) == (None, {})
     model(**make_batch(0, 3, 8)).backward()
     after = capture(model, make_batch(0, 3, 8))
-    assert costs_of(before) == costs_of(after)
+    assert costs_of(before).shared_work == costs_of(after).shared_work
     if where == "attribute":
         assert costs_of(capture(model, make_batch(0, 5, 8))).full_flops > costs_of(after).full_flops
         assert model.table.shape == (3, 1)
