@@ -118,8 +118,9 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """
     if not isinstance(batch, Mapping) or not all(isinstance(key, str) for key in batch):
         raise TypeError(
-            f"expected one batch as the keyword dictionary of the model's forward, got "
-            f"{type(batch).__name__}. For a batch of another kind pass loss_fn=..., a function of the model and the batch."
+            f"expected one batch as the keyword dictionary of the model's forward, "
+            f"got {type(batch).__name__}. For a batch of another kind pass loss_fn=..., "
+            f"a function of the model and the batch."
         )
     signature = inspect.signature(model.forward).parameters
     takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in signature.values())
