@@ -82,7 +82,7 @@ def interface_pass(
         name = edit.__name__
 
         @functools.wraps(edit)
-        def run(given: G, *args: P.args, **kwargs: P.kwargs) -> G:
+        def run(given: G, /, *args: P.args, **kwargs: P.kwargs) -> G:
             _verify(given)
             result = _copy(given, name)
             edit(result, *args, **kwargs)
@@ -114,7 +114,7 @@ def graph_split(
     name = split.__name__
 
     @functools.wraps(split)
-    def run(given: fx.GraphModule, *args: P.args, **kwargs: P.kwargs) -> S:
+    def run(given: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> S:
         before = _signatures(given.graph)
         parts = split(given, *args, **kwargs)
         if _signatures(given.graph) != before:
@@ -139,7 +139,9 @@ def _verify(given: JointGraph | fx.GraphModule) -> None:
 
 def _copy(given: G, name: str) -> G:
     if isinstance(given, JointGraph):
-        return dataclasses.replace(given.copy(), provenance=(*given.provenance, name))
+        return dataclasses.replace(  # type: ignore[return-value]
+            given.copy(), provenance=(*given.provenance, name)
+        )
     return copy_module(given)  # type: ignore[return-value]
 
 

@@ -179,7 +179,7 @@ def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozens
 
 
 def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[int]]:
-    """Per node, in the order of the graph, which of the slots need it; nodes that no slot needs are missing."""
+    """Per node, in the order of the graph, which slots need it; nodes that no slot needs are missing."""
     output = graph.output_node()
     gradients: Any = output.args[0]
     serves: dict[fx.Node, frozenset[int]] = {}

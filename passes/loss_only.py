@@ -16,7 +16,8 @@ def differentiate_loss_only(forward: fx.GraphModule) -> None:
     After:  `return (loss, logits.detach())`, and `loss` alone seeds the backward
 
     Sound if the loss is the only output through which the user differentiates, which only the user can know.
-    A graph without a scalar output stays as it is: before a graph break, say, any output may lead to the loss.
+    A graph without a scalar output stays as it is: before a graph break, say, any output may lead to the
+    loss.
 
     Args:
         forward: as Dynamo captured it, with an `example_value` at every node.

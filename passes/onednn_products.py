@@ -1,7 +1,7 @@
 """Multiply float32 matrices with oneDNN on processors where MKL, torch's default, has no fast code.
 
-MKL uses AVX-512 on Intel's processors only. oneDNN, which torch also contains, uses it on every processor that
-has it: on an AMD EPYC it takes about half the time (`python -m benchmarks.onednn_products`).
+MKL uses AVX-512 on Intel's processors only. oneDNN, which torch also contains, uses it on every processor
+that has it: on an AMD EPYC it takes about half the time (`python -m benchmarks.onednn_products`).
 """
 
 import functools

@@ -81,7 +81,7 @@ def _shape_and_dtype(node: fx.Node) -> tuple[object, object] | None:
 
 
 def _read_constant(graph: fx.Graph, node: fx.Node, zero: fx.Node) -> None:
-    """Give a node a constant zero tensor to read, unless its shape is symbolic: then it reads the original."""
+    """Give a node a constant zero to read; it keeps the original where the shape is symbolic."""
     value = zero.meta["val"]
     if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
         return

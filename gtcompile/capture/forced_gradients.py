@@ -1,4 +1,4 @@
-"""Activations on which the model itself calls `requires_grad_()`, as Wav2Vec2 does for gradient checkpointing.
+"""Activations on which the model calls `requires_grad_()`, as Wav2Vec2 does for gradient checkpointing.
 
 The backward then runs down to them, whatever is trained. So that a joint graph contains that work, a zero is
 added to each of these activations, as one more parameter, and its gradient is traced. The pass

@@ -38,7 +38,7 @@ def loss_of(output: Any) -> torch.Tensor:
             f"in it), got {_said(output, loss)}. Does the batch contain labels? "
             f"If the loss is computed outside of the model, pass loss_fn=..."
         )
-    return loss.reshape(())
+    return scalar_loss(loss)
 
 
 def scalar_loss(value: Any) -> torch.Tensor:
@@ -118,8 +118,9 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """
     if not isinstance(batch, Mapping) or not all(isinstance(key, str) for key in batch):
         raise TypeError(
-            f"expected one batch as the keyword dictionary of the model's forward, got {type(batch).__name__}. "
-            f"For a batch of another kind pass loss_fn=..., a function of the model and the batch."
+            f"expected one batch as the keyword dictionary of the model's forward, "
+            f"got {type(batch).__name__}. For a batch of another kind pass loss_fn=..., "
+            f"a function of the model and the batch."
         )
     signature = inspect.signature(model.forward).parameters
     takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in signature.values())

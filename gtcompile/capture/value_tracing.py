@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 class ValuesMode(FakeTensorMode):
-    """Runs every operator on real values: shapes of fake tensors, and numbers read from them, are the results'.
+    """Runs every operator on real values, which give fake tensors their shapes, and numbers read from them.
 
     So no operator needs a fake kernel. The values are copies, held by this mode until `forget`; after that it
     is an ordinary fake mode.
@@ -111,7 +111,7 @@ def _common_dtype(nested: Any) -> dict[str, torch.dtype]:
 
 
 def _are_counts(arguments: Sequence[Any]) -> bool:
-    """Whether a recurrent layer or a function on sequences is called with sizes or lengths in second place."""
+    """Whether the second argument of a function on sequences is sizes or lengths, as for packed ones."""
     counts = arguments[1] if len(arguments) > 1 else None
     return isinstance(counts, torch.Tensor) and not counts.is_floating_point()
 
@@ -174,7 +174,7 @@ ON_PACKED: Mapping[Callable[..., Any], Callable[..., Any]] = {
 def _lengths_as_tensors(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `ctc_loss` with both lengths as tensors: it writes numbers into the memory of a new one."""
+    """Make tensors of lengths given as numbers: `ctc_loss` would write these into the memory of a tensor."""
     tensors = (*args[:2], *map(torch.as_tensor, args[2:4]), *args[4:])
     return tensors, {
         name: torch.as_tensor(value) if name in ("input_lengths", "target_lengths") else value

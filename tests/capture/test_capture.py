@@ -4,6 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -98,9 +100,10 @@ def test_one_tangent_seeds_the_backward():
     "wrap",
     [
         *(lambda loss: {"loss": loss, "logits": None}, Output, lambda loss: loss.reshape(1)),
-        lambda loss: (loss, loss.expand(3)),
+        *(lambda loss: (loss, loss.expand(3)), lambda loss: (loss, 2 * loss.detach())),
+        lambda loss: (loss.expand(3), loss, None),
     ],
-    ids=["mapping", "attribute", "one element", "first of a tuple"],
+    ids=["mapping", "attribute", "one element", "first of a tuple", "first scalar", "only scalar"],
 )
 def test_the_loss_is_found_where_models_put_it(wrap):
     torch.manual_seed(0)
@@ -111,15 +114,15 @@ def test_the_loss_is_found_where_models_put_it(wrap):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda loss: (loss.expand(3), loss), r"got a tensor of shape \[3\]"),
-        (lambda loss: ((loss,), loss), "got tuple"),
+        (lambda loss: (loss.expand(3), loss, 2 * loss), r"got a tensor of shape \[3\]"),
+        (lambda loss: ((loss,), "none"), "got tuple"),
         (lambda loss: (), "got tuple"),
         (lambda loss: {"logits": loss}, "got dict"),
         (lambda loss: Output(loss=None), "got Output"),
         (lambda loss: loss.expand(3), r"got a tensor of shape \[3\]"),
     ],
     ids=[
-        "tuple of logits",
+        "two scalars behind logits",
         "nested tuple",
         "empty tuple",
         "no loss in the mapping",
@@ -133,7 +136,7 @@ def test_a_model_without_a_scalar_loss_is_refused(wrap, message):
     assert "Does the batch contain labels?" in str(raised.value)
 
 
-def test_a_loss_by_itself_is_found_without_a_capture():
+def test_a_loss_is_found_in_real_outputs():
     loss = torch.tensor([2.0])
     assert loss_of(loss).shape == ()
     assert loss_of({"loss": loss}) == loss_of(Output(loss)) == 2
@@ -221,7 +224,7 @@ def state_of(model: nn.Module) -> dict[str, object]:
         "identity": [(name, id(tensor)) for name, tensor in named],
         "values": [tensor.detach().clone() for _, tensor in named],
         "gradients": [None if t.grad is None else t.grad.clone() for _, t in named],
-        "asks": [tensor.requires_grad for _, tensor in named],
+        "requires_grad": [tensor.requires_grad for _, tensor in named],
         "training": [module.training for module in model.modules()],
         "random": torch.get_rng_state(),
     }
@@ -522,3 +525,75 @@ def test_the_loss_comes_before_what_a_forward_writes_to_its_inputs():
     joint = capture(Writing(), {"x": torch.randn(4, 3)})
     assert joint.forward_outputs == 1
     assert joint.outputs[0].meta["val"].shape == ()
+
+
+class Rotated(Regression):
+    """Caches a table on itself in its first forward, and whenever a batch is longer than the table."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(2)
+        self.where, self.table = where, None
+        self.tables: dict[str, torch.Tensor] = {}
+
+    def forward(self, x, y):
+        torch._dynamo.graph_break()
+        rows = x.shape[-2]
+        if self.where == "attribute":
+            if self.table is None or self.table.shape[0] < rows:
+                self.table = torch.cos(torch.arange(rows, dtype=x.dtype))[:, None]
+            table = self.table
+        else:
+            table = self.tables.setdefault("table", torch.cos(torch.arange(rows, dtype=x.dtype))[:, None])
+        return super().forward(x * table[:rows], y)
+
+
+@pytest.mark.parametrize("where", ["attribute", "dictionary"])
+def test_a_table_that_the_forward_caches_on_its_module_is_no_obstacle(where):
+    model = Rotated(where)
+    before = capture(model, make_batch(0, 3, 8))
+    assert (model.table, model.tables) == (None, {})
+    model(**make_batch(0, 3, 8)).backward()
+    after = capture(model, make_batch(0, 3, 8))
+    assert costs_of(before).shared_work == costs_of(after).shared_work
+    if where == "attribute":
+        assert costs_of(capture(model, make_batch(0, 5, 8))).full_flops > costs_of(after).full_flops
+        assert model.table.shape == (3, 1)
+
+
+@pytest.mark.parametrize("weights_on_meta", [False, True])
+def test_a_batch_on_the_meta_device_costs_what_a_real_one_does(weights_on_meta):
+    recipe = POOL[3]
+    batch = {name: tensor.to("meta") for name, tensor in recipe.batch().items()}
+    joint = capture(meta_twin(recipe) if weights_on_meta else recipe.model(), batch)
+    assert text_of(joint.module) == text_of(capture(recipe.model(), recipe.batch()).module)
+    assert all(tensor.is_meta for tensor in batch.values())
+
+
+def test_a_branch_on_a_batch_on_the_meta_device_is_refused_with_a_true_reason():
+    class Branching(Regression):
+        def forward(self, x, y):
+            return super().forward(x, y) * (2 if x.sum() > 0 else 1)
+
+    batch = {name: tensor.to("meta") for name, tensor in make_batch().items()}
+    with pytest.raises(CaptureError, match="a real batch would do") as raised:
+        capture(Branching(), batch)
+    assert raised.value.without_values
+
+
+def test_an_error_says_what_was_tried_where_docstrings_are_stripped():
+    program = """
+import torch, gtcompile
+class Failing(torch.nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("too warm")
+try:
+    gtcompile.backward_costs(Failing(2, 2), {"x": torch.ones(1, 2)})
+except gtcompile.CaptureError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-OO", "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "could not capture Failing as one graph" in run.stdout
+    assert "  Through Dynamo, as torch.compile captures. " in run.stdout
+    assert "  Operator by operator, with the values of this batch. RuntimeError: too warm" in run.stdout

@@ -1,4 +1,4 @@
-"""Every pass on a graph where it has something to do: it fires, keeps numerics, once is enough, input untouched."""
+"""Every pass on a small graph: it fires, keeps numerics, once is enough, and its input is untouched."""
 
 import ast
 import dataclasses
