@@ -12,7 +12,7 @@ import gtcompile
 
 def main() -> list[tuple[int, int, str]]:
     """Print the ten costliest paths; returns FLOPs, number of nodes and parameter of each."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     with torch.device("meta"):  # shapes suffice: no weights in memory
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes))
     tokens = torch.ones(4, 32, dtype=torch.long)

@@ -280,7 +280,7 @@ def _name_of(node: fx.Node) -> str:
     """`aten.mm`, `higher_order.cond`: what follows `torch.ops.`."""
     target = _operator_run_by(node) or node.target
     if isinstance(target, OpOverload):
-        return target.overloadpacket._qualified_op_name.replace("::", ".")
+        return str(target.overloadpacket._qualified_op_name).replace("::", ".")
     return f"higher_order.{target.name()}" if isinstance(target, HigherOrderOperator) else str(target)
 
 
