@@ -128,7 +128,8 @@ def _trilinear(
     early = [dim for dim in sumdim if dim in expand3 and dim != unroll_dim]
     late = [dim for dim in sumdim if dim not in expand3 and dim != unroll_dim]
     both = [1 if dim in early else max(sizes) for dim, sizes in enumerate(zip(*shapes[:2], strict=True))]
-    return steps * (_summed_product(*shapes[:2], early) + _summed_product(both, shapes[2], late))
+    inner = _summed_product(shapes[0], shapes[1], early) + _summed_product(both, shapes[2], late)
+    return steps * inner
 
 
 def _summed_product(left: Sequence[int], right: Sequence[int], summed: Sequence[int]) -> int:

@@ -52,8 +52,7 @@ def _packet_of(operator: Any) -> Any:
         if packet is None:
             raise ValueError(f"no operator is called {operator!r}; expected 'library::name'. Is it imported?")
         return packet
-    if isinstance(operator, torch.library.CustomOpDef):
-        operator = operator._opoverload
+    operator = getattr(operator, "_opoverload", operator)  # of what `torch.library.custom_op` returns
     if isinstance(operator, OpOverload):
         return operator.overloadpacket
     if isinstance(operator, (OpOverloadPacket, HigherOrderOperator)):

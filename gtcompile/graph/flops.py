@@ -147,7 +147,8 @@ def node_flops(node: fx.Node) -> int:
     """
     if _formula_of(node) is not None:
         return _call_of(node).flops
-    refuse_unknown([node])
+    if is_unknown(node):
+        refuse_unknown([node])
     return max((sum(map(node_flops, _calls_in(graph))) for graph in _subgraphs(node)), default=0)
 
 
@@ -269,12 +270,13 @@ def _does_matmul_like_work(node: fx.Node) -> bool:
         target = _operator_run_by(node) or target
     if isinstance(target, OpOverload):
         namespace, _, name = target.overloadpacket._qualified_op_name.partition("::")
-        return _is_matmul_like(name) or (namespace not in ("aten", "prims") and _reads_two_matrices(node))
+        return is_matmul_like(name) or (namespace not in ("aten", "prims") and _reads_two_matrices(node))
     return isinstance(target, HigherOrderOperator) and _reads_two_matrices(node)
 
 
 @functools.cache
-def _is_matmul_like(name: str) -> bool:
+def is_matmul_like(name: str) -> bool:
+    """Whether an operator of this name multiplies matrices, or does comparable work."""
     return MATMUL_LIKE.search(name) is not None and NOT_MATMUL.search(name) is None
 
 
@@ -291,7 +293,7 @@ def _name_of(node: fx.Node) -> str:
     """`aten.mm`, `higher_order.cond`: what follows `torch.ops.`."""
     target = _operator_run_by(node) or node.target
     if isinstance(target, OpOverload):
-        return target.overloadpacket._qualified_op_name.replace("::", ".")
+        return str(target.overloadpacket._qualified_op_name).replace("::", ".")
     return f"higher_order.{target.name()}" if isinstance(target, HigherOrderOperator) else str(target)
 
 

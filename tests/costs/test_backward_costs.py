@@ -240,3 +240,8 @@ def test_costs_print_as_one_line():
         str(costs)
         == f"{costs.full_flops:.4g} FLOPs a full step, 40.0% of them forward, 4 selectable parameters"
     )
+
+
+def test_costs_are_short_to_look_at():
+    costs = backward_costs(Regression(2), make_batch())
+    assert repr(costs) == f"<BackwardCosts: {costs}>"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gtcompile.costs import dependency_graph
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.costs.dependency_graph import dependencies
 from gtcompile.costs.explain import (
@@ -122,3 +123,18 @@ def test_a_misspelt_name_lists_near_ones():
         explain(joint, fqn[:-1], joint.live)
     with pytest.raises(ValueError, match="has no gradient to train"):
         explain(joint, fqn, frozenset({"weigth"}))
+
+
+def test_explaining_costs_as_many_formulas_whatever_the_number_of_parameters(monkeypatch):
+    joint, calls = capture_of(POOL[0]), []
+    needed_most, counted = node_needed_most(joint), dependency_graph.node_flops
+    monkeypatch.setattr(dependency_graph, "node_flops", lambda node: calls.append(node) or counted(node))
+    why = explain(joint, needed_most, joint.live)
+    assert len(why.freed_flops) > 3
+    assert len(calls) == len(set(calls)) <= len(joint.module.graph.nodes)
+
+
+def node_needed_most(joint: JointGraph) -> str:
+    """The backward node that most parameters need."""
+    nodes = dependencies(joint).nodes(data=True)
+    return max((len(node["parameters"]), name) for name, node in nodes if node["direction"] == "backward")[1]

@@ -1,19 +1,19 @@
-"""FLOP formulas against hand counts, counting in compiled code, and refusals instead of zeros."""
+"""FLOPs of nodes, counting in compiled code, and refusals instead of zeros."""
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from gtcompile import CaptureError, backward_costs
 from gtcompile.capture.capture import capture
-from gtcompile.costs.backward_costs import backward_costs
-from gtcompile.errors import CaptureError
 from gtcompile.graph.flops import (
-    MISSING_FORMULAS,
     count_flops,
+    has_flops,
+    is_matmul_like,
     node_flops,
     output_flops,
-    register_missing_formulas,
+    planning_flops,
 )
 from tests.support.models import Regression, make_batch, step
 
@@ -24,85 +24,6 @@ def counted(function, *args, **kwargs) -> int:
     with FlopCounterMode(display=False) as counter:
         function(*args, **kwargs)
     return counter.get_total_flops()
-
-
-BATCH, HEADS, LENGTH, SOURCE, DIM = 2, 3, 5, 7, 4
-QUERY, KEY = (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, SOURCE, DIM)
-SCORES = 2 * BATCH * HEADS * LENGTH * SOURCE * DIM
-"""FLOPs of queries times keys; the weights times the values cost as much."""
-
-
-def attention(requires_grad=False) -> torch.Tensor:
-    query, key, value = (torch.randn(shape, requires_grad=requires_grad) for shape in (QUERY, KEY, KEY))
-    return nn.functional.scaled_dot_product_attention(query, key, value)
-
-
-def attention_backward() -> int:
-    output = attention(requires_grad=True)
-    return counted(output.sum().backward)
-
-
-def square(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
-
-
-def grouped(*shapes: tuple[int, ...]) -> int:
-    """The formula itself: its kernel needs bfloat16 and alignments that say nothing about FLOPs."""
-    left, right, out = shapes
-    return MISSING_FORMULAS["aten::_grouped_mm"](left, right, out_shape=out)
-
-
-HAND_COUNTS = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": (lambda: counted(attention), 2 * SCORES),
-    # recomputed scores, dV, dP, dQ, dK
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (attention_backward, 5 * SCORES),
-    "aten::mv": (lambda: counted(torch.mv, square(3, 4), square(4)), 2 * 3 * 4),
-    "aten::addmv": (lambda: counted(torch.addmv, square(3), square(3, 4), square(4)), 2 * 3 * 4),
-    "aten::dot": (lambda: counted(torch.dot, square(5), square(5)), 2 * 5),
-    "aten::vdot": (lambda: counted(torch.vdot, square(5), square(5)), 2 * 5),
-    "aten::addr": (lambda: counted(torch.addr, square(3, 4), square(3), square(4)), 2 * 3 * 4),
-    "aten::addbmm": (
-        lambda: counted(torch.addbmm, square(3, 5), square(2, 3, 4), square(2, 4, 5)),
-        2 * 2 * 3 * 4 * 5,
-    ),
-    "aten::linalg_solve_triangular": (
-        lambda: counted(
-            torch.linalg.solve_triangular, square(4, 4).tril() + 4 * torch.eye(4), square(4, 3), upper=False
-        ),
-        4 * 4 * 3,
-    ),
-    "aten::_grouped_mm": (lambda: grouped((10, 4), (3, 4, 5), (10, 5)), 2 * 10 * 4 * 5),
-    "transformers::grouped_mm_fallback": (
-        lambda: MISSING_FORMULAS["transformers::grouped_mm_fallback"]((10, 4), (3, 4, 5)),
-        2 * 10 * 4 * 5,
-    ),
-    "transformers::grouped_mm_fallback_backward": (
-        lambda: MISSING_FORMULAS["transformers::grouped_mm_fallback_backward"]((10, 4), (3, 4, 5)),
-        2 * 2 * 10 * 4 * 5,
-    ),
-}
-"""Operator -> what is counted, and what a hand counts."""
-
-
-def test_every_registered_formula_has_a_hand_count():
-    assert HAND_COUNTS.keys() == MISSING_FORMULAS.keys()
-
-
-@pytest.mark.parametrize("name", MISSING_FORMULAS)
-def test_a_registered_formula_counts_what_a_hand_counts(name):
-    count, expected = HAND_COUNTS[name]
-    assert count() == expected
-
-
-def test_the_weight_gradients_of_grouped_products_contract_over_the_rows():
-    assert grouped((4, 10), (10, 5), (3, 4, 5)) == 2 * 4 * 10 * 5
-
-
-def test_formulas_torch_has_already_are_left_alone():
-    register_missing_formulas()  # a library imported since may have brought operators
-    before = dict(flop_registry)
-    register_missing_formulas()
-    assert flop_registry == before
 
 
 def test_a_node_counts_what_flop_counter_mode_counts():
@@ -175,6 +96,18 @@ mystery_product.register_autograd(
 )
 
 
+@torch.library.custom_op("gtcompile_tests::mystery_gemv", mutates_args=())
+def mystery_gemv(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
+mystery_gemv.register_fake(lambda x: x.new_empty(x.shape[:-1]))
+mystery_gemv.register_autograd(
+    lambda ctx, grad: grad.unsqueeze(-1).expand(ctx.shape),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "shape", inputs[0].shape),
+)
+
+
 @torch.library.custom_op("gtcompile_tests::gate", mutates_args=())
 def gate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x * w
@@ -198,21 +131,33 @@ class Custom(nn.Module):
 
 def test_an_unknown_operator_over_two_matrices_is_refused():
     with pytest.raises(
-        CaptureError, match=r"gtcompile_tests.mystery_product.* has no FLOP formula"
-    ) as raised:
+        CaptureError, match=r"no FLOP formula is known .*gtcompile_tests.mystery_product \(1x\)"
+    ):
         backward_costs(Custom(mystery_product, 4, 3), {"x": torch.randn(5, 4)})
-    assert "register_flop_formula(torch.ops.gtcompile_tests.mystery_product)" in str(raised.value)
 
 
-def test_an_unknown_operator_with_a_formula_of_the_users_is_counted():
-    packet = torch.ops.gtcompile_tests.mystery_product
-    flop_registry[packet] = lambda x, w, *_, out_val=None, **__: 2 * x.numel() * w.shape[-1]
-    try:
-        costs = backward_costs(Custom(mystery_product, 4, 3), {"x": torch.randn(5, 4)})
-    finally:
-        del flop_registry[packet]
-    assert costs.forward_flops == 2 * 5 * 4 * 3
-    assert costs.full_flops == 2 * costs.forward_flops
+def test_every_unknown_operator_is_named_at_once_and_how_to_register_it():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, x):
+            return mystery_gemv(mystery_product(mystery_product(x, self.weight), self.weight)).sum()
+
+    with pytest.raises(CaptureError) as raised:
+        backward_costs(Both(), {"x": torch.randn(5, 4)})
+    for name, calls in (("mystery_product", 2), ("mystery_gemv", 1)):
+        assert f"gtcompile_tests.{name} ({calls}x)" in str(raised.value)
+        assert f"gtcompile.register_flops(torch.ops.gtcompile_tests.{name}, formula)" in str(raised.value)
+
+
+def test_an_unknown_operator_needs_no_formula_to_plan_with():
+    joint = capture(Custom(mystery_product, 4, 3), {"x": torch.randn(5, 4)})
+    target = torch.ops.gtcompile_tests.mystery_product.default
+    (node,) = joint.module.graph.find_nodes(op="call_function", target=target)
+    assert has_flops(node)
+    assert planning_flops(node) == 5 * 3
 
 
 def test_an_unknown_operator_that_works_element_by_element_counts_nothing():
@@ -220,17 +165,81 @@ def test_an_unknown_operator_that_works_element_by_element_counts_nothing():
     assert costs.full_flops == 0
 
 
-def test_an_unknown_matmul_of_torchs_own_is_refused():
-    class Distances(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.centers = nn.Parameter(torch.randn(3, 4))
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_scaled_mm_v2", True),
+        ("spsolve", True),
+        ("miopen_rnn", True),
+        ("mkldnn_convolution", True),
+        ("_linalg_svd", True),
+        ("_fft_r2c", True),
+        ("convert_element_type", False),
+        ("upsample_bilinear2d", False),
+        ("constant_pad_nd", False),
+        ("slice_inverse", False),
+        ("celu", False),
+        ("addcmul", False),
+        ("lu_unpack", False),
+        ("mkldnn_reorder_conv2d_weight", False),
+    ],
+)
+def test_names_of_matmul_like_operators_are_recognised(name, expected):
+    assert is_matmul_like(name) is expected
 
-        def forward(self, x):
-            return torch.cdist(x, self.centers).mean()
 
-    with pytest.raises(CaptureError, match=r"cdist.* does matmul-like work"):
-        backward_costs(Distances(), {"x": torch.randn(5, 4)})
+def branch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, lambda x, w: x @ w, lambda x, w: (x @ w) @ w, (x, w))
+
+
+def test_a_conditional_counts_as_its_costlier_branch():
+    costs = backward_costs(Custom(branch, 8, 8), {"x": torch.randn(4, 8)})
+    assert costs.forward_flops == 2 * (2 * 4 * 8 * 8)
+
+
+def looped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    step = torch._higher_order_ops.map
+    return step(lambda row, w: (row.unsqueeze(0) @ w).squeeze(0), x, w)
+
+
+def test_a_loop_over_products_is_refused():
+    with pytest.raises(CaptureError, match=r"higher_order\.map_impl"):
+        backward_costs(Custom(looped, 8, 8), {"x": torch.randn(4, 8)})
+
+
+@pytest.mark.parametrize("backend", ["specialized", "hoisted", "aot_eager"])
+def test_operators_run_in_order_by_another_are_run_and_counted(backend):
+    model = Custom(lambda x, w: torch.linalg.cholesky(w @ w.T + torch.eye(6)), 6, 6)
+    costs, batch = backward_costs(model, {"x": torch.randn(1)}), {"x": torch.randn(1)}
+    torch.compiler.reset()
+    if backend == "aot_eager":
+        compiled = torch.compile(model, backend=backend)
+    else:
+        compiled = torch.compile(
+            model, backend="gtcompile", options={"compiler": "eager", "variants": backend}
+        )
+    compiled(**batch).backward()
+    with count_flops() as counter:
+        compiled(**batch).backward()
+    assert counter.get_total_flops() == costs.full_flops > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [("run_and_save_rng_state", 0), ("run_with_rng_state", 1), ("graphsafe_run_with_rng_state", 0)],
+)
+def test_a_product_run_with_a_random_state_is_counted(name, position):
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    arguments = [aten.mm.default, x, w]
+    node = graph.call_function(
+        getattr(torch.ops.higher_order, name),
+        (*([None] * position), *arguments),
+        {"rng_state": None} if name.startswith("graphsafe") else {},
+    )
+    for each, shape in ((x, (3, 4)), (w, (4, 5)), (node, (3, 5))):
+        each.meta["val"] = torch.empty(shape, device="meta")
+    assert node_flops(node) == 2 * 3 * 4 * 5
 
 
 @pytest.mark.parametrize("variants", ["specialized", "hoisted"])
