@@ -13,7 +13,7 @@ from benchmarks.quality.data import Batches, demo_data, read_scitldr
 from benchmarks.quality.report import paired_interval, summarise
 from gtcompile.tools.models.loading import load_language_model
 
-TINY = ["--tiny", "--compiler", "none", "--steps", "4", "--batch-size", "2", "--evaluations", "2"]
+TINY = ["--tiny", "--compiler", "none", "--steps", "2", "--batch-size", "2", "--evaluations", "1"]
 TINY += ["--measured", "2", "--selections", "1", "--save-every", "1", "--threads", "1", "--seeds", "0"]
 
 
@@ -28,7 +28,7 @@ class EndedError(Exception):
 
 
 def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is_not(tmp_path, monkeypatch):
-    arms = ["--arms", "full", "sampled", "--budgets", "0.7", "--purposes", "steps"]
+    arms = ["--arms", "sampled", "--budgets", "0.7", "--purposes", "steps", "--steps", "3"]
     straight = tiny(tmp_path / "straight", *arms)
     advance, steps = runs._Training.advance, []
 
@@ -39,7 +39,7 @@ def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is
         advance(training)
 
     monkeypatch.setattr(runs._Training, "advance", ends_in_its_second_step)
-    for _ in range(20):
+    for _ in range(5):
         steps.clear()
         try:
             broken = tiny(tmp_path / "broken", *arms)
@@ -55,7 +55,7 @@ def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is
 
 
 def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
-    arms = ["--arms", "full", "last_layers", "--purposes", "steps"]
+    arms = ["--arms", "full", "last_layers", "--purposes", "steps", "--steps", "1"]
     first = tiny(tmp_path, *arms)
     file = tmp_path / "runs.jsonl"
     lines = file.read_text("utf-8").splitlines()
@@ -73,7 +73,7 @@ def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_t
     rows = tiny(tmp_path, "--arms", "full", "last_layers", "--budgets", "0.5", "--purposes", "flops")
     (full,) = (row for row in rows.values() if row["arm"] == "full")
     (longer,) = (row for row in rows.values() if row["arm"] == "last_layers")
-    assert (full["steps"], longer["steps"]) == (4, 8)
+    assert (full["steps"], longer["steps"]) == (2, 4)
     assert 0.9 * full["flops"] < longer["flops"] <= full["flops"]
     assert full["flops_fraction"] == 1.0
 

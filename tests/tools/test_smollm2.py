@@ -10,8 +10,8 @@ from gtcompile.tools.models.loading import load_config, load_model
 
 def small_model(directory):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
-    config.num_attention_heads = config.num_key_value_heads = 2
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
