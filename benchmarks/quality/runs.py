@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality.arms import ARMS
+from benchmarks.quality.arms import ARMS, unchanged
 from benchmarks.quality.data import Batch, Batches, Data, Text
 from gtcompile import (
     AdaptiveBackprop,
@@ -125,7 +125,7 @@ class _Training:
         self._run, self._setting, self._full = chosen, setting, full
         arm = ARMS[chosen.arm]
         self._model = arm.prepare(setting.load()).to(setting.device)
-        own = backward_costs(self._model, _example(setting))
+        own = full if arm.prepare is unchanged else backward_costs(self._model, _example(setting))
         if setting.compiler is not None:
             compile_blocks(self._model, compiler=setting.compiler)
         trainable = [p for p in self._model.parameters() if p.requires_grad]

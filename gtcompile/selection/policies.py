@@ -9,7 +9,7 @@ step: cheap steps save FLOPs for costly ones.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 import torch
 
@@ -285,7 +285,7 @@ def find_policy(policy: "str | Policy | Choose") -> Policy:
             )
         return NAMES[policy]
     if not isinstance(policy, type) and hasattr(policy, "plan"):
-        return policy
+        return cast("Policy", policy)
     if callable(policy) and not isinstance(policy, type):
         return Function(policy)
     raise TypeError(

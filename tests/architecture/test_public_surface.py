@@ -21,9 +21,9 @@ SIGNATURES = {
     "backward_costs": (["model", "batch"], ["loss_fn"]),
     "dependency_graph": (["model", "batch"], ["loss_fn"]),
     "register_flops": (["operator", "formula"], []),
-    "measure_importance": (["model", "optimizer", "batches"], []),
+    "measure_importance": (["model", "optimizer", "batches"], ["loss_fn"]),
     "select_parameters": (["costs", "importance", "budget_fraction"], ["always", "never"]),
-    "AdaptiveBackprop": (["model", "optimizer", "budget_fraction"], []),
+    "AdaptiveBackprop": (["model", "optimizer", "budget_fraction"], ["policy", "loss_fn"]),
 }
 """Leading positional parameters, and keyword-only ones that must exist."""
 ATTRIBUTES = {
@@ -35,7 +35,7 @@ ATTRIBUTES = {
         "minimum_budget_fraction",
     ],
     "Selection": ["trained", "step_flops", "budget_flops", "importance", "importance_bound"],
-    "AdaptiveBackprop": ["reselect", "state_dict", "load_state_dict"],
+    "AdaptiveBackprop": ["reselect", "step", "state_dict", "load_state_dict"],
 }
 
 

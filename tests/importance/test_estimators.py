@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gtcompile.errors import CaptureError, GTCompileError
-from gtcompile.importance.estimators import measure_importance
-from gtcompile.state.trained_set import train_only, trained_parameters
+from gtcompile import CaptureError, GTCompileError, measure_importance, train_only, trained_parameters
 
 OPTIMIZERS = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1),

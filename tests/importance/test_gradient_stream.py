@@ -6,7 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from gtcompile.errors import GTCompileError
+from gtcompile import GTCompileError
 from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
 
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gtcompile.costs.backward_costs import BackwardCosts, SharedWork
+from gtcompile import BackwardCosts, BudgetError, GTCompileError, select_parameters
+from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.costs.budgets import budget_flops, written_budget
-from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.graph.joint_graph import Parameter
 from gtcompile.selection import knapsack
 from gtcompile.selection.knapsack import inclusion_pairs, solve_knapsack
-from gtcompile.selection.selection import parameters_to_measure, select_parameters
+from gtcompile.selection.selection import parameters_to_measure
 
 FLOPS = st.one_of(st.just(0), st.integers(1, 50), st.integers(1, 10**15), st.integers(10**14, 10**14 + 9))
 IMPORTANCE = st.one_of(st.just(0.0), st.integers(-3, 9).map(float), st.floats(-1.0, 5.0, width=32))

@@ -2,7 +2,8 @@
 
 import torch
 
-from gtcompile.costs.backward_costs import BackwardCosts, SharedWork
+from gtcompile import BackwardCosts
+from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.graph.joint_graph import Parameter
 
 

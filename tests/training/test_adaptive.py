@@ -10,12 +10,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig, OPTForCausalLM
 
-from gtcompile.costs.backward_costs import backward_costs
-from gtcompile.errors import BudgetError, CaptureError, GTCompileError
-from gtcompile.importance.estimators import measure_importance
-from gtcompile.selection.selection import select_parameters
-from gtcompile.state.trained_set import train_only, trained_parameters
-from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile import (
+    AdaptiveBackprop,
+    BudgetError,
+    CaptureError,
+    GTCompileError,
+    backward_costs,
+    measure_importance,
+    select_parameters,
+    train_only,
+    trained_parameters,
+)
 
 
 class Regression(nn.Module):
@@ -182,6 +187,23 @@ def test_costs_are_captured_once_per_shape(monkeypatch):
     narrow = adaptive.reselect(make_batches(size=4))
     assert len(captured) == 2
     assert narrow.full_flops * 4 == adaptive.history[0].full_flops
+
+
+class OnTheHost:
+    """A value that only moving turns into the tensor a model needs, as a batch on another device is."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def to(self, device):
+        return self.tensor.to(device)
+
+
+def test_batches_are_moved_to_the_models_device_before_costs_are_captured():
+    _, _, adaptive = make_regression()
+    _, _, expected = make_regression()
+    elsewhere = [{name: OnTheHost(tensor) for name, tensor in each.items()} for each in make_batches()]
+    assert adaptive.reselect(elsewhere) == expected.reselect(make_batches())
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_selected():

@@ -47,17 +47,17 @@ def _convert(file: Path, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     begun = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        weights = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
+        folder, name = file.parent, file.name
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         # A model read from GGUF calls itself quantized and refuses to be saved; a new one of its
         # configuration does not.
-        config = AutoConfig.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(weights)
+        model.load_state_dict(read.state_dict())
         model.save_pretrained(begun)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(begun)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(begun)
         try:
             begun.rename(directory)
         except OSError:  # another process converted it meanwhile

@@ -1,0 +1,134 @@
+"""The comparison of methods: resumable at any moment, paired by seed, one data pipeline for all."""
+
+import json
+import math
+from itertools import islice
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from benchmarks.quality import compare, runs
+from benchmarks.quality.data import Batches, demo_data, read_scitldr
+from benchmarks.quality.report import paired_interval, summarise
+from gtcompile.tools.models.loading import load_language_model
+
+TINY = ["--tiny", "--compiler", "none", "--steps", "2", "--batch-size", "2", "--evaluations", "1"]
+TINY += ["--measured", "2", "--selections", "1", "--save-every", "1", "--threads", "1", "--seeds", "0"]
+
+
+def tiny(folder, *more):
+    compare.main([*TINY, "--output", str(folder), *more])
+    rows = map(json.loads, (folder / "runs.jsonl").read_text("utf-8").splitlines())
+    return {row["key"]: row for row in rows}
+
+
+class EndedError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is_not(tmp_path, monkeypatch):
+    arms = ["--arms", "sampled", "--budgets", "0.7", "--purposes", "steps", "--steps", "3"]
+    straight = tiny(tmp_path / "straight", *arms)
+    advance, steps = runs._Training.advance, []
+
+    def ends_in_its_second_step(training):
+        steps.append(1)
+        if len(steps) == 2:
+            raise EndedError
+        advance(training)
+
+    monkeypatch.setattr(runs._Training, "advance", ends_in_its_second_step)
+    for _ in range(5):
+        steps.clear()
+        try:
+            broken = tiny(tmp_path / "broken", *arms)
+            break
+        except EndedError:
+            continue
+    assert broken.keys() == straight.keys()
+    for key, row in straight.items():
+        for name in ("loss", "flops", "measuring_flops", "train_losses"):
+            assert broken[key][name] == row[name]
+    for name in ("table.md", "loss_by_flops.svg", "loss_by_flops.png", "loss_by_seconds.svg"):
+        assert (tmp_path / "broken" / name).stat().st_size > 100
+
+
+def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
+    arms = ["--arms", "full", "last_layers", "--purposes", "steps", "--steps", "1"]
+    first = tiny(tmp_path, *arms)
+    file = tmp_path / "runs.jsonl"
+    lines = file.read_text("utf-8").splitlines()
+    file.write_text(lines[0] + "\n" + lines[1][:40], "utf-8")
+    run, again = compare.run, []
+    monkeypatch.setattr(compare, "run", lambda chosen, *rest: again.append(chosen.arm) or run(chosen, *rest))
+    second = tiny(tmp_path, *arms)
+    assert again == ["last_layers"]
+    assert {key: row["loss"] for key, row in second.items()} == {
+        key: row["loss"] for key, row in first.items()
+    }
+
+
+def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_tuning_spends(tmp_path):
+    rows = tiny(tmp_path, "--arms", "full", "last_layers", "--budgets", "0.5", "--purposes", "flops")
+    (full,) = (row for row in rows.values() if row["arm"] == "full")
+    (longer,) = (row for row in rows.values() if row["arm"] == "last_layers")
+    assert (full["steps"], longer["steps"]) == (2, 4)
+    assert 0.9 * full["flops"] < longer["flops"] <= full["flops"]
+    assert full["flops_fraction"] == 1.0
+
+
+def test_other_data_in_the_same_folder_is_refused(tmp_path):
+    tiny(tmp_path, "--arms", "full", "--purposes", "steps")
+    with pytest.raises(SystemExit, match="other batch_size; choose another folder"):
+        compare.main([*TINY, "--output", str(tmp_path), "--batch-size", "3"])
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return Batches(load_language_model("demo", weights=False).tokenizer, size=2, length=40)
+
+
+def test_every_method_sees_the_same_batches_and_another_seed_others(batches):
+    def drawn(seed):
+        return [b["input_ids"].tolist() for b in islice(batches.training(demo_data().train, seed), 40)]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+    assert drawn(0)[:32] != drawn(0)[32:], "the second pass has the order of the first"
+
+
+def test_only_summaries_are_labelled_and_rows_have_one_length(batches):
+    batch = batches.batch(demo_data().train[:2])
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 40)}
+    labelled = batch["labels"] >= 0
+    assert (batch["labels"][labelled] == batch["input_ids"][labelled]).all()
+    assert 0 < labelled.sum() < batch["attention_mask"].sum()
+
+
+def test_scitldr_is_read_as_its_authors_publish_it(tmp_path):
+    row = {"source": ["One.", "Two."], "target": ["Short.", "Other."]}
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, "target": [name]}) + "\n", "utf-8")
+    data = read_scitldr(tmp_path)
+    assert (data.train[0].source, data.search[0].target, data.test[0].target) == ("One. Two.", "dev", "test")
+
+
+def row(arm, seed, loss, purpose="steps"):
+    shared = {"budget": None, "learning_rate": 1e-4, "steps": 10, "flops_fraction": 1.0}
+    return {"arm": arm, "seed": seed, "loss": loss, "purpose": purpose, **shared}
+
+
+def test_differences_are_paired_by_seed():
+    rows = [row("full", 0, 2.0), row("full", 1, 3.0), row("lora", 1, 3.2), row("lora", 0, 2.1)]
+    full, lora = summarise(rows)
+    assert (full.name, full.difference, full.interval) == ("full", None, None)
+    assert lora.difference == pytest.approx(0.15)
+    # Student's t of one degree of freedom at 97.5 % is 12.706; the error of the mean is 0.05.
+    assert lora.interval == pytest.approx(12.706 * 0.05, rel=1e-3)
+
+
+def test_one_seed_has_no_interval():
+    assert paired_interval([0.1]) is None
+    assert summarise([row("full", 0, 2.0), row("lora", 0, 2.5)])[1].interval is None
+    assert math.isfinite(paired_interval([0.1, 0.2]))
