@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import Workload
-from gtcompile.compiler.blocks import compile_blocks, find_blocks
+from gtcompile import compile_blocks
+from gtcompile.compiler.blocks import find_blocks
 
 CALLS = 2000
 """The fastest of so many calls counts, since other work on the machine only adds time."""

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 
 from benchmarks.measurement import in_fresh_process, verdict
 from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
+from gtcompile import BackwardCosts, select_parameters
 from gtcompile.capture.capture import capture
-from gtcompile.costs.backward_costs import BackwardCosts, costs_of
-from gtcompile.selection.selection import select_parameters
+from gtcompile.costs.backward_costs import costs_of
 from gtcompile.tools.bench.measurement import describe_machine
 from gtcompile.tools.common.known_importances import draw_importance
 

@@ -11,9 +11,8 @@ from rich.table import Table
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from gtcompile.compiler.blocks import compile_blocks
+from gtcompile import compile_blocks, train_only
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 
 LAYERS, VOCABULARY, LENGTH = 8, 32, 16
 TOP = ("layers.6.", "layers.7.")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
 from benchmarks.paper.selection import BudgetComparison, compare_budgets
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import backward_costs
 from gtcompile.tools.common.known_importances import draw_importance
 
 STEPS = 5 * 1992 // 4

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.zoo.models import Architecture, read_architectures
+from gtcompile import BackwardCosts, CaptureError, backward_costs, compile_blocks, train_only
 from gtcompile.capture.model_io import loss_of
-from gtcompile.compiler.blocks import compile_blocks, find_blocks
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.errors import CaptureError
+from gtcompile.compiler.blocks import find_blocks
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import reference_gradients
 from gtcompile.torch_internals import dynamo_counters
 

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from gtcompile.errors import BudgetError, GTCompileError
+from gtcompile import BudgetError, GTCompileError
 from gtcompile.tools.finetune import loop
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.run import compare_with_full, finetune

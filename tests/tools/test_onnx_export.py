@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from benchmarks.onnx_training import train_in_onnx_runtime, train_in_torch
-from gtcompile.errors import CaptureError
+from gtcompile import CaptureError
 from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.onnx import command, onnx_graph, training_step
 from gtcompile.tools.onnx.convolution import convolution_gradients
