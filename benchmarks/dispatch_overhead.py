@@ -1,4 +1,4 @@
-"""What it takes to dispatch one call of a hoisted region, beside a plain compiled block of the same shape."""
+"""The time to dispatch one call of a hoisted region, compared with a plain compiled block."""
 
 import time
 from collections.abc import Mapping
@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import Workload
-from gtcompile.compiler.blocks import compile_blocks, find_blocks
+from gtcompile import compile_blocks
+from gtcompile.compiler.blocks import find_blocks
 
 CALLS = 2000
-"""Calls of which the fastest counts: what else runs on the machine only ever adds."""
+"""The fastest of so many calls counts, since other work on the machine only adds time."""
 CALLS_PER_TURN = 200
-"""Of one block before the other's turn."""
+"""Calls of one block before the other block's turn."""
 WARM_UP = 5
-"""Calls before those timed: removing the hook, say, may have Dynamo look again."""
+"""Untimed first calls; removing a hook may make Dynamo check its guards again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallTimes:
-    """The fastest call of one block so small that its arithmetic takes no time."""
+    """The fastest call of a block that is so small that its arithmetic takes no time."""
 
     forward_us: float
     """Microseconds."""
@@ -33,18 +34,18 @@ class Dispatch:
     """One block compiled in two ways."""
 
     plain: CallTimes
-    """By `torch.compile`."""
+    """The block compiled by `torch.compile`."""
     hoisted: CallTimes
-    """By `compile_blocks`."""
+    """The block compiled by `compile_blocks`."""
 
     @property
     def forward_us(self) -> float:
-        """Microseconds that a call of the region takes more than plain compiled code."""
+        """Additional microseconds of a call of the region."""
         return self.hoisted.forward_us - self.plain.forward_us
 
     @property
     def backward_us(self) -> float:
-        """Microseconds its backward takes more, most of it the launches of weight gradients one by one."""
+        """Additional microseconds of its backward, mostly for launching weight gradients one by one."""
         return self.hoisted.backward_us - self.plain.backward_us
 
 
@@ -61,7 +62,7 @@ def measure_dispatch(workload: Workload, calls: int = CALLS) -> Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call of one block with what its model hands to it."""
+    """A call of one block with the arguments that its model passes."""
 
     block: nn.Module
     hidden: torch.Tensor
@@ -69,7 +70,7 @@ class _Call:
     named: Mapping[str, object]
 
     def input(self) -> torch.Tensor:
-        """The hidden states with a history, as if eager code had computed them."""
+        """Hidden states with autograd history, as if eager code had computed them."""
         return self.hidden * 1
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ class _Call:
 
 
 def _call_of(model: nn.Module, workload: Workload) -> _Call:
-    """A call of the model's second block; the model has compiled it before it returns."""
+    """Record the call of the model's second block; the model compiles it meanwhile."""
     given: list[_Call] = []
     block = model.get_submodule(list(find_blocks(model))[1])
 
@@ -93,7 +94,7 @@ def _call_of(model: nn.Module, workload: Workload) -> _Call:
 
 
 def _fastest(blocks: Mapping[str, _Call], calls: int) -> dict[str, CallTimes]:
-    """Of each block, in turns."""
+    """Time the fastest call of each block, the blocks taking turns."""
     for call in blocks.values():
         for _ in range(WARM_UP):
             call(call.input()).sum().backward()
@@ -111,11 +112,11 @@ def _fastest(blocks: Mapping[str, _Call], calls: int) -> dict[str, CallTimes]:
 
 
 def _forward_seconds(call: _Call) -> float:
-    hidden = call(call.hidden)  # as in a model, where another block has computed them
+    hidden = call(call.hidden)  # as in a model, where the previous block computes them
     start = time.perf_counter()
     output = call(hidden)
     taken = time.perf_counter() - start
-    del output  # not timed: it takes its graph down
+    del output  # freeing the graph is not timed
     return taken
 
 

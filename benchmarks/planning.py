@@ -17,20 +17,20 @@ from transformers import PretrainedConfig
 
 from benchmarks.measurement import in_fresh_process, verdict
 from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
+from gtcompile import BackwardCosts, select_parameters
 from gtcompile.capture.capture import capture
-from gtcompile.costs.backward_costs import BackwardCosts, costs_of
-from gtcompile.selection.selection import select_parameters
+from gtcompile.costs.backward_costs import costs_of
 from gtcompile.tools.bench.measurement import describe_machine
 from gtcompile.tools.common.known_importances import draw_importance
 
 BUDGETS = (0.36, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of a full step's FLOPs to select for."""
 SECONDS = {"OPT-2.7B": 15.0, "FLAN-T5-XL": 60.0}
-"""What planning may take in all, by model."""
+"""Seconds that planning may take, by model."""
 GIGABYTES = {"OPT-2.7B": 3.0}
-"""Peak memory that planning may reach, by model."""
+"""Peak memory that planning may reach, in GB by model."""
 SELECTION_SECONDS = 1.0
-"""What one selection may take."""
+"""Seconds that one selection may take."""
 Result = TypeVar("Result")
 
 
@@ -39,27 +39,27 @@ class TimedSelection:
     """One selection, timed."""
 
     budget: float
-    """Share of a full step's FLOPs, asked for."""
+    """Share of a full step's FLOPs that may be spent."""
     spent: float
     """Share of a full step's FLOPs that the selection takes."""
     seconds: float
     """Wall time."""
     cpu_seconds: float
-    """Processor time, which a busy machine stretches less."""
+    """Processor time, which a busy machine changes less."""
     gap: float
-    """What may be missing to the best selection; 0.0 when proven the best."""
+    """Largest possible distance to the best selection; 0.0 when proven the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """What it took to plan for one model, in a process of its own."""
+    """Time and memory to plan for one model in its own process."""
 
     model: str
     """Name in `PAPER_MODELS`."""
     nodes: int
-    """Of the joint graph."""
+    """Nodes of the joint graph."""
     parameters: int
-    """That can be selected."""
+    """Parameters that can be selected."""
     stages: tuple[tuple[str, float], ...]
     """Name and wall seconds of each stage before selection."""
     selections: tuple[TimedSelection, ...]

@@ -10,11 +10,11 @@ from rich.table import Table
 from benchmarks.measurement import in_turns, median_interval, verdict
 from benchmarks.paper.models import build_on_meta
 from benchmarks.workloads import Workload, everything_compiled, hoisted_blocks
+from gtcompile import select_parameters
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.costs.explain import saved_bytes as predicted_saved_bytes
 from gtcompile.graph.joint_graph import JointGraph
-from gtcompile.selection.selection import select_parameters
 from gtcompile.tools.bench.baselines import Candidate, eager, plain_blocks
 from gtcompile.tools.bench.measurement import Spread, ratios, spread
 from gtcompile.tools.bench.steady_state import EAGER, HOISTED, PLAIN, SteadyState, Trial

@@ -62,9 +62,9 @@ LIMIT_TRIES = 10
 MEDIAN_SWITCH, WORST_SWITCH = 1.2, 2.0
 """Ordinary steps that the first step with a new set may take."""
 DISPATCH_MICROSECONDS = 30.0
-"""What dispatching one call of a region may take."""
+"""Microseconds that dispatching one call of a region may take."""
 FLAT = 1.25
-"""How many times as long as the shallowest model any other may take to compile."""
+"""Most compile time of any model, in compile times of the shallowest one."""
 OURS = "gtcompile, hoisted blocks"
 EAGER = "eager, requires_grad_"
 TWICE = (OURS, EAGER)
@@ -209,7 +209,7 @@ class Compiled:
     depth: int
     """Blocks."""
     seconds: float
-    """By which the first step is longer than a later one."""
+    """Difference between the first step and a later one."""
     done: Compilations
 
 
@@ -298,7 +298,7 @@ class Effort:
     rounds: int
     """Rounds of the steady state: each trial takes one turn in a round, each duel several."""
     seed: int
-    """Of trained sets and importances."""
+    """Seed of trained sets and importances."""
     depths: Sequence[int] = DEPTHS
     budgets: Sequence[float] = BUDGETS
 

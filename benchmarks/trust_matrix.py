@@ -1,4 +1,4 @@
-"""Known failures of freezing, measured in three ways to freeze: `python -m benchmarks.trust_matrix`."""
+"""Known failures of freezing, measured for three ways to freeze: `python -m benchmarks.trust_matrix`."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -11,17 +11,16 @@ from rich.table import Table
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from gtcompile.compiler.blocks import compile_blocks
+from gtcompile import compile_blocks, train_only
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 
 LAYERS, VOCABULARY, LENGTH = 8, 32, 16
 TOP = ("layers.6.", "layers.7.")
-"""What the last two blocks' parameters are called."""
+"""Parts of the names of the last two blocks' parameters."""
 SETS = 12
 """More sets than the eight that Dynamo compiles for one function by default."""
 ALLOWED_WITH_CHECKPOINTING = 1.35
-"""Backward FLOPs with checkpointing over those without, where trained blocks alone are recomputed."""
+"""Most backward FLOPs with checkpointing, relative to those without, if only trained blocks recompute."""
 
 
 class Probe(nn.Module):
@@ -44,7 +43,7 @@ class Way:
 
     name: str
     compile: Callable[[nn.Module], Any]
-    """Makes of a model what a step calls."""
+    """Compiles a model; returns what a step calls."""
     choose: Callable[[nn.Module, Collection[str]], object]
     """Trains exactly the named parameters from now on."""
     compiled: bool
@@ -76,11 +75,11 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one way did in one scenario."""
+    """The result of one way in one scenario."""
 
     right: bool
     seen: str
-    """In a few words."""
+    """The result in a few words."""
 
 
 def build() -> OPTForCausalLM:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
 from benchmarks.paper.selection import BudgetComparison, compare_budgets
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import backward_costs
 from gtcompile.tools.common.known_importances import draw_importance
 
 STEPS = 5 * 1992 // 4
@@ -27,12 +27,12 @@ BUDGETS = (0.4, 0.5, 0.7)
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the paper says full fine-tuning takes."""
+    """The paper's cost of full fine-tuning."""
 
     peta: float
     """1e15 multiply-adds over the run."""
     target: float
-    """What the true graph should cost, 1e15 multiply-adds; differs where the paper is mistaken."""
+    """Cost of the true graph, 1e15 multiply-adds; differs where the paper is mistaken."""
     tolerance: float
     """Relative difference to the target that rounding explains."""
 
@@ -45,12 +45,8 @@ PUBLISHED: Mapping[str, Published] = {
     "BLOOMZ-3B": Published(47.2, 47.2, 0.01),
     "FLAN-T5-XL": Published(21.7, 24.4, 0.01),
 }
-"""By name in `PAPER_MODELS`."""
+"""Published costs by name in `PAPER_MODELS`."""
 
-HOW_TO_READ = (
-    "paper / ours: what the paper's dynamic programming and select_parameters spend on the true graph, as a "
-    "share of a full step's FLOPs, for random importances (seed 0)."
-)
 WHY_T5_DIFFERS = (
     "FLAN-T5-XL: the paper charges the keys and values of cross-attention at the decoder's length of 64, "
     "though they are computed from all 512 source positions; its 21.7 P should be 24.4 P."
@@ -59,7 +55,7 @@ WHY_T5_DIFFERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCost:
-    """Full fine-tuning of one model, and what budgets come to."""
+    """The cost of full fine-tuning of one model, and what each budget spends."""
 
     model: str
     """Name of the model."""
@@ -68,7 +64,7 @@ class ModelCost:
     minimum: float
     """Smallest share of a full step's FLOPs that trains anything."""
     budgets: Mapping[float, BudgetComparison | None]
-    """By the share asked for, what each method spends; None below the minimum."""
+    """What each method spends, by budget; None below the minimum."""
 
 
 def cost_model(

@@ -12,25 +12,23 @@ import torch
 from torch import nn
 
 from benchmarks.zoo.models import Architecture, read_architectures
+from gtcompile import BackwardCosts, CaptureError, backward_costs, compile_blocks, train_only
 from gtcompile.capture.model_io import loss_of
-from gtcompile.compiler.blocks import compile_blocks, find_blocks
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.errors import CaptureError
+from gtcompile.compiler.blocks import find_blocks
 from gtcompile.graph.flops import count_flops
-from gtcompile.state.trained_set import train_only
 from gtcompile.testing import reference_gradients
 from gtcompile.torch_internals import dynamo_counters
 
 Scope = Literal["whole", "blocks"]
 Compiler = Literal["eager", "inductor"]
 SHARES = (0.15, 0.5, 0.9)
-"""Of the parameters that receive gradients, in the trained sets."""
+"""Sizes of the trained sets, as shares of the parameters that receive gradients."""
 SEED = 0
-"""Of every step: some models route tokens at random, with dropout or without."""
+"""Seed of every step, since some models route tokens at random even without dropout."""
 TOLERANCE: Mapping[str, float] = {"eager": 1e-6, "inductor": 2e-4}
 """Greatest allowed difference of a gradient, in units of the model's largest gradient."""
 DOUBLE_TOLERANCE = 1e-8
-"""The same in double precision, where a wrong gradient stays wrong and rounding all but disappears."""
+"""Tolerance in double precision, where rounding almost vanishes and a wrong gradient stays wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,7 @@ class Mode:
     """How a model is compiled."""
 
     scope: Scope
-    """As one region, or each repeated block."""
+    """Whether the model is one region, or each repeated block is."""
     compiler: Compiler
 
     def __str__(self) -> str:
@@ -64,7 +62,7 @@ MODES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What came of checking one model in one mode."""
+    """The result of checking one model in one mode."""
 
     name: str
     family: str
@@ -72,20 +70,20 @@ class Checked:
     regions: int = 0
     """Graphs that Dynamo captured."""
     parameters: int = 0
-    """That receive a gradient."""
+    """Parameters that receive a gradient."""
     sets: int = 0
     """Trained sets whose gradients were compared."""
     gradient_difference: float = 0.0
     """Greatest absolute difference of a gradient, over the model's largest gradient."""
     double_difference: float | None = None
-    """The same in double precision; None where nothing was to be settled."""
+    """The difference in double precision; None if single precision was enough."""
     loss_difference: float = 0.0
     """Greatest absolute difference of a loss."""
     flops_difference: int | None = None
     """Greatest difference between predicted and counted FLOPs of a step; None when there is no prediction."""
     seconds: float = 0.0
     failure: str = ""
-    """What went wrong, or why there is no prediction; empty when all is right."""
+    """The error, or the reason why there is no prediction; empty if everything is right."""
 
     @property
     def right(self) -> bool:
@@ -106,7 +104,7 @@ NO_BLOCKS = "no repeated blocks"
 def check(architecture: Architecture, mode: Mode, dtype: torch.dtype = torch.float32) -> Checked:
     """Build a model, compile it, and compare three random trained sets with eager freezing.
 
-    Never raises: what goes wrong is part of the result.
+    Errors do not raise; they are part of the result.
     """
     start = time.perf_counter()
     result = Checked(name=architecture.name, family=architecture.family, mode=str(mode))
@@ -142,7 +140,7 @@ def _check(architecture: Architecture, mode: Mode, dtype: torch.dtype, result: C
         loss_difference = max(loss_difference, float((loss - eager_loss).abs()))
         worst = max(worst, gradient_difference(model, expected) / largest)
         if costs is not None:
-            for _ in range(2):  # what follows a graph break may be captured anew in the first
+            for _ in range(2):  # code after a graph break may be captured again in the first pass
                 model.zero_grad()
                 with count_flops() as counter:
                     _step(run, batch)
@@ -161,7 +159,7 @@ def _check(architecture: Architecture, mode: Mode, dtype: torch.dtype, result: C
 
 
 def settle(architecture: Architecture, result: Checked) -> Checked:
-    """A result; where its gradients differ by more than they may, what they do in double precision."""
+    """Check a result again in double precision if its gradients differ by more than the tolerance."""
     if result.right or result.sets < len(SHARES):
         return result
     torch.compiler.reset()
@@ -206,7 +204,7 @@ def gradient_difference(model: nn.Module, expected: Mapping[str, torch.Tensor]) 
 
 
 def plain_failure(architecture: Architecture) -> str:
-    """What is wrong with a step of `torch.compile(model, backend="aot_eager")`; empty when nothing is."""
+    """The error of a step of `torch.compile(model, backend="aot_eager")`; empty if it is right."""
     torch.compiler.reset()
     try:
         model, batch = architecture.build(), architecture.batch()
@@ -221,7 +219,7 @@ def plain_failure(architecture: Architecture) -> str:
 
 
 def check_named(path: Path, name: str, mode: str) -> Checked:
-    """Check one model of a file; when it is not right, say what plain `aot_eager` makes of it."""
+    """Check one model of a file; if it is not right, add the result of plain `aot_eager`."""
     torch.set_num_threads(1)
     architecture = read_architectures(path)[name]
     result = settle(architecture, check(architecture, MODES[mode]))

@@ -16,9 +16,9 @@ ARCHITECTURES = Path(__file__).parent / "architectures.json"
 FURTHER = ARCHITECTURES.with_name("further.json")
 """Models of other kinds, for text, images, sound and several of them, with values and inputs."""
 TOKEN_IDS = {"shape": [2, 16], "integers": [3, 99]}
-"""Below are padding and the ends of a sequence."""
+"""Ids below 3 are padding and the ends of a sequence."""
 TOKENS = {"input_ids": TOKEN_IDS, "labels": TOKEN_IDS}
-"""The inputs of an entry that says nothing: random tokens, and the same as labels."""
+"""The default inputs: random tokens, also used as labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class Architecture:
     """A model class of transformers and a configuration that makes it tiny."""
 
     name: str
-    """Of the model class."""
+    """Name of the model class."""
     family: str
     """transformers' `model_type`."""
     config_class: str
     values: Mapping[str, Any]
-    """Of the configuration."""
+    """Values of the configuration."""
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=lambda: TOKENS)
-    """Of the model, by name; `example_input` makes them."""
+    """Descriptions of the model's inputs for `example_input`, by name."""
 
     def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model with random weights, the same every time, in training mode, without dropout."""

@@ -28,7 +28,7 @@ REMARK = re.compile(r"(right|-|\*\*WRONG\*\*)(?: \(in double precision (\S+)\))?
 
 
 def check_in_process(path: Path, name: str, family: str, mode: str) -> Checked:
-    """Check a model where neither a crash nor an endless loop does harm."""
+    """Check a model in its own process, so that a crash or an endless loop does no harm."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.zoo.check"])
     ours, theirs = context.Pipe()
@@ -67,7 +67,7 @@ def table(results: Iterable[Checked]) -> str:
 
 
 def read_table(text: str) -> list[Checked]:
-    """What the rows of a table say, to the digits they have."""
+    """Read the rows of a table, to the digits that they have."""
     _, _, rows = text.partition(HEADER)
     return [_read_row(row) for row in rows.splitlines()[2:]]
 
@@ -94,7 +94,7 @@ def _read_row(row: str) -> Checked:
 
 
 def with_table(text: str, results: Sequence[Checked]) -> str:
-    """A file with its table anew: what is written above the table stays, but for the lines of the summary."""
+    """Replace the table in a file; the text above it stays, except for the lines of the summary."""
     heading, _, _ = text.partition(HEADER)
     for line in summary(results):
         mode = line.partition(":")[0]

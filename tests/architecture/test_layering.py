@@ -1,6 +1,7 @@
 """Imports point one way, by room; private torch names and bare folders do not appear where they may not."""
 
 import ast
+import collections
 import functools
 import re
 from collections.abc import Iterator
@@ -186,6 +187,11 @@ def test_private_torch_names_enter_through_torch_internals_alone():
 )
 def test_a_private_name_is_recognised(name, private):
     assert is_private_torch(name) is private
+
+
+def test_a_folder_of_tools_has_at_most_fourteen_modules():
+    counts = collections.Counter(path.parent for module, path in SOURCES.items() if room(module) == "tools")
+    assert {folder.name: n for folder, n in counts.items() if n > 14} == {}
 
 
 def test_nothing_imports_the_bare_folders_or_the_benchmarks():

@@ -6,7 +6,7 @@ from transformers import OPTConfig, T5Config
 
 from benchmarks.paper.costs import STEPS, ModelCost, cost_model, cost_table, main
 from benchmarks.paper.models import PAPER_MODELS, build_on_meta, make_batch
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import backward_costs
 
 TINY_OPT = {
     "vocab_size": 64,

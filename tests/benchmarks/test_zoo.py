@@ -9,10 +9,9 @@ from benchmarks.zoo import check as zoo_check
 from benchmarks.zoo import table
 from benchmarks.zoo.check import MODES, NO_BLOCKS, Checked, check
 from benchmarks.zoo.models import FURTHER, example_input, read_architectures
+from gtcompile import AdaptiveBackprop, compile_blocks
 from gtcompile.capture.model_io import loss_of
-from gtcompile.compiler.blocks import compile_blocks
 from gtcompile.graph.flops import count_flops
-from gtcompile.training.adaptive import AdaptiveBackprop
 
 ARCHITECTURES = read_architectures()
 OTHERS = read_architectures(FURTHER)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, ViTConfig
 from typer.testing import CliRunner, Result
 
+from gtcompile import BudgetError
 from gtcompile.cli import app
-from gtcompile.errors import BudgetError
 from gtcompile.tools.bench.command import bench
 from gtcompile.tools.bench.measurement import Timed, alternate, ratios, spread
 from gtcompile.tools.bench.options import BenchOptions

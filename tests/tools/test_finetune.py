@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from gtcompile.errors import BudgetError, GTCompileError
+from gtcompile import BudgetError, GTCompileError
 from gtcompile.tools.finetune import loop
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.run import compare_with_full, finetune
@@ -256,8 +256,8 @@ def test_weights_that_the_checkpoint_lacks_are_told(settings: Settings, tmp_path
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("layers.1.fc1.weight")}
     model.save_pretrained(tmp_path / "lacking", state_dict=weights)
     lacking = load_language_model(str(tmp_path / "lacking"))
-    assert lacking.begun_anew == ("model.decoder.layers.1.fc1.weight",)
-    assert load_language_model(settings.model).begun_anew == ()
+    assert lacking.random_weights == ("model.decoder.layers.1.fc1.weight",)
+    assert load_language_model(settings.model).random_weights == ()
 
 
 def test_weights_of_other_shapes_and_broken_files_are_refused_by_name(

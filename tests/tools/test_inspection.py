@@ -9,9 +9,9 @@ from rich.console import Console
 from torch import nn
 from transformers import FSMTConfig, FSMTForConditionalGeneration, LlamaConfig, T5Config
 
+from gtcompile import BudgetError
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
-from gtcompile.errors import BudgetError
 from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.finetune import run_report
 from gtcompile.tools.finetune.progress import Reporter

@@ -115,7 +115,7 @@ def test_a_difference_names_what_comes_and_goes(model: Path) -> None:
         (("--filter", "layer.1"), "matches no parameter"),
         (("--why", "model.decoder.layers.1.fc1.weigth"), "model.decoder.layers.1.fc1.weight"),
         (("--diff", "all", "model.decoder.layers.1.fc1.weigth"), "model.decoder.layers.1.fc1.weight"),
-        (("--diff", "1", "2"), "epoch 1 is of a run"),
+        (("--diff", "1", "2"), "only a run has an epoch 1"),
         (("--sort", "colour"), "expected one of name, cost"),
         (("--top", -1), "--top: expected at least 0"),
         (("--html", "no/such/folder/report.html"), "there is no folder"),

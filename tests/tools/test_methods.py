@@ -6,8 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from gtcompile.costs.backward_costs import BackwardCosts, SharedWork
-from gtcompile.errors import BudgetError
+from gtcompile import BackwardCosts, BudgetError
+from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.graph.joint_graph import Parameter
 from gtcompile.tools.finetune.methods import last_blocks
 

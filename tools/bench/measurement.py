@@ -23,7 +23,7 @@ class Spread:
     high: float
 
     def __truediv__(self, unit: float) -> "Spread":
-        """The same measurements in another unit."""
+        """Convert to another unit."""
         return Spread(self.median / unit, self.low / unit, self.high / unit)
 
     def __str__(self) -> str:

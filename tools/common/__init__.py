@@ -1,1 +1,1 @@
-"""What several of the tools share."""
+"""Helpers that several tools share."""

@@ -1,18 +1,18 @@
-"""Sentences in a terminal: broken between words there, one a line where another program reads them."""
+"""Print sentences: wrapped between words on a terminal, one per line for another program."""
 
 import textwrap
 
 from rich.console import Console
 
 INDENT = 2
-"""Columns by which what follows the first line of a sentence is indented."""
+"""Indentation of the second and later lines of a sentence."""
 
 
 def say(console: Console, *lines: str) -> None:
     """Print sentences; a word longer than the terminal stays whole, so that paths can be copied.
 
     Args:
-        console: where to; only where it is a terminal is anything broken.
+        console: where to print; only a terminal gets wrapped lines.
         *lines: sentences; their own line breaks and indentation are kept.
     """
     for line in "\n".join(lines).split("\n") if lines else ():

@@ -1,8 +1,7 @@
-"""Examples as token ids, and batches of them that all have one shape.
+"""Examples as token ids, and batches that all have one shape.
 
-One shape means one compilation and one cost. So every batch is padded to the longest training example of the
-run, rounded up to a multiple of 8, and not to the limit; the last batch of an epoch is filled with copies
-that carry no label.
+One shape means one compilation and one cost. Every batch is padded to the longest training example of the
+run, rounded up to a multiple of 8; the last batch of an epoch is filled with copies without labels.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ class Encoded:
     """One example as token ids."""
 
     prompt: tuple[int, ...]
-    """What the model reads: the decoder's prompt with its cue, or the encoder's input."""
+    """The decoder's prompt with its cue, or the encoder's input."""
     answer: tuple[int, ...]
     """The first reference, with the end-of-sequence token unless it was cut."""
 
@@ -32,20 +31,20 @@ class Encoder:
     """Turns examples into token ids within the length limits."""
 
     tokenizer: PreTrainedTokenizerBase
-    """Of the model."""
+    """The tokenizer of the model."""
     format: TaskFormat
-    """Gives the prompt's cue."""
+    """The format of the dataset, with the prompt's cue."""
     encoder_decoder: bool
-    """Whether the prompt has an encoder of its own."""
+    """Whether the model is an encoder-decoder."""
     max_length: int
-    """Tokens of an encoder's input, or of a decoder's prompt and answer together."""
+    """Most tokens of an encoder's input, or of a decoder's prompt and answer together."""
     max_new_tokens: int
-    """Tokens of an answer."""
+    """Most tokens of an answer."""
 
     def __call__(self, example: Example) -> Encoded:
-        """Encode one example; a source that is too long loses its end, cue and answer keep their place.
+        """Encode one example. If the source is too long, its end is cut; cue and answer stay whole.
 
-        The parts are tokenized one by one, so that generation has exactly the prompt of training.
+        The parts are tokenized one by one, so that generation gets exactly the prompt of training.
         """
         answer = self._answer(example.references[0])
         if self.encoder_decoder:
@@ -76,21 +75,21 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collator:
-    """Stacks encoded examples to batches of one shape."""
+    """Stacks encoded examples into batches of one shape."""
 
     encoder_decoder: bool
-    """Whether labels are a sequence of their own."""
+    """Whether the model is an encoder-decoder, whose labels are a separate sequence."""
     pad_token: int
-    """Token id that fills up; masked out of attention and loss."""
+    """Token id of the padding, which is masked out of attention and loss."""
     batch_size: int
     """Rows of every batch."""
     input_length: int
     """Columns of `input_ids`."""
     target_length: int
-    """Columns of `labels`; a decoder's are those of `input_ids`."""
+    """Columns of `labels`; for a decoder the same as `input_length`."""
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch of at most `batch_size` examples, filled up with unlabelled copies of the first."""
+        """A batch of the examples, filled up to `batch_size` with unlabelled copies of the first."""
         missing = self.batch_size - len(examples)
         inputs = [self._inputs(example) for example in examples]
         labels = [_padded(self._labels(example), self.target_length, IGNORED) for example in examples]
@@ -124,7 +123,7 @@ def _padded(ids: Sequence[int], length: int, fill: int) -> list[int]:
 def collator_for(
     examples: Sequence[Encoded], *, encoder_decoder: bool, pad_token: int, batch_size: int, limit: int
 ) -> Collator:
-    """The collator whose batches just hold the longest example, in multiples of 8 tokens up to `limit`."""
+    """A collator for batches as long as the longest example, rounded up to multiples of 8 up to `limit`."""
     prompt = max(len(example.prompt) for example in examples)
     answer = max(len(example.answer) for example in examples)
     whole = max(len(example.prompt) + len(example.answer) for example in examples)
@@ -145,9 +144,9 @@ def _round_up(length: int, limit: int) -> int:
 def epoch_order(
     count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, ranks: int = 1
 ) -> list[list[int]]:
-    """Indices of each batch of one epoch: every example once, in an order that seed and epoch decide.
+    """Indices of the examples in each batch of one epoch; seed and epoch decide the order.
 
-    Several ranks share them; so that all have as many, up to `ranks` - 1 come twice.
+    Ranks share the examples. Up to `ranks` - 1 examples come twice, so that all ranks have equally many.
 
     >>> sorted(sum(epoch_order(5, 2, seed=0, epoch=0), []))
     [0, 1, 2, 3, 4]

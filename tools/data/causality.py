@@ -1,4 +1,4 @@
-"""Whether a model sees what it is to predict."""
+"""Check that a model does not see the tokens that it predicts."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,21 @@ from transformers import PreTrainedModel
 from gtcompile.state.restore import restored
 
 TOLERANCE = 1e-5
-"""Share of the largest logit by which rounding alone may differ."""
+"""Difference that rounding may cause, as a share of the largest logit."""
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Refuse a model whose logits depend on later tokens: it would learn to copy what it is to predict.
+    """Refuse a model whose logits depend on later tokens: it would learn to copy the tokens it predicts.
 
-    Nothing in the model changes; dropout is off meanwhile.
+    The check runs without dropout and changes nothing in the model.
 
     Args:
         model: takes `input_ids` and returns logits of rows x tokens x vocabulary.
-        ids: some text; its last token is replaced by another.
+        ids: any text; the check replaces its last token.
 
     Raises:
-        ValueError: another last token changes the logits before it.
+        ValueError: replacing the last token changes earlier logits.
     """
     if len(ids) < 2:
         return

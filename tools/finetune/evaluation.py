@@ -1,4 +1,4 @@
-"""Let a model answer, and score the answers against all references."""
+"""Generate answers, and score them against all references."""
 
 import re
 import string
@@ -26,13 +26,13 @@ def generate_answers(
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda answered: None,
 ) -> list[str]:
-    """Answer every prompt by greedy or beam search.
+    """Generate an answer to every prompt by greedy or beam search.
 
     Args:
-        model: not compiled; its training mode is restored.
+        model: the model without compiled code; its training mode is restored.
         tokenizer: of the model.
-        prompts: in any order; batches are made of prompts of like length.
-        max_new_tokens: tokens an answer may have.
+        prompts: in any order; prompts of similar length share a batch.
+        max_new_tokens: most tokens of an answer.
         num_beams: 1 for greedy search.
         batch_size: prompts answered at once.
         on_progress: called with the number of prompts answered so far.
@@ -72,7 +72,7 @@ def _generate(
     max_new_tokens: int,
     num_beams: int,
 ) -> list[str]:
-    """Answer one batch; prompts are padded on the left, so that every answer begins at the same column."""
+    """Answer one batch; prompts are padded on the left, so that all answers begin in the same column."""
     length = max(len(prompt) for prompt in prompts)
     pads = [length - len(prompt) for prompt in prompts]
     ids = [[tokenizer.pad_token_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
@@ -90,7 +90,7 @@ def _generate(
 
 
 def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Score answers; each counts against the reference it fits best.
+    """Score answers, each against its best reference.
 
     Args:
         metric: `rouge` for ROUGE-1, ROUGE-2 and ROUGE-L (F-measure, stemmed), or `exact match`.
@@ -112,7 +112,7 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
 
 
 def matches(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether the answer equals one of the references but for case, articles, punctuation and spaces."""
+    """Whether the answer equals a reference, apart from case, articles, punctuation and spaces."""
     return normalise(answer) in {normalise(reference) for reference in accepted}
 
 

@@ -23,8 +23,10 @@ class Method(Protocol):
 
     adapts: bool
     """Whether a later selection can differ from the first."""
-    importance: Mapping[str, float]
-    """The importances of the last selection by FQN; empty if the method measures none."""
+
+    @property
+    def importance(self) -> Mapping[str, float]:
+        """The importances of the last selection by FQN; empty if the method measures none."""
 
     def select(self, batches: Sequence[Batch]) -> Selection:
         """Choose a trained set, and train it from now on."""
@@ -69,7 +71,11 @@ class FixedMethod:
 
     def __init__(self, model: nn.Module, *, budget: float | None) -> None:
         self._model, self._budget = model, budget
-        self.importance: Mapping[str, float] = {}
+
+    @property
+    def importance(self) -> Mapping[str, float]:
+        """Empty, since nothing is measured."""
+        return {}
 
     def select(self, batches: Sequence[Batch]) -> Selection:
         """Choose by the costs of a step with the first batch."""

@@ -1,4 +1,4 @@
-"""What a step costs, what a budget would train or a run trained, and what of it is shown."""
+"""An inspection: costs, trained set and importances of a model, and the rows that are shown of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,31 +15,31 @@ from gtcompile.tools.runs.run_record import RunRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What a step costs and what a budget would train, or a run trained."""
+    """The costs of a step, and the set that a budget would train or a run trained."""
 
     model: str
-    """As asked for."""
+    """The model's name on the command line."""
     architecture: str
     """Class of the model."""
     batch: str
-    """The shape that FLOPs are quoted for."""
+    """The batch shape in words; all FLOPs are for this shape."""
     joint: JointGraph
-    """As captured, every gradient live."""
+    """The joint graph as captured, every gradient live."""
     costs: BackwardCosts
-    """Of every trained set."""
+    """The costs of any trained set."""
     importance: Mapping[str, float]
-    """By FQN."""
+    """Importances by FQN."""
     importance_origin: str
-    """Where the importances come from."""
+    """Origin of the importances in words."""
     selection: Selection
-    """The best for these importances, or what a run trained last."""
+    """The best selection for these importances, or the last one of a run."""
     run: RunRecord | None = None
-    """The run that was inspected."""
+    """The inspected run, if it is one."""
     values: str | None = None
-    """Whose values decide which way the forward takes; None where it takes the same for all."""
+    """The values that decided which branch the forward took; None if it does not branch on data."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One per parameter, in registration order.
+        """One row per parameter, in registration order.
 
         `dw_flops` is what only this parameter's gradient needs. `marginal_flops` is what a step loses without
         it where it is trained, and would gain with it where it is frozen.
@@ -61,7 +61,7 @@ class Inspection:
         ]
 
     def own_flops(self) -> dict[str, int]:
-        """FLOPs that only one parameter's gradient needs, by FQN; absent where there are none."""
+        """FLOPs that only one parameter's gradient needs, by FQN; parameters without any are absent."""
         return {next(iter(w.parameters)): w.flops for w in self.costs.shared_work if len(w.parameters) == 1}
 
     def _marginal(self, fqn: str) -> int:
@@ -75,7 +75,7 @@ class Inspection:
         return "trained" if fqn in self.selection.trained else "frozen"
 
     def blocks(self) -> list[dict[str, Any]]:
-        """One per block, in registration order: what it has and what of it is trained."""
+        """One row per block, in registration order: all of it, and the trained part."""
         blocks: dict[str, dict[str, Any]] = {}
         for row in self.rows():
             keys = ("parameters", "trained", "elements", "trained_elements", "dw_flops", "trained_dw_flops")
@@ -91,7 +91,7 @@ class Inspection:
         return list(blocks.values())
 
     def totals(self) -> dict[str, Any]:
-        """FLOPs of one step against the budget, bytes saved for backward, and how good the plan is."""
+        """FLOPs of one step and of the budget, bytes saved for backward, importance and its bound."""
         backward = self.costs.full_flops - self.costs.forward_flops
         dw = sum(self.own_flops().values())
         return {
@@ -109,7 +109,7 @@ class Inspection:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
+        """The inspection as plain values, for `--json`."""
         return {
             "model": self.model,
             "architecture": self.architecture,
@@ -122,13 +122,13 @@ class Inspection:
         }
 
     def lines(self) -> list[str]:
-        """What the figures stand for, in words."""
+        """An explanation of the figures, one sentence per line."""
         least = self.costs.full_flops, self.costs.cheapest_step_flops
-        way = f"the forward branches on data; all of this is of the way it takes with {self.values}"
+        way = f"the forward branches on data; all figures are for the branch it takes with {self.values}"
         return [
             *([way] if self.values else []),
             f"FLOPs of one training step on batches of {self.batch}, 2 per multiply-add",
             f"smallest budget that trains anything: {written_budget(*least)}",
             f"importance: {self.importance_origin}",
-            "dW FLOPs: what that gradient alone needs; marginal: what a step gains with it, or loses without",
+            "dW FLOPs: work that only this gradient needs; marginal: FLOPs that training it adds to a step",
         ]

@@ -26,7 +26,7 @@ def report_data(inspection: Inspection) -> dict[str, Any]:
     return {
         "model": inspection.model,
         "architecture": inspection.architecture,
-        "batch": _told(inspection),
+        "batch": _batch_in_words(inspection),
         "origin": inspection.importance_origin,
         "totals": inspection.totals(),
         "parameters": [
@@ -51,7 +51,7 @@ def report_data(inspection: Inspection) -> dict[str, Any]:
 
 
 class Numbering:
-    """Gives each name a number, in the order they come."""
+    """Numbers names in the order of their first use."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -61,7 +61,7 @@ class Numbering:
 
     @property
     def names(self) -> list[str]:
-        """By number."""
+        """The names in the order of their numbers."""
         return list(self._numbers)
 
 
@@ -93,14 +93,14 @@ def _nodes(
     ]
 
 
-def _told(inspection: Inspection) -> str:
-    """The batch in words, and which way the forward takes where it branches on data."""
-    way = f"; the forward branches on data, and is shown as it runs with {inspection.values}"
+def _batch_in_words(inspection: Inspection) -> str:
+    """The batch in words, and which branch the forward takes if it branches on data."""
+    way = f"; the forward branches on data, and the branch it takes with {inspection.values} is shown"
     return inspection.batch + (way if inspection.values else "")
 
 
 def _plans(inspection: Inspection, number: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One per epoch in which a run selected, or the one plan of an inspection."""
+    """One plan per selection of a run, or the one plan of an inspection."""
     chosen = inspection.selection
     if inspection.run is None:
         plan = {

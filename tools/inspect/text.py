@@ -1,4 +1,4 @@
-"""An inspection in a terminal: readable at 100 columns, and without colour."""
+"""An inspection as text: readable at 100 columns and without colour."""
 
 import fnmatch
 import re
@@ -20,13 +20,13 @@ from gtcompile.tools.inspect.inspection import Inspection
 from gtcompile.tools.inspect.options import ORDERS, check_order
 
 BAR, SHORT_BAR = 20, 10
-"""Characters of a full bar, and of one on a narrow terminal."""
+"""Characters of a full bar, on a wide and on a narrow terminal."""
 NARROW = 100
-"""Below so many columns bars are short and shapes are left out, so that names have room."""
+"""On fewer columns, bars are short and shapes are left out, so that names have room."""
 LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-"""Of every table: a name of 46 characters stays in one piece at 100 columns."""
+"""Style of every table; a name of 46 characters fits on one line at 100 columns."""
 LISTED = 6
-"""Names of a long list that are written out."""
+"""Names of a long list that are printed."""
 
 
 def show(
@@ -35,11 +35,11 @@ def show(
     """Print the model, its costs, the plan by block and the parameters worth a row.
 
     Args:
-        console: where to.
+        console: where to print.
         inspection: what to print.
         only: path segments, shell-style, that parameters must have: `layers.1` is not `layers.10`.
         order: `name` or a key of `ORDERS`.
-        top: parameters to list at most; 0 for all.
+        top: most parameters to list; 0 for all.
         blocks: whether to print the plan by block.
 
     Raises:
@@ -72,10 +72,10 @@ def headline(inspection: Inspection) -> str:
 
 
 def chosen_rows(inspection: Inspection, only: str | None, order: str) -> list[dict[str, Any]]:
-    """Rows of the parameters that have these path segments, in this order.
+    """Rows of the parameters with these path segments, in this order.
 
     Raises:
-        ValueError: none has, or the order is unknown.
+        ValueError: no parameter has them, or the order is unknown.
     """
     check_order(order)
     rows = inspection.rows()
@@ -144,25 +144,25 @@ def _blocks(blocks: Sequence[dict[str, Any]], length: int) -> Table:
 
 
 def bar(share: float, length: int = BAR) -> str:
-    """A bar of so many characters; anything above 0 shows, and only 1 fills it."""
+    """A bar of `length` characters; any share above 0 shows, and only 1 fills it."""
     full = min(round(share * length), length if share >= 1 else length - 1)
     full = max(full, 1) if share > 0 else 0
     return "█" * full + "·" * (length - full)
 
 
 def percentage(share: float) -> str:
-    """A share in whole percent; like a bar, 100% is all of it and 0% none."""
+    """A share in whole percent; only 1 is 100% and only 0 is 0%."""
     return f"{share:.0%}" if share in (0.0, 1.0) else f"{min(max(share, 0.01), 0.99):.0%}"
 
 
 @dataclass(frozen=True, slots=True)
 class DottedName:
-    """A name in a table; where it has to be broken, it is broken before a dot."""
+    """A name in a table; a line break in it comes before a dot."""
 
     name: str
 
     def lines(self, width: int) -> list[str]:
-        """The name in lines of this many characters, or of one segment where that is longer."""
+        """The name in lines of at most `width` characters, or of one segment if that is longer."""
         lines = [""]
         for segment in re.split(r"(?=\.)", self.name):
             if lines[-1] and len(lines[-1] + segment) > width:
@@ -207,21 +207,21 @@ def size(count: int) -> str:
 
 
 def trained_set(inspection: Inspection, text: str) -> frozenset[str]:
-    """A trained set as it is written on a command line.
+    """Read a trained set from the command line.
 
     Args:
-        inspection: whose parameters are meant.
+        inspection: of the model.
         text: `plan`, `all`, `none`, the number of a run's epoch, or FQNs and patterns with commas between.
 
     Raises:
-        ValueError: a pattern that matches nothing, or an epoch that is not there.
+        ValueError: a pattern matches nothing, or there is no such epoch.
     """
     words = {"plan": inspection.selection.trained, "all": inspection.costs.fqns, "none": frozenset[str]()}
     if text in words:
         return words[text]
     if text.isdecimal():
         if inspection.run is None:
-            raise ValueError(f"epoch {text} is of a run; inspect its output folder to name one")
+            raise ValueError(f"--diff: only a run has an epoch {text}; inspect its output folder to name one")
         return frozenset(inspection.run.selection_at(int(text))["trained"])
     return match_patterns(inspection.costs.names, [part.strip() for part in text.split(",")])
 
@@ -230,7 +230,7 @@ def show_why(console: Console, inspection: Inspection, subject: str) -> None:
     """Print why a node, or the gradient of a parameter, is computed in this plan or not.
 
     Raises:
-        ValueError: nothing is called that.
+        ValueError: there is no such node or parameter.
     """
     why = explain(inspection.joint, subject, inspection.selection.trained)
     say(console, f"why {subject}?", *why_lines(why), "")
@@ -261,10 +261,10 @@ def why_lines(why: Explanation) -> list[str]:
 
 
 def show_difference(console: Console, inspection: Inspection, before: str, after: str) -> None:
-    """Print what changes from one trained set to another.
+    """Print the changes from one trained set to another.
 
     Raises:
-        ValueError: as for `trained_set`.
+        ValueError: a pattern matches nothing, or there is no such epoch.
     """
     sets = [trained_set(inspection, text) for text in (before, after)]
     say(console, *difference_lines(compare_trained_sets(inspection.joint, *sets), before, after))

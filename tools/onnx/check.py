@@ -1,4 +1,4 @@
-"""An exported training step run in ONNX Runtime on a batch it never saw, beside eager PyTorch."""
+"""Compare an exported training step in ONNX Runtime with eager PyTorch on a fresh batch."""
 
 import importlib.util
 import tempfile
@@ -18,26 +18,26 @@ from gtcompile.testing import reference_gradients
 from gtcompile.tools.onnx.onnx_graph import is_large, write
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
-"""How far a gradient may be off: of its own largest element, and of the largest of all gradients.
+"""Largest allowed error of a gradient, relative to its own largest element and to that of all gradients.
 
-The second is for parameters like a bias of keys, whose gradient is nothing but rounding."""
+The second is for parameters such as the bias of attention keys, whose gradient is only rounding."""
 
 SHAPES = "constants made from the captured batch are the usual cause; try attn_implementation='eager'"
-"""Why a step that takes the same way for every batch is wrong for another one."""
+"""The usual cause if a step without branches on data is wrong for another batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How near an exported step came to eager PyTorch on one batch."""
+    """How closely an exported step agrees with eager PyTorch on one batch."""
 
     loss: float
     """Relative difference of the losses."""
     gradient: float
     """Largest difference of a gradient, relative to the largest element of all gradients."""
     worst: str
-    """The parameter it was seen at."""
+    """The parameter with this difference."""
     refused: tuple[str, ...]
-    """Parameters whose gradient is further off than allowed."""
+    """Parameters whose gradient differs by more than allowed."""
 
     def __str__(self) -> str:
         return (
@@ -46,7 +46,7 @@ class Agreement:
 
 
 def runtime_installed() -> bool:
-    """Whether ONNX Runtime is there to run an export with."""
+    """Whether ONNX Runtime is installed."""
     return importlib.util.find_spec("onnxruntime") is not None
 
 
@@ -73,7 +73,7 @@ class Session:
             self._session = load(model.SerializeToString())
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All outputs by name; inputs the model does not have are left out."""
+        """Run the model and return all outputs by name; inputs that it does not have are ignored."""
         wanted = [value.name for value in self._session.get_inputs()]
         values = self._session.run(None, {name: inputs[name].detach().cpu().numpy() for name in wanted})
         names = [value.name for value in self._session.get_outputs()]
@@ -81,7 +81,7 @@ class Session:
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters of a model and a batch by the names an exported step has for them."""
+    """The parameters of a model and a batch, under the input names of an exported step."""
     parameters = {f"parameter.{fqn}": parameter for fqn, parameter in model.named_parameters()}
     return parameters | {f"batch.{name}": value for name, value in batch.items()}
 
@@ -89,12 +89,12 @@ def inputs_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, 
 def fresh_batch(
     batch: Mapping[str, torch.Tensor], seed: int, *, resize: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Another batch of the same values, each tensor's reordered, so that all stay in range.
+    """Shuffle the values of each tensor of a batch, so that all values stay in range.
 
     Args:
         batch: tensors whose first two dimensions are rows and positions, or fewer.
-        seed: of the order.
-        resize: also one row more, and a position less of what has two dimensions.
+        seed: of the shuffle.
+        resize: also add a row, and remove a position of tensors with two dimensions.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: _reordered(value, generator, resize) for name, value in batch.items()}
@@ -113,14 +113,14 @@ def _reordered(value: torch.Tensor, generator: torch.Generator, resize: bool) ->
 def compare(
     session: Session, model: nn.Module, batch: Mapping[str, torch.Tensor], trained: Sequence[str]
 ) -> Agreement:
-    """Run a step that returns gradients, and eager PyTorch, on the same batch.
+    """Run a step that returns gradients and eager PyTorch on the same batch.
 
     Raises:
         CaptureError: ONNX Runtime cannot run the step.
     """
     try:
         outputs = session(inputs_of(model, batch))
-    except Exception as error:  # ONNX Runtime's have no common base of their own
+    except Exception as error:  # ONNX Runtime's errors have no common base class
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         reason = str(error).strip().replace("\n", " ")
@@ -146,14 +146,14 @@ def compare(
 
 
 def require(agreement: Agreement, cause: str) -> Agreement:
-    """The agreement itself, where it is one.
+    """Refuse an export that differs from eager PyTorch, and return the agreement otherwise.
 
     Args:
-        agreement: on a batch the export never saw.
-        cause: why they would differ, and what helps; the end of the message where they do.
+        agreement: on a fresh batch.
+        cause: the likely cause of a difference and what helps; ends the message.
 
     Raises:
-        CaptureError: loss or gradients differ from eager's.
+        CaptureError: the loss or gradients differ.
     """
     if agreement.refused or not agreement.loss <= RELATIVE:
         named = ", ".join(agreement.refused[:3]) or "the loss"

@@ -1,4 +1,4 @@
-"""Gradients of a convolution as convolutions, which every runtime has."""
+"""Gradients of a convolution, written as convolutions, which every runtime has."""
 
 from collections.abc import Sequence
 
@@ -22,26 +22,26 @@ def convolution_gradients(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """What `aten.convolution_backward` returns, for one to three spatial dimensions; arguments as there.
+    """Compute what `aten.convolution_backward` returns, for one to three spatial dimensions.
 
     Args:
         gradient: of the output, rows x output channels x output positions.
         value: the input, rows x input channels x positions.
         weight: output channels x input channels of a group x taps.
-        bias_sizes: of the bias; not needed.
+        bias_sizes: shape of the bias; not used.
         stride: one per spatial dimension, or one for all; so are `padding` and `dilation`.
         padding: positions on either side.
         dilation: distance of taps.
-        transposed: refused.
-        output_padding: of transposed ones.
+        transposed: must be false.
+        output_padding: of transposed convolutions; not used.
         groups: of channels.
         output_mask: which of the three gradients are wanted.
 
     Returns:
-        Gradients of input, weight and bias; None where `output_mask` does not ask.
+        Gradients of input, weight and bias; None where `output_mask` is false.
 
     Raises:
-        CaptureError: the convolution is a transposed one.
+        CaptureError: the convolution is transposed.
     """
     if transposed:
         raise CaptureError(

@@ -32,12 +32,12 @@ from gtcompile.torch_internals import mark_dynamic
 
 Batch = Mapping[str, torch.Tensor]
 FRESH = 1
-"""Seed of the batch an export is compared on."""
-ONE_WAY = (
-    "the model branches on data, and the file holds for one way only, which its batch took with these "
-    "weights: where another batch, or the weights after some steps, would go another way, it is wrong"
+"""Seed of the fresh batch that an export is compared on."""
+ONE_BRANCH = (
+    "the model branches on data, and the file holds only the branch that this batch took with these "
+    "weights: it is wrong if another batch, or later weights, would take another branch"
 )
-"""What the reader of such a file must know; written into it as well."""
+"""A warning for readers of such a file; it is written into the file too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +47,20 @@ class Export:
     path: Path
     """The model's file."""
     trained: tuple[str, ...]
-    """What has a gradient or an update in it, in registration order."""
+    """Parameters with a gradient or an update in it, in registration order."""
     nodes: int
-    """ONNX operators."""
+    """Number of ONNX operators."""
     bytes: int
-    """Of the model without its weights, which are inputs."""
+    """Bytes of the model without its weights, which are inputs."""
     agreement: Agreement | None
-    """With eager PyTorch on a fresh batch; None without ONNX Runtime to run it in."""
-    one_way: bool
-    """Whether the model branches on data: the file then takes the way of the exported batch with any."""
+    """Agreement with eager PyTorch on a fresh batch; None without ONNX Runtime."""
+    one_branch: bool
+    """Whether the model branches on data; the file then has only the branch of the exported batch."""
 
     def __str__(self) -> str:
         said = str(self.agreement) if self.agreement else "not run: install onnxruntime to compare with eager"
         size = f"{self.nodes} operators, {self.bytes / 1e6:.1f} MB, {len(self.trained)} trained parameters"
-        return f"{self.path}: {size}; {said}" + (f"\nnote: {ONE_WAY}" if self.one_way else "")
+        return f"{self.path}: {size}; {said}" + (f"\nnote: {ONE_BRANCH}" if self.one_branch else "")
 
 
 def export_onnx(
@@ -72,7 +72,7 @@ def export_onnx(
     update: Update | None = None,
     dynamic: bool = False,
 ) -> Export:
-    """Write the training step of a trained set as ONNX, once it has been seen to agree with eager PyTorch.
+    """Write the training step of a trained set as ONNX, after checking that it agrees with eager PyTorch.
 
     Inputs are `parameter.FQN` (tied weights once, under their first name), `batch.NAME`, and with an update
     `optimizer.lr`, `optimizer.step` (float, from 1) and `moment1.FQN`, `moment2.FQN`. Outputs are `loss` and
@@ -82,16 +82,16 @@ def export_onnx(
     Args:
         model: on the CPU, float32, without dropout; returns its scalar loss or an output with `.loss`.
         batch: keyword dictionary of one batch, all tensors.
-        path: of the file; written at the end and at once.
+        path: of the file; written at the end, whole.
         trained: FQNs or patterns; None trains everything.
-        update: also take the optimizer's step.
-        dynamic: other batch sizes work as well, and other lengths of batch tensors of two dimensions.
+        update: the optimizer whose step to include.
+        dynamic: whether other batch sizes work too, and other lengths of batch tensors with two dimensions.
 
     Raises:
         CaptureError: a parameter is not in float32, or the step cannot be captured or lowered, or differs
             from eager PyTorch.
         ValueError: a pattern matches nothing, or the path cannot be written.
-        TypeError: the batch holds something that is no tensor.
+        TypeError: the batch holds a value that is no tensor.
     """
     model = unwrap(model)
     _check_arguments(model, batch, path)
@@ -102,14 +102,14 @@ def export_onnx(
         proto = _lowered(step, model, batch, dynamic=dynamic)
         if runtime_installed():
             another = fresh_batch(batch, FRESH, resize=dynamic)
-            cause = ONE_WAY if joint.follows_values else SHAPES
+            cause = ONE_BRANCH if joint.follows_values else SHAPES
             agreement = require(compare(Session(proto), model, another, step.trained), cause)
         if update is not None:
             step = TrainingStep(joint, model, list(batch), update)
             proto = _lowered(step, model, batch, dynamic=dynamic)
     if joint.follows_values:
-        proto.doc_string = ONE_WAY
-    size = size_of(proto)  # before its constants go to a file of their own
+        proto.doc_string = ONE_BRANCH
+    size = size_of(proto)  # before its constants go to a separate file
     write(proto, path)
     return Export(
         path=path,
@@ -117,7 +117,7 @@ def export_onnx(
         nodes=len(proto.graph.node),
         bytes=size,
         agreement=agreement,
-        one_way=joint.follows_values,
+        one_branch=joint.follows_values,
     )
 
 
@@ -141,7 +141,7 @@ def _check_arguments(model: nn.Module, batch: Batch, path: Path) -> None:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[None]:
-    """Attention and experts in plain operators for a while."""
+    """Compute attention and experts with plain operators within the block."""
     config: Any = getattr(model, "config", None)
     experts = getattr(config, "_experts_implementation", None)
     with sdpa_kernel(SDPBackend.MATH):
@@ -169,7 +169,7 @@ def _trained_joint(
 
 
 def _changing(value: torch.Tensor) -> int:
-    """Leading dimensions that may change: rows and positions, but not the channels of an image."""
+    """How many leading dimensions may change: rows and positions, but not the channels of an image."""
     return 2 if value.dim() == 2 else min(value.dim(), 1)
 
 

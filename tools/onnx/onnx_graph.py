@@ -1,4 +1,4 @@
-"""A training step as an ONNX model of standard operators, and that model as a file."""
+"""Lower a training step to an ONNX model of standard operators, and write the model."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from gtcompile.torch_internals import get_decompositions
 aten = torch.ops.aten
 OPSET = 18
 LARGEST_FILE = 2_000_000_000
-"""Bytes; protobuf ends at 2 GiB, and a model beyond keeps its constants in a file beside it."""
+"""Bytes. Protobuf ends at 2 GiB; a larger model keeps its constants in a second file."""
 DECOMPOSED = (
     # torch's exporter accepts these and gets the gradient of a mean over unignored labels wrong
     aten.nll_loss_forward,
@@ -52,7 +52,7 @@ DECOMPOSED = (
     aten.tanh_backward,
     aten.threshold_backward,
 )
-"""Operators written out as others before the exporter sees them."""
+"""Operators that are decomposed before the exporter sees them."""
 NO_LOWERING = re.compile(r"No ONNX function found for <?(?:OpOverload\(op='([^']+)'|([\w:.]+))")
 Sizes = Mapping[str, Sequence[int]]
 
@@ -62,12 +62,12 @@ def lower(
     tensors: Sequence[torch.Tensor],
     dynamic: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> onnx.ModelProto:
-    """The step as an ONNX model, checked and with inferred shapes.
+    """Lower a step to an ONNX model, checked and with inferred shapes.
 
     Args:
         step: what to lower.
         tensors: one example per name in `step.input_names`.
-        dynamic: per input name its dimensions that may change, as `torch.export.Dim`s.
+        dynamic: the dimensions that may change as `torch.export.Dim`s, by input name.
 
     Raises:
         CaptureError: an operator has no ONNX lowering, or the model is not valid.
@@ -99,7 +99,7 @@ def lower(
 
 @contextlib.contextmanager
 def _exporter_quiet() -> Iterator[None]:
-    """The exporter warns about its own insides, and about what it could not simplify."""
+    """Silence the exporter, which warns about its own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -132,7 +132,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _checked(proto: onnx.ModelProto, step: TrainingStep) -> onnx.ModelProto:
-    """The same model with shapes inferred, as long as it keeps what an export promises."""
+    """Check the operators and names of an exported model, and infer its shapes."""
     domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if domains or proto.functions:
         named = sorted({n.op_type for n in proto.graph.node if n.domain not in ("", "ai.onnx")})
@@ -147,7 +147,7 @@ def _checked(proto: onnx.ModelProto, step: TrainingStep) -> onnx.ModelProto:
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    del proto.graph.value_info[:]  # the exporter's, stale where its optimizer has rewritten
+    del proto.graph.value_info[:]  # stale where the exporter's optimizer has rewritten the graph
     try:
         proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
         onnx.checker.check_model(proto, full_check=True)
@@ -158,20 +158,20 @@ def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def size_of(proto: onnx.ModelProto) -> int:
-    """Bytes of a model, its constants counted one by one: protobuf itself cannot tell beyond 2 GB."""
+    """Bytes of a model; constants are counted one by one, since protobuf cannot count beyond 2 GB."""
     constants = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     return constants if constants >= LARGEST_FILE else int(proto.ByteSize())
 
 
 def is_large(proto: onnx.ModelProto) -> bool:
-    """Whether a model's constants belong in a file beside it."""
+    """Whether a model needs a second file for its constants."""
     return size_of(proto) >= LARGEST_FILE
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a model all at once: whatever goes wrong, the path holds what it held before, or the whole model.
+    """Write a model whole; if anything fails, the path keeps its old content.
 
-    A model beyond 2 GB has its constants in `NAME.data` beside it.
+    A model beyond 2 GB has its constants in `NAME.data` in the same folder.
 
     Raises:
         ValueError: the folder does not exist or cannot be written to.

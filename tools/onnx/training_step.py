@@ -1,4 +1,4 @@
-"""A joint graph as a function of plain tensors: parameters, batch in; loss, gradients or updates out."""
+"""A joint graph as a function of plain tensors: parameters and batch to loss, gradients or updates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from gtcompile.torch_internals import (
 
 aten = torch.ops.aten
 IDENTITIES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
-"""Operators that hand on what they were given."""
+"""Operators that return their input unchanged."""
 LR, STEP = "lr", "step"
 
 
@@ -42,11 +42,11 @@ WRITTEN_OUT: dict[object, Callable[..., Any]] = {
     aten.copy.default: _copy,
     aten.fill.Tensor: _copy,
 }
-"""What some operators are replaced by.
+"""Replacements of operators that the exporter cannot lower or lowers wrongly.
 
-`convolution_backward` has neither a lowering nor a decomposition. A `view` is valid only for the strides a
-tensor had while it was captured; `silu_backward` has no lowering and is not decomposed in an export; a copy
-or a fill that broadcasts is lowered to a cast, which does not.
+`convolution_backward` has neither a lowering nor a decomposition. A `view` is valid only for the strides that
+a tensor had during capture. `silu_backward` has no lowering, and an export does not decompose it. A copy or a
+fill that broadcasts is lowered to a cast, which does not broadcast.
 """
 
 
@@ -65,16 +65,16 @@ class Update:
 
 
 CONSTANT = "constant"
-"""Key of the metadata of a placeholder that stands for a tensor of the graph's own."""
+"""Metadata key of a placeholder that stands for a constant tensor of the graph."""
 
 
 def plain_graph(joint: JointGraph) -> fx.GraphModule:
-    """The graph on strides of its own: `view` as `reshape`, without operators that hand on their input.
+    """Rewrite a graph for export: `view` becomes `reshape`, and operators that return their input go.
 
-    Tensors of the graph's own become placeholders, with the tensor in their metadata under `constant`.
+    Constant tensors of the graph become placeholders with the tensor in their metadata under `constant`.
 
     Raises:
-        CaptureError: the graph draws random numbers, which no other runtime would draw alike.
+        CaptureError: the graph draws random numbers, which another runtime would draw differently.
     """
     twin = joint.copy()
     for node in list(twin.module.graph.nodes):
@@ -107,12 +107,12 @@ class TrainingStep(nn.Module):
 
     Args:
         joint: of a whole model, its gradient slots restricted to the trained parameters.
-        model: what was captured; its buffers become constants, its parameters inputs.
+        model: the captured model; its buffers become constants, its parameters inputs.
         batch_names: keys of the batch, each a tensor.
         update: the optimizer to include, or None for gradients.
 
     Raises:
-        CaptureError: the graph draws random numbers, or has an input of another kind.
+        CaptureError: the graph draws random numbers, or has an input of an unknown kind.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TrainingStep(nn.Module):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in order; the prefixes keep them apart from whatever a graph calls its own."""
+        """Names of the inputs, in order; the prefixes avoid clashes with names in the graph."""
         names = [f"parameter.{fqn}" for fqn in self.parameter_names]
         names += [f"batch.{name}" for name in self.batch_names]
         if self.update is not None:
@@ -170,7 +170,7 @@ class TrainingStep(nn.Module):
         return ("loss", *names)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The loss, then what `output_names` says, from the tensors `input_names` says."""
+        """Compute the outputs in the order of `output_names` from tensors in the order of `input_names`."""
         inputs = dict(zip(self.input_names, tensors, strict=True))
         outputs = self.graph(*(self._value(kind, name, inputs) for kind, name in self._sources))
         loss = outputs[0]
@@ -194,7 +194,7 @@ def _flat(name: str) -> str:
 
 
 def _source(node: fx.Node) -> tuple[str, str]:
-    """What feeds a placeholder: its kind and its name."""
+    """The kind and the name of a placeholder's source."""
     if CONSTANT in node.meta:
         return CONSTANT, node.name
     descriptor = node.meta.get("desc")
