@@ -8,6 +8,7 @@ before the first compilation, that the names still do what they did.
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
@@ -54,8 +55,13 @@ try:
     # Takes the wrapper off a function that `torch.compiler.disable` wrapped: regions run undisturbed anyway.
     from torch._dynamo.eval_frame import innermost_fn
 
-    # What Dynamo raises when it cannot capture, and the errors after which it would run a graph uncompiled.
-    from torch._dynamo.exc import TorchDynamoException, exceptions_allowed_to_be_fallback
+    # What Dynamo raises when it cannot capture; the errors of a backend that it raises unchanged; and those
+    # after which it would run a graph uncompiled.
+    from torch._dynamo.exc import (
+        ShortenTraceback,
+        TorchDynamoException,
+        exceptions_allowed_to_be_fallback,
+    )
 
     # Captures a whole model for `aot_export_joint_with_descriptors`.
     from torch._dynamo.functional_export import dynamo_graph_capture_for_export
@@ -73,6 +79,7 @@ try:
 
     # The meaning of each input and output of a joint graph.
     from torch._functorch._aot_autograd.descriptors import (
+        BackwardTokenAOTOutput,
         BufferAOTInput,
         GradAOTOutput,
         InputMutationAOTOutput,
@@ -89,6 +96,9 @@ try:
 
     # Splits a joint graph in two so that as little as possible is saved for backward.
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    # The operator that AOTAutograd wraps around one with a side effect.
+    from torch._higher_order_ops.effects import with_effects
 
     # Autocast was traced into the graph; AOTAutograd switches it off while it compiles, and so do we.
     no_autocast = torch._C._DisableAutocast
@@ -112,8 +122,8 @@ try:
 
     # --- Fake tensors, symbolic sizes, dispatch modes ---
 
-    # The memory behind a tensor inside `vmap`, which has none of its own.
-    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+    # The memory behind a tensor inside `vmap`, which has none of its own, and whether a transform is running.
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level
 
     # Tensors with shapes but without values. What is copied within their mode would be fake too.
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -145,7 +155,7 @@ try:
     from torch._decomp import get_decompositions
 
     # Operators of aten, and operators that call other operators.
-    from torch._ops import HigherOrderOperator, OpOverload
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
     # Writes a graph with its fake tensors as bytes.
     from torch.fx._graph_pickler import GraphPickler
@@ -257,8 +267,33 @@ ATTRIBUTES = (
 
 
 def compiled_code_stands_aside() -> bool:
-    """Whether `torch.compiler.set_stance` makes compiled functions run eagerly for now."""
-    return eval_frame._stance.stance == "force_eager"
+    """Whether compiled functions run eagerly for now.
+
+    They do under `torch.compiler.set_stance("force_eager")`, and inside the transforms of `torch.func`, whose
+    tensors compiled code cannot differentiate.
+    """
+    return eval_frame._stance.stance == "force_eager" or maybe_current_level() is not None
+
+
+def dense_kernel(operator: HigherOrderOperator) -> Callable[..., Any] | None:
+    """What a higher-order operator runs on ordinary tensors: its subgraphs, operator by operator."""
+    return operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+
+
+@contextlib.contextmanager
+def lstm_kernels_of_eager() -> Iterator[None]:
+    """Trace LSTMs as the kernels that eager PyTorch calls: oneDNN's or cuDNN's, with one fused backward.
+
+    Tracers replace an LSTM by products of matrices, by a kernel in Python that its operator is given. But
+    Dynamo breaks the graph at `nn.LSTM`, so that what runs is the eager kernel.
+    """
+    lstm = torch.ops.aten.lstm.input
+    with mock.patch.dict(lstm.py_kernels, clear=True):
+        lstm._dispatch_cache.clear()  # it remembers which kernel a key led to
+        try:
+            yield
+        finally:
+            lstm._dispatch_cache.clear()
 
 
 def merge_equal_nodes(graph: fx.Graph, backward: Collection[fx.Node]) -> fx.Graph:
@@ -308,6 +343,17 @@ def settings_not_logged() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def logged_apart() -> Iterator[None]:
+    """Give a compilation that runs inside another one a log of its own.
+
+    Dynamo's log has room for one forward and one backward of each compilation, and refuses a second.
+    """
+    fresh = {"_metrics_context_tls": threading.local(), "CHROMIUM_EVENT_LOG": None}
+    with mock.patch.multiple(dynamo_utils, create=True, **fresh):
+        yield
+
+
+@contextlib.contextmanager
 def told_to_be_compiled() -> Iterator[None]:
     """Make `torch.compiler.is_compiling()` true while a model is traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
@@ -350,6 +396,7 @@ __all__ = [
     "TRACING_CONTEXT",
     "VALUE",
     "VISIBLE_OUTPUTS",
+    "BackwardTokenAOTOutput",
     "BoxedCodeGen",
     "BufferAOTInput",
     "CountingMode",
@@ -364,9 +411,11 @@ __all__ = [
     "HigherOrderOperator",
     "InputMutationAOTOutput",
     "OpOverload",
+    "OpOverloadPacket",
     "ParamAOTInput",
     "PlainAOTInput",
     "ShapeEnv",
+    "ShortenTraceback",
     "TangentAOTInput",
     "TorchDynamoException",
     "TracingContext",
@@ -379,6 +428,7 @@ __all__ = [
     "compile_fx_inner",
     "compiled_code_stands_aside",
     "current_autograd_node",
+    "dense_kernel",
     "dynamo_config",
     "dynamo_counters",
     "dynamo_graph_capture_for_export",
@@ -395,6 +445,8 @@ __all__ = [
     "innermost_fn",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "logged_apart",
+    "lstm_kernels_of_eager",
     "mark_dynamic",
     "merge_equal_nodes",
     "min_cut_rematerialization_partition",
@@ -410,4 +462,5 @@ __all__ = [
     "tracing",
     "tree_map",
     "unset_fake_temporarily",
+    "with_effects",
 ]
