@@ -1,8 +1,8 @@
 """Save a training in progress to a folder, and continue it on the same or another number of ranks.
 
-Tensors are written as a distributed checkpoint of torch's, to which each rank adds what it holds. The optimizer
-state is written as it is: parameters that were never trained have none, and frozen parameters may have some.
-torch's own helpers would invent the former and lose the latter.
+Tensors are written as a distributed checkpoint of torch's, to which each rank adds what it holds. The
+optimizer's state is written as it is: parameters that were never trained have none, and frozen parameters may
+have some. torch's own helpers would invent the former and lose the latter.
 """
 
 import contextlib
@@ -212,7 +212,7 @@ def _refuse_other(
 
 @contextlib.contextmanager
 def _among(ranks: Ranks) -> Iterator[dict[str, Any]]:
-    """The arguments that say which processes share a checkpoint; torch's warning about a single one is off."""
+    """The arguments that say which processes share a checkpoint; torch does not warn about a single one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield {"process_group": ranks.group, "no_dist": ranks.group is None}

@@ -29,8 +29,8 @@ def ranks_of(model: nn.Module) -> Ranks:
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, while they are "
-            "selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
+            "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, while they "
+            "are selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
         )
     if isinstance(model, DistributedDataParallel):
         prepare(model)
@@ -49,8 +49,8 @@ def prepare(model: DistributedDataParallel) -> None:
         return
     if model.static_graph:
         raise ValueError(
-            "static_graph=True fixes the trained set at the first step, and ranks would silently diverge with "
-            "later sets; wrap the model without it"
+            "static_graph=True fixes the trained set at the first step, and ranks would silently diverge "
+            "with later sets; wrap the model without it"
         )
     if not model.find_unused_parameters:
         raise ValueError(
@@ -107,6 +107,6 @@ def _check_known(model: DistributedDataParallel) -> None:
     if known < trainable:
         raise ValueError(
             f"{trainable - known} of {trainable} trainable parameters were frozen when the model was wrapped "
-            f"in DistributedDataParallel, and ranks would diverge once they are trained; wrap the model first, "
-            f"then call train_only"
+            f"in DistributedDataParallel, and ranks would diverge once they are trained; wrap the model "
+            f"first, then call train_only"
         )
