@@ -2,8 +2,8 @@
 
 `torchrun --nproc-per-node N -m tests.ranks.training_state_run WRAPPER resume FOLDER` compares a continued
 training with one that never stopped, bit for bit. `... continue FOLDER` continues, on any number of ranks,
-from what `resume` left. `... save FOLDER` saves after every step until it is killed. `... full FOLDER` saves to a
-full disk.
+from what `resume` left. `... save FOLDER` saves after every step until it is killed. `... full FOLDER` saves
+to a full disk.
 """
 
 import os
