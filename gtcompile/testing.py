@@ -1,4 +1,4 @@
-"""The oracles gtcompile is tested against, for your own tests: eager gradients and what must equal them."""
+"""The oracles that gtcompile is tested with, for your own tests: reference gradients and a comparison."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,18 +18,21 @@ Gradients = Sequence[torch.Tensor | None]
 def reference_gradients(
     model: nn.Module, batch: Mapping[str, Any], trained: Iterable[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradients of one batch by eager autograd, `requires_grad=False` on everything that is not trained.
+    """Compute the gradients of one batch by eager autograd, with `requires_grad=False` on frozen parameters.
 
-    Nothing changes: parameters, their gradients, buffers, and random state are as before, so that a step
-    taken next draws the same dropout masks.
+    Parameters, their gradients, buffers and random state are left as they were, so the next step draws the
+    same dropout masks.
 
     Args:
-        model: compiled or not; runs eagerly here.
+        model: compiled or not; it runs eagerly here.
         batch: keyword dictionary of the model's forward, labels included.
-        trained: FQNs, each under its first name; None for those trained now.
+        trained: FQNs of the trained parameters, tied ones under their first name; None for the present set.
 
     Returns:
-        FQN -> gradient, for the trained parameters the loss depends on.
+        FQN -> gradient, of the parameter's shape, for the trained parameters that the loss depends on.
+
+    Raises:
+        ValueError: a name in `trained` is no parameter of the model.
     """
     chosen = trained_parameters(model) if trained is None else frozenset(trained)
     inner = unwrap(model)
@@ -55,12 +58,12 @@ def _eager_step(
         loss = loss_of(model(**batch))
         if not loss.requires_grad:  # none of them was used
             return [None] * len(wanted)
-        differentiate = _accumulated if _is_checkpointed_reentrantly(loss) else _handed_out
+        differentiate = _by_backward if _is_checkpointed_reentrantly(loss) else _by_grad
         return differentiate(loss, list(wanted.values()))
 
 
 def _is_checkpointed_reentrantly(loss: torch.Tensor) -> bool:
-    """Whether reentrant checkpoints hide part of the history, which `autograd.grad` overlooks."""
+    """Whether the graph behind a loss has reentrant checkpoints, which `autograd.grad` cannot see into."""
     todo, seen = [loss.grad_fn], {loss.grad_fn}
     while todo:
         node = todo.pop()
@@ -74,13 +77,13 @@ def _is_checkpointed_reentrantly(loss: torch.Tensor) -> bool:
     return False
 
 
-def _handed_out(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
-    """Gradients by a backward that touches no `.grad` and runs no hook of a parameter."""
+def _by_grad(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    """Gradients by `autograd.grad`, which leaves `.grad` alone and runs no hook of a parameter."""
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def _accumulated(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
-    """Gradients by `.grad`, for reentrant checkpointing knows no other way; hooks of parameters run."""
+def _by_backward(loss: torch.Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    """Gradients by `backward` and `.grad`, as reentrant checkpointing needs; hooks of parameters run."""
     loss.backward()
     return [parameter.grad for parameter in parameters]
 
@@ -92,16 +95,17 @@ def assert_same_gradients(
     rtol: float = 0.0,
     atol: float = 0.0,
 ) -> None:
-    """Check that exactly the expected parameters have a gradient, and the right one.
+    """Check that exactly the expected parameters have a gradient, and that the gradients are equal.
 
     Args:
         actual: a model after its backward, or its gradients by FQN.
-        expected: as `reference_gradients` returns it.
-        rtol: relative tolerance; with the "eager" compiler 0 holds.
+        expected: what `reference_gradients` returned.
+        rtol: relative tolerance; 0 holds with the "eager" compiler.
         atol: absolute tolerance.
 
     Raises:
-        AssertionError: naming the parameters that have a gradient and should not, lack one, or have another.
+        AssertionError: names the parameters that have a gradient they should not have, lack one, or have
+            a different one.
     """
     gradients = _gradients(actual) if isinstance(actual, nn.Module) else dict(actual)
     extra, missing = sorted(gradients.keys() - expected.keys()), sorted(expected.keys() - gradients.keys())
@@ -113,11 +117,11 @@ def assert_same_gradients(
             gradient,
             rtol=rtol,
             atol=atol,
-            msg=partial(_say_whose, fqn),
+            msg=partial(_name_gradient, fqn),
         )
 
 
-def _say_whose(fqn: str, text: str) -> str:
+def _name_gradient(fqn: str, text: str) -> str:
     return f"gradient of {fqn}: {text}"
 
 

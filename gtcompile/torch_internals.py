@@ -8,6 +8,7 @@ before the first compilation, that the names still do what they did.
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
@@ -54,8 +55,8 @@ try:
     # Takes the wrapper off a function that `torch.compiler.disable` wrapped: regions run undisturbed anyway.
     from torch._dynamo.eval_frame import innermost_fn
 
-    # What Dynamo raises when it cannot capture, the errors after which it would run a graph uncompiled, and
-    # the base of errors of a backend that it raises as they are.
+    # What Dynamo raises when it cannot capture; the errors of a backend that it raises unchanged; and those
+    # after which it would run a graph uncompiled.
     from torch._dynamo.exc import (
         ShortenTraceback,
         TorchDynamoException,
@@ -96,6 +97,9 @@ try:
     # Splits a joint graph in two so that as little as possible is saved for backward.
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    # The operator that AOTAutograd wraps around one with a side effect.
+    from torch._higher_order_ops.effects import with_effects
+
     # Autocast was traced into the graph; AOTAutograd switches it off while it compiles, and so do we.
     no_autocast = torch._C._DisableAutocast
 
@@ -118,7 +122,7 @@ try:
 
     # --- Fake tensors, symbolic sizes, dispatch modes ---
 
-    # The memory behind a tensor inside `vmap`, which has none of its own, and whether a transform is under way.
+    # The memory behind a tensor inside `vmap`, which has none of its own, and whether a transform is running.
     from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level
 
     # Tensors with shapes but without values. What is copied within their mode would be fake too.
@@ -150,7 +154,6 @@ try:
     from torch._decomp import get_decompositions
 
     # AOTAutograd wraps this operator around one with a side effect.
-    from torch._higher_order_ops.effects import with_effects
 
     # Operators of aten, all overloads of one, and operators that call other operators.
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -321,6 +324,17 @@ def settings_not_logged() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def logged_apart() -> Iterator[None]:
+    """Give a compilation that runs inside another one a log of its own.
+
+    Dynamo's log has room for one forward and one backward of each compilation, and refuses a second.
+    """
+    fresh = {"_metrics_context_tls": threading.local(), "CHROMIUM_EVENT_LOG": None}
+    with mock.patch.multiple(dynamo_utils, create=True, **fresh):
+        yield
+
+
+@contextlib.contextmanager
 def told_to_be_compiled() -> Iterator[None]:
     """Make `torch.compiler.is_compiling()` true while a model is traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
@@ -425,6 +439,7 @@ __all__ = [
     "innermost_fn",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "logged_apart",
     "lstm_kernels_of_eager",
     "mark_dynamic",
     "merge_equal_nodes",

@@ -1,4 +1,4 @@
-"""The oracles: right when gradients are right, loud when they are not, and without side effects."""
+"""The oracles are right when gradients are right, fail when they are not, and have no side effects."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtcompile.state.trained_set import train_only
+from gtcompile import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import POOL, Recipe, Regression, make_batch, selectable, step, trained_sets
 

@@ -54,6 +54,7 @@ from gtcompile.torch_internals import (
     functorch_config,
     get_hash_for_files,
     has_symbolic_numbers,
+    logged_apart,
     min_cut_rematerialization_partition,
     no_dispatch_modes,
     tracing,
@@ -103,10 +104,17 @@ def run_self_test() -> None:
         try:
             broken = next(check(), None)
         except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            raise _broken(f"{subject} failed with {type(error).__name__}: {text}") from error
+            reason = _innermost(error)
+            text = str(reason).strip().partition("\n")[0]
+            raise _broken(f"{subject} failed with {type(reason).__name__}: {text}") from error
         if broken is not None:
             raise _broken(broken)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The error at the beginning: Dynamo wraps errors of backends, and costs wrap errors of a capture."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    return error if inner is None else _innermost(inner)
 
 
 def _broken(contract: str) -> GraphContractError:
@@ -122,6 +130,7 @@ def _undisturbed() -> Iterator[None]:
     counted = copy.deepcopy(dict(dynamo_counters))
     with (
         tracing(None),
+        logged_apart(),
         no_dispatch_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -179,7 +188,8 @@ def _checkpoints() -> Iterator[str]:
     x = _input().requires_grad_()
     output: Any = checkpoint(torch.tanh, x, use_reentrant=True)
     if output.grad_fn.name() != REENTRANT_CHECKPOINT_NODE:
-        yield f"the node of a reentrant checkpoint is {output.grad_fn.name()}, not {REENTRANT_CHECKPOINT_NODE}"
+        name = output.grad_fn.name()
+        yield f"to autograd a reentrant checkpoint is {name}, not {REENTRANT_CHECKPOINT_NODE}"
 
 
 def _block() -> Iterator[str]:
@@ -204,7 +214,7 @@ def _compiled_block(options: CompileOptions, predicted: BackwardCosts) -> Iterat
         loss = compiled(_input())
         yield from _graph_of_dynamo(graphs[0])
         if loss.grad_fn.name() != COMPILED_REGION:
-            yield f"the node of a compiled graph is {loss.grad_fn.name()}, not {COMPILED_REGION}"
+            yield f"to autograd compiled code is {loss.grad_fn.name()}, not {COMPILED_REGION}"
         loss.backward()
         yield from _wrong_gradients(block, eager, trained)
         with count_flops() as counter:

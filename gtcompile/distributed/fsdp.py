@@ -1,10 +1,9 @@
 """Fully sharded models (`fully_shard`, FSDP2): one parameter, two objects.
 
-Of each parameter a rank keeps a shard, a DTensor: that is what optimizers own, and what this project calls
-the parameter. While a module runs, a *whole* parameter takes its place, which is what compiled regions see
-and what autograd gives a gradient. Torch reduces and scatters the gradients that are there and leaves the
-rest out, so a frozen parameter, which has none, is not sent. `link` notes which whole parameter stands for
-which.
+A rank keeps a shard of each parameter, a DTensor. The optimizer owns the shard, and gtcompile calls it the
+parameter. While a module runs, a *whole* parameter takes its place: compiled regions see it, and autograd
+gives it the gradient. torch sends the gradients that exist and skips the others, so a frozen parameter, which
+has no gradient, is not sent. `link` records which whole parameter stands for which shard.
 """
 
 import contextlib
@@ -23,37 +22,37 @@ from torch.utils.weak import WeakIdKeyDictionary
 _sharded_of = WeakIdKeyDictionary()  # whole parameter -> the sharded one it stands for
 _whole_of = WeakIdKeyDictionary()  # sharded parameter -> weak reference to the whole one
 _own = weakref.WeakKeyDictionary[FSDPModule, list[nn.Parameter]]()  # the parameters a module shards
-_idle = weakref.WeakSet[FSDPModule]()  # modules of which no parameter asked for a gradient
-_HOOKS = "torch.distributed.fsdp"
-"""Where the hooks come from that gather and reshard."""
+_idle = weakref.WeakSet[FSDPModule]()  # modules without any parameter that requires grad
+FSDP_HOOKS = "torch.distributed.fsdp"
+"""Beginning of the module names of the hooks by which `fully_shard` gathers and reshards parameters."""
 
 
 def sharded(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter that optimizers own: of a whole one, the sharded one it stands for."""
+    """The parameter that the optimizer owns: for a whole parameter, the shard it stands for."""
     found: nn.Parameter = _sharded_of.get(parameter, parameter)
     return found
 
 
 def whole(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter that autograd gives a gradient: of a sharded one, the whole one that stands for it."""
+    """The parameter that autograd gives a gradient: for a shard, the whole parameter that stands for it."""
     reference = _whole_of.get(parameter)
     found = None if reference is None else reference()
     return parameter if found is None else found
 
 
 def shards(model: nn.Module) -> Iterator[FSDPModule]:
-    """The modules of a model that are sharded, each with those of its parameters that no other shards."""
+    """The modules of a model that `fully_shard` was called on, which each shard some of its parameters."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def link(model: nn.Module) -> bool:
-    """Let the modules have their sharded parameters, and note what stands for them while they run.
+    """Put the shards back into the modules, and record which whole parameter stands for each shard.
 
-    The first call for a model gathers one module after the other, so all ranks must make it; later calls send
+    The first call for a model gathers one module after the other, so all ranks must make it. Later calls send
     nothing.
 
     Returns:
-        Whether a parameter was not known before.
+        Whether the model had parameters that were not recorded yet.
     """
     new = [module for module in shards(model) if module not in _own]
     for module in shards(model):
@@ -61,11 +60,11 @@ def link(model: nn.Module) -> bool:
     for module in new:
         kept = _parameters(module)
         module.unshard()
-        standing_in = {place: p for place, p in _parameters(module).items() if p is not kept[place]}
-        _own[module] = [kept[place] for place in standing_in]
-        for place, parameter in standing_in.items():
-            _sharded_of[parameter] = kept[place]
-            _whole_of[kept[place]] = weakref.ref(parameter)
+        gathered = {slot: p for slot, p in _parameters(module).items() if p is not kept[slot]}
+        _own[module] = [kept[slot] for slot in gathered]
+        for slot, parameter in gathered.items():
+            _sharded_of[parameter] = kept[slot]
+            _whole_of[kept[slot]] = weakref.ref(parameter)
         module.reshard()
     return bool(new)
 
@@ -76,26 +75,27 @@ def is_linked(model: nn.Module) -> bool:
 
 
 def renew_reduction(model: nn.Module) -> None:
-    """Have torch work out anew how gradients are reduced of modules that had none to reduce before.
+    """Make torch prepare the reduction of gradients in modules that had no gradient to reduce before.
 
-    It does so before a module's first forward from the parameters that ask for a gradient, and otherwise when
-    a module is gathered by hand. All ranks call this after a change of what asks for a gradient.
+    torch prepares it before a module's first forward, for the parameters that require grad then, and when a
+    module is gathered by hand. All ranks call this after `requires_grad` of any parameter has changed.
     """
     for module in shards(model):
-        asks = any(parameter.requires_grad for parameter in _own[module])
-        if asks and module in _idle:
+        reduces = any(parameter.requires_grad for parameter in _own[module])
+        if reduces and module in _idle:
             module.unshard()
             module.reshard()
-        (_idle.discard if asks else _idle.add)(module)
+        (_idle.discard if reduces else _idle.add)(module)
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes among which a model is sharded; None when it is not.
+    """The processes that a model is sharded over; None for a model that is not sharded.
 
     Raises:
-        ValueError: when they are neither one row of a mesh nor all processes.
+        ValueError: the processes are neither a one-dimensional mesh nor all processes.
     """
-    parameters = map(sharded, model.parameters())  # not of `shards`: a root's loss may be another module
+    # not the parameters of `shards(model)`: a module that computes the loss has them without being sharded
+    parameters = map(sharded, model.parameters())
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     if not meshes:
         return None
@@ -105,18 +105,18 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     if all(mesh.size() == dist.get_world_size() for mesh in meshes):
         return dist.group.WORLD
     raise ValueError(
-        f"expected a model sharded over one row of processes, or over all of them; got meshes of "
+        f"expected a model sharded over a one-dimensional mesh, or over all processes; got meshes of "
         f"{', '.join(sorted(str(tuple(mesh.shape)) for mesh in meshes))} among {dist.get_world_size()}"
     )
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copies(tensor: torch.Tensor) -> int:
-    """How many ranks hold what this rank holds of a tensor."""
+    """The number of ranks that hold the same part of a tensor as this one."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
@@ -125,11 +125,11 @@ def copies(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """A sharded model as its author wrote it, within the block: its own classes, nothing gathered.
+    """Within the block, give a sharded model the classes and hooks that its author wrote.
 
     Args:
         model: sharded or not.
-        twin: makes of each sharded parameter a whole one to put in its place.
+        twin: returns a tensor of the whole shape to put in a sharded parameter's place.
     """
     with contextlib.ExitStack() as stack:
         for module in list(shards(model)):
@@ -148,7 +148,7 @@ def _whole_twins(parameters: dict[str, Any], twin: Callable[[torch.Tensor], torc
 
 
 def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]:
-    """The parameters in a module now, by where they are registered."""
+    """The parameters in a module now, by the module and the name they are registered under."""
     assert isinstance(module, nn.Module)
     return {
         (part, name): parameter
@@ -160,20 +160,26 @@ def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]
 
 @contextlib.contextmanager
 def _own_class(module: nn.Module) -> Iterator[None]:
-    """An instance of the class it was made of, within the block."""
-    kind = type(module)
+    """Within the block, make a sharded module an instance of the class that it had before."""
+    sharded_class = type(module)
     try:
-        module.__class__ = kind.__bases__[1]  # of (FSDPModule, the class itself)
+        module.__class__ = class_before_sharding(sharded_class)
         yield
     finally:
-        module.__class__ = kind
+        module.__class__ = sharded_class
+
+
+def class_before_sharding(sharded_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before `fully_shard`, which derives a class from `FSDPModule` and that class."""
+    own: type[nn.Module] = next(base for base in sharded_class.__bases__ if base is not FSDPModule)
+    return own
 
 
 @contextlib.contextmanager
 def changed(
     entries: MutableMapping[Any, Any], change: Callable[[dict[Any, Any]], dict[Any, Any]]
 ) -> Iterator[None]:
-    """A dictionary with other entries within the block."""
+    """Within the block, replace the entries of a dictionary by what `change` returns for them."""
     kept = dict(entries)
     try:
         entries.clear()
@@ -185,4 +191,4 @@ def changed(
 
 
 def _without_gathering(hooks: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: hook for key, hook in hooks.items() if not hook.__module__.startswith(_HOOKS)}
+    return {key: hook for key, hook in hooks.items() if not hook.__module__.startswith(FSDP_HOOKS)}

@@ -1,4 +1,4 @@
-"""The processes that train one model together: what they agree on, and what they add up."""
+"""The processes that train one model together: collective calls on Python values."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that train one model, or this one alone; they agree on what is trained.
+    """The processes that train one model, or this process alone.
 
-    Every method is a collective call: all ranks make it, in the same order.
+    Every method is a collective call: all ranks must make the same calls in the same order.
 
     Args:
         group: the processes; None for this one alone.
@@ -28,11 +28,11 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something that may fail on every rank; when it fails on one, it fails on all.
+        """Run work that may fail; if it fails on one rank, it fails on all.
 
         Raises:
-            Exception: this rank's own.
-            GTCompileError: another rank's, named.
+            Exception: what `work` raised on this rank.
+            GTCompileError: `work` failed on another rank; names the rank and its error.
         """
         if self.group is None:
             return work()
@@ -46,20 +46,20 @@ class Ranks:
             try:
                 raise error
             finally:
-                del error  # its traceback holds this frame, which would keep it
+                del error  # its traceback refers to this frame, which would keep the error alive
         for rank, failure in enumerate(said):
             if failure is not None:
                 raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")
         return result
 
     def agree(self, what: Mapping[str, Any]) -> None:
-        """Check that all ranks have the same, by a hash of each entry.
+        """Check that all ranks have the same values; only hashes are sent.
 
         Args:
-            what: JSON types by what they are called in the error.
+            what: values of JSON types, by the name that an error uses for them.
 
         Raises:
-            ValueError: on all ranks, naming the entry and the ranks that differ from rank 0.
+            ValueError: on all ranks; names the value and the ranks that differ from rank 0.
         """
         if self.group is None:
             return
@@ -70,12 +70,12 @@ class Ranks:
             if differing:
                 ranks = ", ".join(map(str, differing))
                 raise ValueError(
-                    f"{name} differs between ranks: rank {ranks} has another than rank 0; "
-                    f"start all ranks with the same"
+                    f"{name} differs between ranks: rank {ranks} has another value than rank 0; "
+                    f"start all ranks with the same value"
                 )
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all ranks; when it fails there, it fails on all."""
+        """Return on all ranks what `make` returns on rank 0; an error there is raised on all."""
         if self.group is None:
             return make()
         made = [self.together(lambda: make() if self.rank == 0 else None)]
@@ -83,7 +83,7 @@ class Ranks:
         return cast("T", made[0])
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The sum over ranks of each value; all ranks have the same names."""
+        """The sum of each value over the ranks; all ranks must give the same names."""
         if self.group is None or not values:
             return dict(values)
         names = sorted(values)
@@ -93,11 +93,11 @@ class Ranks:
         return dict(zip(names, totals.tolist(), strict=True))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean over ranks of each value; all ranks have the same names."""
+        """The mean of each value over the ranks; all ranks must give the same names."""
         return {name: value / self.count for name, value in self.total(values).items()}
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in their order."""
+        """The values of all ranks, in rank order."""
         if self.group is None:
             return [value]
         gathered: list[Any] = [None] * self.count
@@ -110,5 +110,5 @@ def _digest(value: Any) -> str:
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's backend takes tensors from."""
+    """The device that the group's backend communicates from."""
     return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")

@@ -1,8 +1,8 @@
-"""A training in progress as a folder, written and read by all ranks together; another number may read it.
+"""Save a training in progress to a folder, and continue it on the same or another number of ranks.
 
-Tensors are a distributed checkpoint of torch's, each rank writing what it holds. The optimizer's state is
-partial, since parameters that were never trained have none, and is kept of frozen parameters too: torch's own
-helpers would invent the one and lose the other.
+Tensors are written as a distributed checkpoint of torch's, to which each rank adds what it holds. The
+optimizer's state is written as it is: parameters that were never trained have none, and frozen parameters may
+have some. torch's own helpers would invent the former and lose the latter.
 """
 
 import contextlib
@@ -43,19 +43,20 @@ def save_training(
     adaptive: AdaptiveBackprop,
     progress: Mapping[str, Any],
 ) -> None:
-    """Write everything a training goes on from; all ranks call it between two optimizer steps.
+    """Write everything that is needed to continue a training; all ranks call it between two optimizer steps.
 
-    Whatever happens meanwhile, `folder` holds the former state or the new one, whole.
+    At every moment `folder` holds the former state or the new one, complete.
 
     Args:
-        folder: on a file system that all ranks see; made when it is not there.
+        folder: on a file system that all ranks see; created if it does not exist.
         model: plain, compiled, in `DistributedDataParallel`, or sharded with `fully_shard`.
-        optimizer: of the model's parameters.
+        optimizer: the one that trains the model's parameters.
         adaptive: what chooses the trained set.
-        progress: the caller's own: steps, the scheduler's state and so on; plain values and tensors.
+        progress: whatever else the caller needs, such as the step and the scheduler's state; plain values and
+            tensors.
 
     Raises:
-        GTCompileError: on all ranks when one could not write, with the reason.
+        GTCompileError: on all ranks, if one of them could not write; gives the reason.
     """
     ranks, path = ranks_of(model), Path(folder)
     enter_shards(model)
@@ -75,10 +76,10 @@ def save_training(
         "progress": dict(progress),
     }
     try:
-        name = ranks.from_first(lambda: _begin(path))
+        name = ranks.from_first(lambda: _begin_saving(path))
         with _among(ranks) as processes:
             save({"weights": weights, "state": tensors}, checkpoint_id=path / name, **processes)
-        ranks.from_first(lambda: _finish(path, name, values))
+        ranks.from_first(lambda: _finish_saving(path, name, values))
     except (OSError, GTCompileError, CheckpointException) as error:
         raise GTCompileError(
             f"the training could not be saved, and {path} holds what it held before: {_reason(error)}"
@@ -88,22 +89,22 @@ def save_training(
 def load_training(
     folder: str | Path, model: nn.Module, optimizer: Optimizer, adaptive: AdaptiveBackprop
 ) -> dict[str, Any]:
-    """Continue from what `save_training` wrote, on as many ranks as now; all ranks call it.
+    """Continue from what `save_training` wrote; all ranks call it, and there may be another number of them.
 
-    With as many ranks as wrote it, and the same batches, the training goes on bit for bit; with another
-    number to the order in which gradients are added up, and with the random states of the ranks there were.
+    With the same number of ranks and the same batches, the training continues bit for bit. With another
+    number, gradients are added in another order, and ranks that did not exist before keep their random state.
 
     Args:
-        folder: as there.
-        model: with the same parameters; their values, frozen or not, are replaced.
-        optimizer: with the same parameters in the same groups.
-        adaptive: made of both; its budget, patterns and history are replaced.
+        folder: the folder given to `save_training`.
+        model: has the same parameters; their values, frozen or not, are replaced.
+        optimizer: has the same parameters in the same groups; its state is replaced.
+        adaptive: of this model and optimizer; its budget, patterns and history are replaced.
 
     Returns:
-        The `progress` given there.
+        The `progress` given to `save_training`.
 
     Raises:
-        ValueError: there is no such state, or it is of another model or optimizer; nothing has changed then.
+        ValueError: there is no saved training, or it is of another model or optimizer; nothing has changed.
     """
     ranks, path = ranks_of(model), Path(folder)
     enter_shards(model)
@@ -111,11 +112,11 @@ def load_training(
     current, values = ranks.together(lambda: _read(path))
     ranks.together(lambda: _refuse_other(path, values, shapes_of(weights), _groups(optimizer, parameters)))
     ranks.together(lambda: check_random_state(*values["random"]))
-    state = {name: _room(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
+    state = {name: _allocate(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
         load({"weights": weights, "state": state}, checkpoint_id=current, **processes)
     unwrap(model).load_state_dict(weights)
-    _give(optimizer, parameters, values, state)
+    _replace_state(optimizer, parameters, values, state)
     adaptive.load_state_dict(values["adaptive"])
     if ranks.rank < len(values["random"]):
         restore_random_state(values["random"][ranks.rank])
@@ -125,21 +126,21 @@ def load_training(
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """One value of an optimizer's state of one parameter."""
+    """One entry of the optimizer's state of one parameter."""
 
     fqn: str
     key: str
     value: Any
 
     def described(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """What its place can be made from before it is read, or itself where it is no tensor.
+        """What is needed to allocate the tensor before it is read; any other value itself.
 
         Raises:
-            GTCompileError: a shard of something else than the parameter's shape.
+            GTCompileError: the value is sharded and has another shape than its parameter.
         """
-        place = {"fqn": self.fqn, "key": self.key}
+        entry = {"fqn": self.fqn, "key": self.key}
         if not isinstance(self.value, torch.Tensor):
-            return place | {"value": self.value}
+            return entry | {"value": self.value}
         alike = self.value.dim() > 0 and self.value.shape == parameters[self.fqn].shape
         if isinstance(self.value, DTensor) and not alike:
             raise GTCompileError(
@@ -147,24 +148,29 @@ class _State:
                 f"which cannot be saved; use an optimizer such as AdamW"
             )
         shape, dtype = list(self.value.shape), str(self.value.dtype).removeprefix("torch.")
-        return place | {"shape": shape, "dtype": dtype, "alike": alike, "host": not self.value.is_cuda}
+        return entry | {
+            "shape": shape,
+            "dtype": dtype,
+            "alike": alike,
+            "host": self.value.device.type == "cpu",
+        }
 
 
-def _room(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Any]) -> torch.Tensor:
-    """A tensor to read a state into, sharded as its parameter is now."""
+def _allocate(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Any]) -> torch.Tensor:
+    """An empty tensor to read one entry of the state into, sharded as its parameter is now."""
     parameter, dtype = parameters[kept["fqn"]], getattr(torch, kept["dtype"])
     if kept["alike"]:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(kept["shape"], dtype=dtype, device="cpu" if kept["host"] else parameter.device)
 
 
-def _give(
+def _replace_state(
     optimizer: Optimizer,
     parameters: Mapping[str, nn.Parameter],
     values: Mapping[str, Any],
     state: Mapping[str, torch.Tensor],
 ) -> None:
-    """Let an optimizer have the state and hyperparameters that were read, and no other state."""
+    """Replace the optimizer's state and hyperparameters by those that were read."""
     inner = innermost(optimizer)
     inner.state.clear()
     for name, kept in values["state"].items():
@@ -178,7 +184,7 @@ def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The optimizer's groups, with FQNs for parameters."""
+    """The optimizer's parameter groups, with FQNs instead of parameters."""
     names = {parameter: fqn for fqn, parameter in parameters.items()}
     groups = innermost(optimizer).param_groups
     return [{**group, "params": [names[sharded(p)] for p in group["params"]]} for group in groups]
@@ -197,22 +203,22 @@ def _refuse_other(
 
 @contextlib.contextmanager
 def _among(ranks: Ranks) -> Iterator[dict[str, Any]]:
-    """Which processes torch reads or writes a checkpoint with; that it may be one alone is no surprise."""
+    """The arguments that say which processes share a checkpoint; torch does not warn about a single one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield {"process_group": ranks.group, "no_dist": ranks.group is None}
 
 
-def _begin(path: Path) -> str:
-    """The name of a folder to write into; what an interrupted save left is removed."""
+def _begin_saving(path: Path) -> str:
+    """Return the name of a new folder to write into; remove what an interrupted save left."""
     path.mkdir(parents=True, exist_ok=True)
     current = _latest(path)
     _remove_all_but(path, current)
     return f"state-{int(current.rpartition('-')[2]) + 1 if current else 0}"
 
 
-def _finish(path: Path, name: str, values: Mapping[str, Any]) -> None:
-    """Write the values, make this the state that counts, remove the former."""
+def _finish_saving(path: Path, name: str, values: Mapping[str, Any]) -> None:
+    """Write the values, then make the new folder the current state, then remove the former one."""
     _write(path / name / _VALUES, lambda file: torch.save(dict(values), file))
     _write(path / f"{_LATEST}.new", lambda file: file.write(name.encode()))
     os.replace(path / f"{_LATEST}.new", path / _LATEST)
@@ -245,7 +251,7 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in the words of the first rank that it went wrong on."""
+    """The error of the first rank that failed."""
     if isinstance(error, CheckpointException):
         rank, (failure, _) = sorted(error.failures.items())[0]
         return f"rank {rank}: {type(failure).__name__}: {failure}"

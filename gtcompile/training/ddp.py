@@ -1,8 +1,7 @@
 """Data parallel training: one selection for all ranks, and only the trained gradients are sent.
 
-Works on torch's own wrappers. In `DistributedDataParallel` a communication hook packs the gradients of
-trained parameters out of each bucket; what is frozen has no gradient, before and after. `fully_shard` of
-itself sends only what has a gradient (`fully_sharded.py`).
+In `DistributedDataParallel` a communication hook takes the gradients of the trained parameters out of each
+bucket and sends only those. `fully_shard` needs no hook: it sends only gradients that exist (`fsdp.py`).
 """
 
 from typing import Any, cast
@@ -18,17 +17,20 @@ from gtcompile.distributed import fsdp
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.state.trained_set import is_trained, was_trainable
 
+_PREPARED = "_sends_trained_gradients"
+"""Attribute of a wrapped model that has the hook."""
+
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks a model is trained on; has `DistributedDataParallel` send trained gradients alone.
+    """The ranks that train a model; `DistributedDataParallel` sends only trained gradients from now on.
 
     Raises:
         ValueError: for a wrapper that would send or train something else.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, and they are "
-            "selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
+            "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, while they "
+            "are selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
         )
     if isinstance(model, DistributedDataParallel):
         prepare(model)
@@ -37,18 +39,18 @@ def ranks_of(model: nn.Module) -> Ranks:
 
 
 def prepare(model: DistributedDataParallel) -> None:
-    """Have a wrapped model send the gradients of trained parameters alone; a second call does nothing.
+    """Make a wrapped model send only the gradients of trained parameters; a second call does nothing.
 
     Raises:
-        ValueError: for `static_graph=True`, without `find_unused_parameters=True`, with a communication hook
-            of the user's, or when a trainable parameter was frozen while the model was wrapped.
+        ValueError: the wrapper was made with `static_graph=True` or without `find_unused_parameters=True`,
+            has a communication hook already, or was made while a trainable parameter was frozen.
     """
     if getattr(model, _PREPARED, False):
         return
     if model.static_graph:
         raise ValueError(
-            "static_graph=True fixes at the first step what is trained, and later sets diverge silently; "
-            "wrap the model without it"
+            "static_graph=True fixes the trained set at the first step, and ranks would silently diverge "
+            "with later sets; wrap the model without it"
         )
     if not model.find_unused_parameters:
         raise ValueError(
@@ -60,24 +62,21 @@ def prepare(model: DistributedDataParallel) -> None:
         model.register_comm_hook(model.process_group, send_trained)
     except RuntimeError as error:
         raise ValueError(
-            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "this DistributedDataParallel has a communication hook already and accepts no second one; "
             "wrap the model without it"
         ) from error
     setattr(model, _PREPARED, True)
-
-
-_PREPARED = "_sends_trained_gradients"
 
 
 def send_trained(
     group: dist.ProcessGroup,
     bucket: dist.GradBucket,  # type: ignore[name-defined] # missing in the stubs
 ) -> torch.futures.Future[torch.Tensor]:
-    """Average the trained gradients of a bucket over the ranks; the hook of `register_comm_hook`.
+    """Average the trained gradients of a bucket over the ranks; a hook for `register_comm_hook`.
 
     Args:
         group: the processes.
-        bucket: gradients as views of one flat buffer; frozen parameters' are left as they are.
+        bucket: gradients as views of one flat buffer; those of frozen parameters are not changed.
     """
     buffer: torch.Tensor = bucket.buffer()
     pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
@@ -99,12 +98,15 @@ def send_trained(
 
 
 def _check_known(model: DistributedDataParallel) -> None:
-    """Refuse parameters that the wrapper does not synchronise because they were frozen when it was made."""
+    """Refuse a wrapper that was made while parameters were frozen: it would never synchronise them.
+
+    The number of parameters that a wrapper synchronises can be read from its log alone.
+    """
     trainable = sum(was_trainable(parameter) for parameter in unwrap(model).parameters())
     known: int = model._get_ddp_logging_data()["num_parameter_tensors"]
     if known < trainable:
         raise ValueError(
-            f"{trainable - known} of {trainable} trainable parameters were frozen when the model was put in "
-            f"DistributedDataParallel, and ranks would diverge once they are trained; wrap the model first, "
-            f"then call train_only"
+            f"{trainable - known} of {trainable} trainable parameters were frozen when the model was wrapped "
+            f"in DistributedDataParallel, and ranks would diverge once they are trained; wrap the model "
+            f"first, then call train_only"
         )

@@ -138,19 +138,6 @@ def test_gradients_of_generated_code_are_those_of_eager_freezing_on_random_model
 
 
 @pytest.mark.parametrize("variants", VARIANTS)
-def test_twenty_random_sets_in_a_row_need_one_capture(variants):
-    recipe = Recipe(("residual", "norm"))
-    model, batch = recipe.model(), recipe.batch()
-    run = compiled(model, compiler="eager", variants=variants)
-    for trained in random_sets(selectable(model), 20):
-        train_only(run, trained)
-        expected = reference_gradients(run, batch)
-        step(run, batch)
-        assert_same_gradients(run, expected)
-    assert captures() == 1
-
-
-@pytest.mark.parametrize("variants", VARIANTS)
 def test_another_batch_size_is_captured_with_dynamic_shapes_and_trained_right(variants):
     model = Regression(3)
     run = compiled(model, compiler="eager", variants=variants)

@@ -103,50 +103,6 @@ def test_hoisted_variants_never_compile_for_a_set(compilations):
 
 
 @VARIANTS
-def test_several_forwards_before_their_backwards_each_keep_their_own_set(variants):
-    model = Regression(4)
-    run = compiled(model, variants=variants)
-    calls = []
-    for seed, trained in enumerate(random_sets(selectable(model), 4)):
-        train_only(run, trained)
-        batch = make_batch(seed)
-        calls.append((run(**batch), reference_gradients(run, batch)))
-    for loss, expected in [calls[2], calls[0], calls[3], calls[1]]:
-        parameters = [dict(model.named_parameters())[name] for name in sorted(expected)]
-        gradients = torch.autograd.grad(loss, parameters)
-        assert_same_gradients(dict(zip(sorted(expected), gradients, strict=True)), expected)
-
-
-@VARIANTS
-def test_a_retained_graph_gives_the_same_gradients_again(variants):
-    model, batch = Recipe(("norm", "residual")).model(), make_batch()
-    run = compiled(model, variants=variants)
-    train_only(run, ["layers.0.norm.weight", "layers.1.down.*", "head.bias"])
-    expected = reference_gradients(run, batch)
-    loss = run(**batch)
-    loss.backward(retain_graph=True)
-    assert_same_gradients(run, expected)
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    assert_same_gradients(run, expected)
-
-
-@VARIANTS
-def test_gradients_accumulate_across_a_change_of_the_set(variants):
-    model = Regression(3)
-    run = compiled(model, variants=variants)
-    both, first_only, second_only = "layers.1.weight", "layers.0.weight", "layers.2.bias"
-    batches = make_batch(1), make_batch(2)
-    train_only(run, [both, first_only])
-    before = reference_gradients(run, batches[0])
-    run(**batches[0]).backward()
-    train_only(run, [both, second_only])
-    after = reference_gradients(run, batches[1])
-    run(**batches[1]).backward()
-    assert_same_gradients(run, {both: before[both] + after[both], second_only: after[second_only]})
-
-
-@VARIANTS
 def test_passes_without_gradients_in_between_change_nothing(variants):
     recipe = Recipe(("dropout", "convolution"))
     model, batch = recipe.model(), recipe.batch()

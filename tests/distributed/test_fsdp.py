@@ -10,11 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gtcompile.costs.backward_costs import backward_costs
+from gtcompile import AdaptiveBackprop, backward_costs, measure_importance, train_only
 from gtcompile.distributed.fsdp import group_of, link, sharded, whole
-from gtcompile.importance.estimators import measure_importance
-from gtcompile.state.trained_set import train_only
-from gtcompile.training.adaptive import AdaptiveBackprop
 from tests.ranks.data_parallel_run import build
 from tests.ranks.fully_sharded_run import trainer_loss
 from tests.support.models import Regression, make_batch, step
@@ -34,10 +31,11 @@ def run(case: str, ranks: int = 2) -> str:
     ("case", "ranks"),
     [
         ("eager-accumulate", 2),
+        ("eager-offload-early", 2),
         *(
             pytest.param(case, ranks, marks=pytest.mark.long)
             for case, ranks in [
-                *(("plain", 2), ("inductor", 2), ("eager-bf16", 2), ("eager-offload-early", 2)),
+                *(("plain", 2), ("inductor", 2), ("eager-bf16", 2)),
                 *(("eager", 3), ("plain-hybrid", 4), ("eager-root", 2)),
             ]
         ),

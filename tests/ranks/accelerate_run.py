@@ -1,7 +1,7 @@
-"""A plain loop as accelerate's users write it, trained by every process that `accelerate launch` starts.
+"""A plain loop as accelerate's users write it, run by every process that `accelerate launch` starts.
 
-`accelerate launch --multi_gpu --num_processes 2 -m tests.ranks.accelerate_run` starts several processes, also where
-there is no GPU.
+`accelerate launch --multi_gpu --num_processes 2 -m tests.ranks.accelerate_run` starts several processes even
+without a GPU.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Trains a fully sharded model on every rank, and a whole one alone, under torchrun; fails where they differ.
+"""Trains a fully sharded model on all ranks and a whole one in each process; fails if they differ.
 
-`torchrun --nproc-per-node 2 -m tests.ranks.fully_sharded_run CASE`, words joined by dashes: `plain`, `eager` or
-`inductor`, then any of `accumulate`, `bf16`, `offload`, `hybrid`, `early` (compiled before it is sharded) and
-`root` (sharded as one, its loss a trainer's).
+`torchrun --nproc-per-node 2 -m tests.ranks.fully_sharded_run CASE`. A case is words joined by dashes:
+`plain`, `eager` or `inductor`, then any of `accumulate`, `bf16`, `offload`, `hybrid`, `early` (compiled
+before it is sharded) and `root` (sharded as one module, with a trainer's loss).
 """
 
 import contextlib

@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer, TrainerCallback
 
 from gtcompile import AdaptiveBackpropCallback, trained_parameters
-from tests.huggingface.test_callback import adaptive, losses, make_args, make_data, make_model
 from tests.ranks.gloo_ranks import leave
+from tests.support.trainer import adaptive, losses, make_args, make_data, make_model
 
 
 class Watch(TrainerCallback):

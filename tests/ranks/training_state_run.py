@@ -1,8 +1,9 @@
-"""Trains on every rank, saves, and goes on from what was saved; under torchrun.
+"""Trains on every rank, saves, and continues from what was saved; started by torchrun.
 
-`torchrun --nproc-per-node N -m tests.ranks.training_state_run WRAPPER resume FOLDER` compares going on with not
-having stopped, bit for bit. `... continue FOLDER` goes on, on any number of ranks, from what `resume` left.
-`... save FOLDER` saves after every step until it is killed. `... full FOLDER` saves where there is no room.
+`torchrun --nproc-per-node N -m tests.ranks.training_state_run WRAPPER resume FOLDER` compares a continued
+training with one that never stopped, bit for bit. `... continue FOLDER` continues, on any number of ranks,
+from what `resume` left. `... save FOLDER` saves after every step until it is killed. `... full FOLDER` saves
+to a full disk.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The same training loop on a compiled model and on an eager twin frozen by `requires_grad_`."""
+"""Every way to compile a model; one training loop on it and on an eager twin frozen by `requires_grad_`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.state.trained_set import train_only
+from gtcompile import compile_blocks, train_only
 
 Choose = Callable[[Any, Iterable[str] | None], object]
 """Sets the trained parameters of a model, by exact names."""
 Loop = Callable[[Any, nn.Module, Choose], Any]
-"""A training loop: what to call, the model whose parameters it updates, how to choose what is trained; what
-it returns is compared."""
+"""A training loop. It takes the callable to run, the model whose parameters it updates, and how to choose the
+trained set; its result is compared."""
 
 
 def whole(variants: str) -> Callable[[nn.Module], Any]:
@@ -28,12 +27,19 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "hoisted": whole("hoisted"),
     "blocks": lambda model: compile_blocks(model, compiler="eager"),
 }
+SPECIALIZED_BLOCKS = {
+    "specialized blocks": lambda model: compile_blocks(model, compiler="eager", variants="specialized")
+}
+"""Compiles anew for each set in each block: tried where the way matters most, for it is slow."""
 EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+EVERY_VARIANT = pytest.mark.parametrize(
+    "way", [*WAYS.values(), *SPECIALIZED_BLOCKS.values()], ids=[*WAYS, *SPECIALIZED_BLOCKS]
+)
 AS_A_WHOLE = pytest.mark.parametrize("way", [WAYS["specialized"], WAYS["hoisted"]], ids=list(WAYS)[:2])
 
 
 def freeze_eagerly(model: nn.Module, trained: Iterable[str] | None) -> None:
-    """What `train_only` must be equal to: `requires_grad_`, and what the frozen had accumulated dropped."""
+    """What `train_only` must equal: `requires_grad_`, with the gradients of frozen parameters dropped."""
     names = None if trained is None else set(trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(names is None or name in names)
@@ -44,13 +50,13 @@ def freeze_eagerly(model: nn.Module, trained: Iterable[str] | None) -> None:
 def assert_same_training(
     way: Callable[[nn.Module], Any], build: Callable[[], nn.Module], loop: Loop, tolerance: float = 0.0
 ) -> None:
-    """A loop leaves the same weights, gradients, buffers, random state and results behind, bit for bit.
+    """Check that a loop leaves the weights, gradients, buffers, random state and results of its eager twin.
 
     Args:
         way: compiles a model.
-        build: makes it.
+        build: makes the model.
         loop: trains it.
-        tolerance: absolute, where bits may differ.
+        tolerance: absolute; 0 compares bit for bit.
     """
     left = []
     for prepare, choose in ((way, train_only), (lambda model: model, freeze_eagerly)):

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.checkpoint import load_training, save_training
+from gtcompile import AdaptiveBackprop, load_training, save_training
 from tests.ranks.training_state_run import POINTS, Training, assert_equal
 from tests.support.models import Regression, make_batch
 
@@ -48,8 +47,7 @@ def test_a_continued_training_equals_one_that_never_stopped(wrapper, point, tmp_
     assert_equal(again.outcome(), uninterrupted.outcome(), rtol=0, atol=0)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
+@pytest.mark.parametrize("wrapper", [pytest.param("replicated", marks=pytest.mark.long), "sharded"])
 def test_two_ranks_go_on_bit_for_bit(wrapper, tmp_path):
     run(wrapper, "resume", tmp_path)
 

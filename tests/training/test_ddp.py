@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gtcompile import AdaptiveBackprop, train_only
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.state.trained_set import train_only
-from gtcompile.training.adaptive import AdaptiveBackprop
-from tests.huggingface.test_callback import Replay, losses, train, weights
 from tests.support.models import Regression
+from tests.support.trainer import Replay, losses, train, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -122,16 +121,8 @@ def test_a_parameter_frozen_before_wrapping_is_refused():
         adaptive_of(DistributedDataParallel(model, find_unused_parameters=True))
 
 
-@pytest.mark.usefixtures("one_rank")
-def test_a_second_adaptive_backprop_may_take_over():
-    wrapped = DistributedDataParallel(Regression(), find_unused_parameters=True)
-    adaptive_of(wrapped)
-    adaptive_of(wrapped)
-
-
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-@pytest.mark.parametrize("case", ["replicated", "sharded"])
+@pytest.mark.parametrize("case", ["replicated", pytest.param("sharded", marks=pytest.mark.long)])
 def test_the_trainer_trains_on_two_ranks_what_one_process_trains_and_goes_on(case, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "tests.ranks.trainer_run", case, str(tmp_path)]

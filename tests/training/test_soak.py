@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.state.trained_set import train_only
+from gtcompile import compile_blocks, train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import captures
 

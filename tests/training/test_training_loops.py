@@ -1,12 +1,13 @@
-"""What training loops do: each leaves the weights of the same loop with eager freezing, bit for bit."""
+"""What training loops do: each leaves the weights of its eager twin, bit for bit."""
 
 import pytest
 import torch
 from torch import nn
 
-from gtcompile.state.trained_set import train_only
+from gtcompile import train_only
+from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import Recipe, captures, make_batch, random_sets, selectable, step
-from tests.support.training import EVERY_WAY, assert_same_training
+from tests.support.training import EVERY_VARIANT, EVERY_WAY, assert_same_training
 
 RECIPE = Recipe(("attention", "dropout", "attention", "dropout"), tied=True)
 SETS = random_sets(selectable(RECIPE.model()), 3, seed=2)
@@ -20,7 +21,7 @@ def adamw(model: nn.Module, **options) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
 
 
-@EVERY_WAY
+@EVERY_VARIANT
 def test_accumulation_goes_on_across_a_change_of_the_set(way):
     def loop(run, model, choose):
         optimizer, losses = adamw(model), []
@@ -118,7 +119,33 @@ def test_several_forwards_before_one_backward(way):
     assert_same_training(way, ROUNDED.model, loop)
 
 
-@EVERY_WAY
+@EVERY_VARIANT
+def test_several_forwards_before_their_backwards_each_keep_their_own_set(way):
+    model = Recipe(("norm", "norm", "norm")).model()
+    run, calls = way(model), []
+    inside = [name for name in selectable(model) if name.startswith("layers.")]  # eager code has no set
+    for seed, trained in enumerate(random_sets(inside, 4)):
+        train_only(run, trained)
+        batch = make_batch(seed)
+        calls.append((run(**batch), reference_gradients(run, batch)))
+    for loss, expected in [calls[2], calls[0], calls[3], calls[1]]:
+        gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in expected])
+        assert_same_gradients(dict(zip(expected, gradients, strict=True)), expected)
+
+
+@EVERY_VARIANT
+def test_twenty_random_sets_in_a_row_need_one_capture(way):
+    model, batch = Recipe(("norm", "norm", "norm")).model(), make_batch()
+    run = way(model)
+    for trained in random_sets(selectable(model), 20):
+        train_only(run, trained)
+        expected = reference_gradients(run, batch)
+        step(run, batch)
+        assert_same_gradients(run, expected)
+    assert captures() == 1
+
+
+@EVERY_VARIANT
 def test_a_retained_graph_accumulates_twice(way):
     def loop(run, model, choose):
         for number, trained in enumerate(SETS):

@@ -1,0 +1,76 @@
+"""Settings of trainers that would undo the selection are refused or repaired."""
+
+import pytest
+import torch
+from transformers import Trainer
+
+import gtcompile
+from gtcompile import AdaptiveBackpropCallback
+from gtcompile.huggingface.compatibility import check_trainer
+from gtcompile.state.trained_set import uses_compiled_code
+from tests.support.trainer import adaptive, make_args, make_data, make_model, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def compiled_outside(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_in_blocks(model):
+    return gtcompile.compile_blocks(model, compiler="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place, compiled_in_blocks])
+def test_a_model_that_is_compiled_already_is_refused_and_left_so(tmp_path, compiled):
+    model = compiled(make_model())
+    with pytest.raises(ValueError, match="the model is compiled already, and AdaptiveBackpropCallback"):
+        train(tmp_path, adaptive(), model=model, max_steps=1)
+    assert uses_compiled_code(model)
+
+
+def test_a_second_callback_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected one AdaptiveBackpropCallback, got two"):
+        train(tmp_path, adaptive(), adaptive(), max_steps=1)
+
+
+def test_torch_compile_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="torch_compile=True compiles the model a second time"):
+        train(tmp_path, adaptive(), max_steps=1, torch_compile=True, torch_compile_backend="eager")
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="reentrant checkpointing computes gradients in separate"):
+        train(tmp_path, adaptive(), max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"), [("is_deepspeed_enabled", "DeepSpeed keeps"), ("is_fsdp_enabled", "version 1")]
+)
+def test_engines_that_flatten_parameters_are_refused(tmp_path, setting, reason):
+    trainer = Trainer(
+        model=make_model(),
+        args=make_args(tmp_path),
+        train_dataset=make_data(4),
+        callbacks=[AdaptiveBackpropCallback()],
+    )
+    setattr(trainer, setting, True)
+    with pytest.raises(ValueError, match=reason):
+        check_trainer(trainer, AdaptiveBackpropCallback)
+
+
+def test_hooks_that_make_inputs_require_gradients_are_taken_away(tmp_path):
+    model = make_model()
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()  # PEFT and TRL both do; the first handle is lost
+    train(tmp_path, adaptive(), model=model, max_steps=1)
+    assert not model.get_input_embeddings()._forward_hooks

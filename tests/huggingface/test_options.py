@@ -1,0 +1,54 @@
+"""Options of the callback: wrong ones are refused by its constructor, others survive a checkpoint."""
+
+import json
+
+import pytest
+
+from gtcompile import AdaptiveBackpropCallback
+from gtcompile.huggingface.options import CallbackOptions, Progress
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"budget_fraction": 0}, {"budget_fraction": 50}, {"every": 0}, {"every": True}, {"every": "week"}),
+        *({"batches": 1}, {"batches": 2.5}, {"batches": "4"}, {"compiler": "nvcc"}, {"frozen_state": "lose"}),
+    ],
+)
+def test_values_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        AdaptiveBackpropCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"budget_fraction": "half"}, {"always": "*"}, {"never": [1]}, {"policy": 3}),
+        *({"compiled": "eager"}, {"two_pass": 1}),
+    ],
+)
+def test_values_of_another_type_are_refused(arguments):
+    with pytest.raises(TypeError, match="expected"):
+        AdaptiveBackpropCallback(**arguments)
+
+
+def test_one_batch_is_enough_within_each_batch():
+    assert CallbackOptions(batches=1, two_pass=True).batches == 1
+
+
+def test_a_callback_made_from_a_saved_state_has_the_same_options():
+    callback = AdaptiveBackpropCallback(0.4, every=7, always=("head.*",), frozen_state="cpu")
+    state = json.loads(json.dumps(callback.state()))
+    assert AdaptiveBackpropCallback.from_state(state).state() == callback.state()
+
+
+def test_other_options_than_the_saved_ones_are_refused_unless_they_concern_the_compiler():
+    saved = json.loads(json.dumps(CallbackOptions(compiler="inductor", never=("a", "b")).to_json()))
+    CallbackOptions(compiler="eager", compiled=False, never=("a", "b")).check_resumed(saved)
+    with pytest.raises(ValueError, match=r"trained with never=\['a', 'b'\], this callback has \['a'\]"):
+        CallbackOptions(never=("a",)).check_resumed(saved)
+
+
+def test_progress_is_the_mean_over_the_steps():
+    assert Progress().mean_fraction is None
+    assert Progress().after_step(0.25).after_step(0.75).mean_fraction == 0.5

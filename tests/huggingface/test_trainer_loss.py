@@ -1,0 +1,43 @@
+"""The trainer's own loss: importance is measured through it, and measuring changes nothing."""
+
+import pytest
+import torch
+from transformers import Trainer
+
+from gtcompile.huggingface.trainer_loss import TrainerLoss
+from tests.support.trainer import adaptive, make_args, make_data, make_model, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):
+    seen = []
+
+    def doubled(outputs, labels, num_items_in_batch=None):
+        seen.append(num_items_in_batch)
+        return 2 * torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    plain, twice = adaptive(every=9), adaptive(every=9)
+    train(tmp_path, plain, max_steps=1, label_smoothing_factor=0.1, optim="sgd")
+    train(tmp_path, twice, max_steps=1, trainer_settings={"compute_loss_func": doubled}, optim="sgd")
+    assert len(seen) == 3  # two batches measured, one trained
+    assert plain.adaptive.importance != twice.adaptive.importance
+
+
+def test_what_a_loss_counts_and_records_on_its_trainer_is_put_back_after_measuring(tmp_path):
+    class Counting(Trainer):
+        seen = 0
+
+        def compute_loss(self, model, inputs, **kwargs):
+            self.seen += 1
+            self.records["train"].append(self.seen)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = Counting(model=make_model(), args=make_args(tmp_path), train_dataset=make_data(4))
+    trainer.records = {"train": [1.0]}
+    own = TrainerLoss(trainer.model, trainer)
+    assert own(**trainer.data_collator(make_data(2))).isfinite()
+    assert (trainer.seen, trainer.records) == (0, {"train": [1.0]})
