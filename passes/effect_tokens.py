@@ -43,7 +43,7 @@ def drop_unneeded_checks(joint: JointGraph, keep: Set[str]) -> None:
 
 @graph_pass
 def drop_effect_tokens(module: fx.GraphModule) -> None:
-    """Set every effect token among the outputs of a graph to None, and remove the checks, which are dead then.
+    """Set every effect token among the outputs of a graph to None, and remove the checks, now dead.
 
     Before: `return (loss, x, db, token)`
     After:  `return (loss, x, db, None)`

@@ -152,7 +152,8 @@ class _Block(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH, device="cpu", dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x + self.down(torch.tanh(self.up(self.norm(x))))).square().mean()
+        loss: torch.Tensor = (x + self.down(torch.tanh(self.up(self.norm(x))))).square().mean()
+        return loss
 
 
 TRAINED = (frozenset({"up.weight", "norm.bias"}), frozenset({"down.weight"}))
@@ -264,7 +265,7 @@ def _inductor() -> Iterator[str]:
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         settings = dict.fromkeys(("donated_buffer", "enable_autograd_cache"), False)
         with functorch_config.patch({**settings, "force_non_lazy_backward_lowering": True}):
-            code = compile_fx(graph, example_inputs, inner_compile=inner_compile, config_patches={})
+            code = compile_fx(graph, example_inputs, inner_compile=inner_compile, config_patches={})  # type: ignore[arg-type]
         if not hasattr(TracingContext.get().fw_metadata, DONATED_INPUTS):
             broken.append(f"AOTAutograd's metadata has no {DONATED_INPUTS}")
         return code

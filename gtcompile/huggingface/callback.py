@@ -211,18 +211,16 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count what the step cost; policies that change the set by the step choose the next one."""
-        selection = self.adaptive.selection
-        assert selection is not None
-        self._progress = self._progress.after_step(selection.step_flops / selection.full_flops)
-        if (step := getattr(self.adaptive, "step", None)) is not None:
-            step()
+        self._progress = self._progress.after_step(self.adaptive.step_fraction)
+        self.adaptive.step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log what was spent; leave the model as it was before training."""
-        if self._training is not None and self._progress.steps:
-            self._training.trainer.log({"adaptive/flops_fraction_spent": self._progress.mean_fraction})
+        spent = self._progress.mean_fraction
+        if self._training is not None and spent is not None:
+            self._training.trainer.log({"adaptive/flops_fraction_spent": spent})
         self._release()
 
     def state(self) -> dict[str, Any]:
@@ -251,18 +249,17 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _make_adaptive(self, trainer: Trainer, model: nn.Module, optimizer: Optimizer) -> AdaptiveBackprop:
         options = self._options
         wrapped: Any = trainer.model_wrapped
-        # a policy enters by name only where it is not the default, which every AdaptiveBackprop has
-        policy: dict[str, Any] = {} if options.policy == "best" else {"policy": options.policy}
         return AdaptiveBackprop(
             wrapped if isinstance(wrapped, DistributedDataParallel) else model,
             optimizer,
             options.budget_fraction,
+            policy=options.policy,
+            seed=trainer.args.seed,
             always=options.always,
             never=options.never,
             two_pass=options.two_pass,
             frozen_state=options.frozen_state,
             loss_module=TrainerLoss(model, trainer),
-            **policy,
         )
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from gtcompile.compiler.backend import parse_options
+from gtcompile.compiler.options import parse_options
 from gtcompile.costs.budgets import check_budget
 from gtcompile.graph.names import refuse_string
+from gtcompile.selection import policies
 from gtcompile.state.optimizer_state import Setting, check_setting
 
 Every = int | Literal["epoch"]
 """How often a new set is selected: at each pass over the data, or after so many optimizer steps."""
 
-Policy = Any
+Policy = str | policies.Policy | policies.Choose
 """A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
 
 MAY_CHANGE = frozenset({"compiled", "compiler"})
@@ -53,8 +54,7 @@ class CallbackOptions:
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
-        if not (isinstance(self.policy, str) or callable(self.policy) or hasattr(self.policy, "plan")):
-            raise TypeError(f"expected the name of a policy, a policy or a function, got {self.policy!r}")
+        policies.find_policy(self.policy)
         if self.every != "epoch" and not _is_count(self.every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
         for name in ("compiled", "two_pass"):

@@ -91,6 +91,10 @@ class Schedule:
         full = self.progress.steps * self.costs.full_flops
         return self.progress.spent_flops / full if full else 0.0
 
+    def fraction_of(self, trained: frozenset[str]) -> float:
+        """Cost of a step that trains this set, as a share of a full step's FLOPs."""
+        return self._flops_of(trained) / self.costs.full_flops
+
     def next_set(self) -> frozenset[str]:
         """The set to train in the next step."""
         now = self.progress

@@ -133,6 +133,14 @@ class AdaptiveBackprop:
         """
         return self._schedule.spent_fraction if self._schedule else 0.0
 
+    @property
+    def step_fraction(self) -> float:
+        """Cost of the step that the present set is trained in, as a share of a full step's FLOPs.
+
+        0.0 before the first `reselect`.
+        """
+        return self._schedule.fraction_of(self._trained) if self._schedule else 0.0
+
     def reselect(self, batches: Iterable[Any]) -> Selection:
         """Select anew from these batches and train that from now on.
 

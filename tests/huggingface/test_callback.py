@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from gtcompile import (
-    AdaptiveBackprop,
     AdaptiveBackpropCallback,
     BudgetError,
     CaptureError,
@@ -419,8 +418,24 @@ def test_events_of_something_else_than_a_trainer_are_refused(tmp_path):
         adaptive().on_init_end(make_args(tmp_path), None, None)
 
 
-def test_a_policy_that_changes_the_set_by_the_step_is_told_of_each_optimizer_step(tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(AdaptiveBackprop, "step", lambda self: steps.append(self.selection), raising=False)
-    train(tmp_path, adaptive(), max_steps=3, gradient_accumulation_steps=2)
-    assert len(steps) == 3
+def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path):
+    witness, callback = Witness(), adaptive(0.6, policy="occasionally_full", every="epoch")
+    trainer = train(tmp_path, callback, witness, gradient_accumulation_steps=2)
+    assert len(witness.steps) == 6
+    assert all(trained == gradients for trained, gradients in witness.steps)
+    assert len({trained for trained, _ in witness.steps}) > 1
+    logged = [entry.get("adaptive/flops_fraction_spent") for entry in trainer.state.log_history]
+    assert 0 < [spent for spent in logged if spent is not None][-1] <= 0.6
+
+
+def test_a_resume_in_the_middle_of_an_epoch_continues_the_policys_sets_bit_for_bit(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole = train(tmp_path, adaptive(policy="sampled", every="epoch"), **settings)
+    resumed = train(
+        tmp_path / "resumed",
+        adaptive(policy="sampled", every="epoch"),
+        resume=str(tmp_path / "checkpoint-5"),
+        **settings | {"save_strategy": "no"},
+    )
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert losses(whole) == losses(resumed)

@@ -32,6 +32,11 @@ def test_values_of_another_type_are_refused(arguments):
         AdaptiveBackpropCallback(**arguments)
 
 
+def test_a_policy_that_does_not_exist_is_refused_with_the_nearest_names():
+    with pytest.raises(ValueError, match="no policy 'sample'; near names: sampled"):
+        AdaptiveBackpropCallback(policy="sample")
+
+
 def test_one_batch_is_enough_within_each_batch():
     assert CallbackOptions(batches=1, two_pass=True).batches == 1
 
