@@ -27,6 +27,7 @@ class EndedError(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.long
 def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is_not(tmp_path, monkeypatch):
     arms = ["--arms", "sampled", "--budgets", "0.7", "--purposes", "steps", "--steps", "3"]
     straight = tiny(tmp_path / "straight", *arms)
