@@ -348,7 +348,7 @@ def logged_apart() -> Iterator[None]:
 
     Dynamo's log has room for one forward and one backward of each compilation, and refuses a second.
     """
-    fresh = {"_metrics_context_tls": threading.local(), "CHROMIUM_EVENT_LOG": None}
+    fresh: dict[str, Any] = {"_metrics_context_tls": threading.local(), "CHROMIUM_EVENT_LOG": None}
     with mock.patch.multiple(dynamo_utils, create=True, **fresh):
         yield
 
