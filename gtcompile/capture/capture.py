@@ -13,6 +13,7 @@ from torch import fx, nn
 from gtcompile.capture.batch_tree import split_batch
 from gtcompile.capture.forced_gradients import ZERO
 from gtcompile.capture.model_io import (
+    LossFunction,
     check_batch,
     list_parameters,
     loss_of,
@@ -48,8 +49,6 @@ from gtcompile.torch_internals import (
 )
 
 logger = logging.getLogger(__name__)
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
-"""From a model and a batch to a scalar loss."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What a model takes and returns: its batch, its loss, its parameters, and the module inside wrappers."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import Parameter, ParameterStatus
 from gtcompile.torch_internals import is_traceable_wrapper_subclass
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+"""A loss computed outside of the model: from the model and a batch of any structure to a scalar."""
 
 RETURNED_DEPTH = 8
 """How many levels of containers are searched for tensors; a cache of caches of layers has six."""

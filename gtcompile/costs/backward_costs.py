@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from gtcompile.capture.model_io import LossFunction
 from gtcompile.costs.budgets import smallest_budget
-from gtcompile.costs.dependency_graph import BACKWARD, LossFunction, capture_everything, dependencies
+from gtcompile.costs.dependency_graph import BACKWARD, capture_everything, dependencies
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph, Parameter, names_of
 

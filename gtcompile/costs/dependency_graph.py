@@ -6,7 +6,7 @@ with the parameters that need it, and every question about a trained set is a qu
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from operator import getitem
 from typing import Any
 
@@ -15,15 +15,13 @@ import torch
 from torch import fx, nn
 
 from gtcompile.capture.capture import capture
-from gtcompile.capture.model_io import unwrap
+from gtcompile.capture.model_io import LossFunction, unwrap
 from gtcompile.graph.flops import node_flops, output_flops, refuse_unknown, register_missing_formulas
 from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.graph.module_paths import input_of, module_paths
 from gtcompile.state.restore import everything_trainable
 from gtcompile.torch_internals import TangentAOTInput
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
-"""From a model and a batch to a scalar loss."""
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -60,9 +58,8 @@ def dependency_graph(
 
 def capture_everything(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> JointGraph:
     """Capture with every parameter trainable that was so when gtcompile first saw the model."""
-    options = {} if loss_fn is None else {"loss_fn": loss_fn}
     with everything_trainable(unwrap(model)):
-        return capture(model, batch, **options)
+        return capture(model, batch, loss_fn=loss_fn)
 
 
 def dependencies(joint: JointGraph) -> "nx.DiGraph[str]":

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gtcompile.capture.model_io import check_batch, unwrap
+from gtcompile.capture.model_io import LossFunction, check_batch, unwrap
 from gtcompile.distributed import fsdp
 from gtcompile.distributed.fsdp import copies, local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.names import match_patterns
-from gtcompile.importance.gradient_stream import GradientStream, LossFn, NotFiniteError
+from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
 from gtcompile.state.restore import restored, temporarily_training
 from gtcompile.state.shadow_optimizer import ShadowOptimizer
 from gtcompile.state.trained_set import enter_shards, selectable_names, trained_parameters
@@ -30,7 +30,7 @@ def measure_importance(
     optimizer: Optimizer,
     batches: Iterable[Any],
     *,
-    loss_fn: LossFn | None = None,
+    loss_fn: LossFunction | None = None,
     only: Collection[str] | None = None,
     two_pass: bool = False,
 ) -> dict[str, float]:
@@ -91,7 +91,7 @@ def measure_importance(
 
 
 def check_batches(
-    model: nn.Module, batches: Iterable[Any], *, minimum: int, loss_fn: LossFn | None = None
+    model: nn.Module, batches: Iterable[Any], *, minimum: int, loss_fn: LossFunction | None = None
 ) -> tuple[Any, ...]:
     """The batches, if there are enough of them and the model takes them.
 

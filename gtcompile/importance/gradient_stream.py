@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtcompile.capture.model_io import loss_of
+from gtcompile.capture.model_io import LossFunction, loss_of
 from gtcompile.distributed.fsdp import local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import CaptureError, GTCompileError
 
-LossFn = Callable[[nn.Module, Any], torch.Tensor]
-"""Takes the model and a batch of any structure, and returns the scalar loss."""
 Consumer = Callable[[str, nn.Parameter, torch.Tensor], None]
 """Takes a parameter's FQN, the parameter and its gradient, which the consumer may keep or overwrite."""
 
@@ -33,7 +31,7 @@ class GradientStream:
     """The parameters whose gradients are handed over, with their FQNs; other gradients are dropped."""
     ranks: Ranks = field(default_factory=lambda: Ranks(None))
     """The ranks that the model is sharded over: a batch fails on all of them or on none."""
-    loss_fn: LossFn | None = None
+    loss_fn: LossFunction | None = None
     """Computes the loss from the module and a batch; None for a module that returns it."""
     arrived: set[str] = field(default_factory=set)
     """FQNs that had a gradient in any completed batch."""
@@ -103,7 +101,7 @@ def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
         raise NotFiniteError(f"the gradient of {fqn} is not finite")
 
 
-def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
+def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> torch.Tensor:
     """The scalar loss of a batch on the model's device.
 
     Args:

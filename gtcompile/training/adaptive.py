@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gtcompile.capture.model_io import list_parameters, unwrap, without_replicas
+from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
-from gtcompile.importance.gradient_stream import LossFn, batch_loss, on_device
+from gtcompile.importance.gradient_stream import batch_loss, on_device
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
 from gtcompile.selection.policies import Choose, Function, Policy, find_policy
 from gtcompile.selection.schedule import Plan, Schedule, seeded
@@ -76,7 +76,7 @@ class AdaptiveBackprop:
         budget_fraction: float = 0.5,
         *,
         policy: str | Policy | Choose = "best",
-        loss_fn: LossFn | None = None,
+        loss_fn: LossFunction | None = None,
         always: Iterable[str] = (),
         never: Iterable[str] = (),
         two_pass: bool = False,
@@ -266,17 +266,12 @@ class AdaptiveBackprop:
         if known is None or known.follows_values:
             batch = on_device(batch, next(self._model.parameters()).device)
             try:
-                self._known_costs = {key: self._captured_costs(batch)}
+                self._known_costs = {key: backward_costs(self._model, batch, loss_fn=self._loss_fn)}
             except CaptureError:
                 with torch.no_grad():  # let the model say what is wrong with the batch, if something is
                     batch_loss(self._model, batch, self._loss_fn)
                 raise
         return self._known_costs[key]
-
-    def _captured_costs(self, batch: Any) -> BackwardCosts:
-        if self._loss_fn is None:
-            return backward_costs(self._model, batch)
-        return backward_costs(self._model, batch, loss_fn=self._loss_fn)
 
     def _common_ground(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
