@@ -44,10 +44,6 @@ class Strategy:
     """`JointGraph.source` of the graphs that it captures."""
     sentence: str
     """Description for the error message that lists every strategy that failed."""
-    needs_values: bool = False
-    """Whether it needs the values of weights and batch."""
-    without_cache: bool = False
-    """Whether it applies only if the forward takes `use_cache` and the batch does not set it."""
     run: Callable[[nn.Module, dict[str, Any], contextlib.ExitStack], nn.Module]
     """Takes the `LossModule`, the batch by name, and a stack on which it enters the contexts for tracing.
     Returns the module that AOTAutograd is to trace."""
@@ -63,11 +59,9 @@ def strategies(model: nn.Module, batch: Mapping[str, Any], tensors: Iterable[tor
     """
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys()
     has_values = all(map(_has_values, tensors))
-    return [
-        strategy
-        for strategy in (THROUGH_DYNAMO, WITHOUT_CACHE, AS_COMPILED, AS_EAGER, WITH_VALUES)
-        if (takes_cache or not strategy.without_cache) and (has_values or not strategy.needs_values)
-    ]
+    without_cache = [WITHOUT_CACHE] if takes_cache else []
+    with_values = [WITH_VALUES] if has_values else []
+    return [THROUGH_DYNAMO, *without_cache, AS_COMPILED, AS_EAGER, *with_values]
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
@@ -124,7 +118,6 @@ THROUGH_DYNAMO = Strategy(
 WITHOUT_CACHE = Strategy(
     name=DYNAMO,
     sentence="Through Dynamo, without the cache of keys and values that generation would need.",
-    without_cache=True,
     run=_without_cache,
 )
 AS_COMPILED = Strategy(
@@ -140,7 +133,6 @@ AS_EAGER = Strategy(
 WITH_VALUES = Strategy(
     name=ONE_BATCH,
     sentence="Operator by operator, with the values of this batch.",
-    needs_values=True,
     run=_with_values,
 )
 
@@ -164,17 +156,12 @@ def _every_run_alike(module: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def _static_and_quiet() -> Iterator[None]:
     """Make Dynamo treat sizes as constants, and skip logging calls instead of breaking the graph at them."""
-    loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
-    ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
+    # by name, to include methods that libraries add, such as transformers' `warning_once`
+    levels = ("debug", "info", "warn", "error")
+    calls = {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
+    ignored = calls | set(dynamo_config.ignore_logging_functions)
     settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
     with settings, settings_not_logged(), captured_as_compiled(), warnings.catch_warnings():
         # Side effects of a forward (such as caching a rotary table) are dropped: a capture changes no model.
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield
-
-
-def _loggers_own_methods() -> set[Any]:
-    """Methods that other libraries add to `logging.Logger`, such as transformers' `warning_once`."""
-    return {
-        method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))
-    }

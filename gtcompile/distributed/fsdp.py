@@ -131,6 +131,10 @@ def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -
         model: sharded or not.
         twin: from a sharded parameter to the tensor of whole shape that replaces it.
     """
+
+    def whole_twins(parameters: dict[str, Any]) -> dict[str, Any]:
+        return {name: twin(p) if isinstance(p, DTensor) else p for name, p in parameters.items()}
+
     with contextlib.ExitStack() as stack:
         for module in list(shards(model)):
             assert isinstance(module, nn.Module)
@@ -139,12 +143,8 @@ def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 stack.enter_context(changed(hooks, _without_gathering))
         for part in model.modules():
-            stack.enter_context(changed(part._parameters, lambda own: _whole_twins(own, twin)))
+            stack.enter_context(changed(part._parameters, whole_twins))
         yield
-
-
-def _whole_twins(parameters: dict[str, Any], twin: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    return {name: twin(p) if isinstance(p, DTensor) else p for name, p in parameters.items()}
 
 
 def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]:
@@ -161,18 +161,12 @@ def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]
 @contextlib.contextmanager
 def _own_class(module: nn.Module) -> Iterator[None]:
     """Within the block, give a sharded module its class from before `fully_shard`."""
-    sharded_class = type(module)
+    sharded_class = type(module)  # derived from `FSDPModule` and the class before
     try:
-        module.__class__ = class_before_sharding(sharded_class)
+        module.__class__ = next(base for base in sharded_class.__bases__ if base is not FSDPModule)
         yield
     finally:
         module.__class__ = sharded_class
-
-
-def class_before_sharding(sharded_class: type[nn.Module]) -> type[nn.Module]:
-    """Return a module's class before `fully_shard`: a base of the class that `fully_shard` created."""
-    own: type[nn.Module] = next(base for base in sharded_class.__bases__ if base is not FSDPModule)
-    return own
 
 
 @contextlib.contextmanager

@@ -65,10 +65,6 @@ def _outer(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
     return 2 * prod(left) * prod(right)
 
 
-def _summed_batch_matmul(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
-    return 2 * prod(left) * right[-1]
-
-
 def _products(left: Sequence[Shape], right: Sequence[Shape], *_: Any, **__: Any) -> int:
     return sum(map(_product, left, right))
 
@@ -96,13 +92,9 @@ def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: 
     return 2 * prod(out_shape) * left[-1]
 
 
-def _expert_matmul(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(rows) * experts[-1]
-
-
 def _expert_matmul_backward(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
     """The operator always computes both gradients, of rows and of experts."""
-    return 2 * _expert_matmul(rows, experts)
+    return 2 * _product(rows, experts)
 
 
 def _trilinear(
@@ -426,7 +418,7 @@ FORMULAS: dict[str, Formula] = {
     "aten::dot": _dot,
     "aten::vdot": _dot,
     "aten::addr": _outer,
-    "aten::addbmm": _summed_batch_matmul,
+    "aten::addbmm": _added_product,
     "aten::_addmm_activation": _added_product,
     "aten::_foreach_mm": _products,
     "aten::linear": _product_with_transposed,
@@ -452,7 +444,7 @@ FORMULAS: dict[str, Formula] = {
     "bitsandbytes::gemv_4bit": _packed_vector_product,
     "torchao::int_matmul": _product,
     "torchao::int_scaled_matmul": _product,
-    "transformers::grouped_mm_fallback": _expert_matmul,
+    "transformers::grouped_mm_fallback": _product,
     "transformers::grouped_mm_fallback_backward": _expert_matmul_backward,
     "aten::_cdist_forward": _cdist,
     "aten::_cdist_backward": _cdist_backward,

@@ -67,7 +67,8 @@ def _unwrapped(call: Call) -> Call:
     result = call.result
     if name == EFFECTS:
         position = 1
-        result = result[1] if isinstance(result, (tuple, list)) and len(result) == 2 else result
+        if isinstance(result, (tuple, list)):
+            result = result[1] if len(result) == 2 else result[1:]
     elif name in RUN_RANDOM_OPERATORS:
         position = RUN_RANDOM_OPERATORS[name]
         result = result[1] if name == "run_and_save_rng_state" and result is not None else result
