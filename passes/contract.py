@@ -120,10 +120,13 @@ def graph_split(
         for module in parts.modules:
             _check_graph(name, given.graph, module.graph)
         calls = Counter(node.name for module in parts.modules for node in _calls(module.graph))
-        _refuse(calls.keys() - {node.name for node in given.graph.nodes}, f"{name} invented")
-        _refuse({call for call, times in calls.items() if times > 1}, f"{name} computes twice")
+        _refuse(
+            calls.keys() - {node.name for node in given.graph.nodes},
+            f"{name} created calls that the given graph lacks:",
+        )
+        _refuse({call for call, times in calls.items() if times > 1}, f"{name} repeats in several parts:")
         twice = {slot for slot, times in Counter(parts.finished).items() if times > 1}
-        _refuse(map(str, twice), f"{name} finishes twice the outputs")
+        _refuse(map(str, twice), f"{name} computes twice the outputs:")
         logger.debug("%s: %d nodes -> %d parts", name, len(given.graph.nodes), len(parts.modules))
         return parts
 
@@ -147,7 +150,10 @@ def _check_graph(name: str, before: fx.Graph, after: fx.Graph) -> None:
     """Check that a graph is well formed, and that no call lost its value or was added without one."""
     after.lint()
     known = {node.name for node in _calls(before) if not _has_value(node)}
-    _refuse({n.name for n in _calls(after) if not _has_value(n)} - known, f"{name} left without meta['val']")
+    _refuse(
+        {n.name for n in _calls(after) if not _has_value(n)} - known,
+        f"{name} left calls without meta['val']:",
+    )
 
 
 def _check_interface(name: str, before: fx.Graph, after: fx.Graph, changes: Sequence[Interface]) -> None:
@@ -165,7 +171,7 @@ def _check_interface(name: str, before: fx.Graph, after: fx.Graph, changes: Sequ
     if len(outputs[0]) != len(outputs[1]):
         raise GraphContractError(f"{name} made {len(outputs[1])} outputs of {len(outputs[0])}")
     invented = [i for i, (old, new) in enumerate(zip(*outputs, strict=True)) if old is None is not new]
-    _refuse(map(str, invented), f"{name} computes what was None, at the outputs")
+    _refuse(map(str, invented), f"{name} fills outputs that were None:")
 
 
 def _check_joint(name: str, before: JointGraph, after: JointGraph) -> None:

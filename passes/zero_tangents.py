@@ -44,7 +44,7 @@ def without_zero_tangents(backward: fx.GraphModule, tangents: Iterable[int], zer
 
 
 def _reached_from(graph: fx.Graph, sources: Set[fx.Node]) -> set[fx.Node]:
-    """The sources, and every node whose value depends on the value of a source."""
+    """Return the sources, and every node whose value depends on the value of a source."""
     reached = set(sources)
     for node in graph.nodes:
         reads_values = node.op == "call_function" and node.target not in SHAPES_ONLY

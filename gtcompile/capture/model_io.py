@@ -163,8 +163,8 @@ def refuse_subclasses(values: Iterable[object]) -> None:
         if is_traceable_wrapper_subclass(value):
             raise CaptureError(
                 f"expected plain tensors, got a {type(value).__name__} of shape {list(value.shape)}: a joint "
-                f"graph contains the tensors that such a subclass is made of, and no gradient of the "
-                f"subclass. Convert it to a plain tensor, or leave the modules that use it out of "
+                f"graph contains only the tensors inside such a subclass, so the subclass has no gradient. "
+                f"Convert it to a plain tensor, or leave the modules that use it out of "
                 f"compile_blocks(model, blocks=[...])."
             )
 

@@ -139,7 +139,7 @@ def _pad(
     padding_value: float,
     total_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `_pack`: `[time, sequences, ...]`, and the lengths."""
+    """Invert `_pack`: return `[time, sequences, ...]`, and the lengths."""
     sizes = batch_sizes.tolist()
     sizes += [0] * (total_length - len(sizes))
     behind = (0, 0) * (packed.dim() - 1)

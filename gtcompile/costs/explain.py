@@ -52,10 +52,10 @@ class Explanation:
                 if self.needed_by
                 else "not saved for backward"
             )
-            return f"{self.node} runs in the forward, whatever is trained; {saved}"
+            return f"{self.node} runs in the forward of every step; {saved}"
         if not self.alive:
-            served = _count(self.would_need, "parameter")
-            return f"{self.node} is eliminated: it serves {served}, none of them trained"
+            frozen = _count(self.would_need, "frozen parameter")
+            return f"{self.node} is eliminated: {frozen} and no trained one would need it"
         if not self.needed_by:
             return f"{self.node} runs for its side effect"
         return f"{self.node} runs for {_count(self.needed_by, 'trained parameter')}"
@@ -86,7 +86,7 @@ class Difference:
         return (
             f"{_count(self.entered, 'parameter')} in, {len(self.left)} out; "
             f"+{self.gained_flops:.4g} and -{self.lost_flops:.4g} FLOPs; "
-            f"{_count(self.appeared, 'node')} appeared, {len(self.gone)} went"
+            f"{_count(self.appeared, 'node')} appeared, {len(self.gone)} disappeared"
         )
 
 

@@ -49,7 +49,7 @@ class Ranks:
                 del error  # its traceback refers to this frame, which would keep the error alive
         for rank, failure in enumerate(said):
             if failure is not None:
-                raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")
+                raise GTCompileError(f"rank {rank} failed, so all ranks stop: {failure}")
         return result
 
     def agree(self, what: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def _origin(node: fx.Node, innermost: Callable[[str], str]) -> str:
 
 
 def _innermost(known: frozenset[str], expression: str) -> str:
-    """Return the longest suffix of `L['self'].model.layers[0]`, say, that is a known module path."""
+    """Return the longest suffix of an expression (`L['self'].layers[0]`) that is a known module path."""
     parts = [part for part in re.split(r"[\[\]'\".]+", expression) if part]
     suffixes = (".".join(parts[start:]) for start in range(len(parts)))
     return next((name for name in suffixes if name in known), "")

@@ -61,7 +61,7 @@ def was_trainable(parameter: nn.Parameter) -> bool:
 
 
 def generation() -> int:
-    """A number that changes whenever `is_trained` may change. Use it as a cache key."""
+    """Return a number that changes whenever `is_trained` may change. Use it as a cache key."""
     return _generation
 
 

@@ -27,7 +27,7 @@ def check_same_model(saved: Shapes, present: Shapes, what: str) -> None:
         ValueError: names or shapes differ; the message lists the first.
     """
     differing = [
-        f"{name} is {_shape(saved, name)} there and {_shape(present, name)} here"
+        f"{name} was {_shape(saved, name)} when saved and is {_shape(present, name)} now"
         for name in sorted(saved.keys() | present.keys())
         if _shape(saved, name) != _shape(present, name)
     ]
