@@ -63,8 +63,8 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     here = _device_count() if state["accelerator"] == _accelerator() else 0
     if here < len(devices):
         logger.warning(
-            "The random state holds the generators of %d %s devices, and %d of them are here: random numbers "
-            "drawn on the others differ from those of an uninterrupted training.",
+            "The random state contains the generators of %d %s devices, of which %d are visible: random "
+            "numbers on the others will differ from those of an uninterrupted training.",
             len(devices),
             state["accelerator"],
             here,
