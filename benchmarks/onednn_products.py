@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measurement import in_turns, keep_memory, median_interval
 from gtcompile.passes.onednn_products import PRODUCT, onednn_is_faster
-from gtcompile.tools.bench.measurement import describe_machine, in_turns, keep_memory, median_interval
+from gtcompile.tools.bench.measurement import describe_machine
 
 Product = Callable[[], torch.Tensor]
 CPU = torch.device("cpu")

@@ -1,17 +1,18 @@
-"""The errors gtcompile raises, by who can act on them, and how their messages name many things."""
+"""The errors that gtcompile raises, and how their messages shorten long lists."""
 
 from collections.abc import Sequence
 
 
 class GTCompileError(Exception):
-    """Base of what gtcompile raises about its own work; bad arguments are `ValueError` or `TypeError`."""
+    """Base class of gtcompile's errors. Invalid arguments raise `ValueError` or `TypeError` instead."""
 
 
 class CaptureError(GTCompileError):
-    """The model could not be captured as a joint graph; the message says what the user can change.
+    """The model could not be captured as a joint graph. The message says what the user can change.
 
     Attributes:
-        without_values: whether the weights had no values, with which it could be run.
+        without_values: whether the strategy that runs the model on real values was skipped, because a weight
+            or the batch has no values (on the meta device, sharded). With values, capture may succeed.
     """
 
     def __init__(self, message: str, *, without_values: bool = False) -> None:
@@ -20,7 +21,7 @@ class CaptureError(GTCompileError):
 
 
 class GraphContractError(GTCompileError):
-    """A graph broke an invariant that gtcompile promises: a bug of gtcompile, not of the user."""
+    """A graph violates an invariant of gtcompile. This is a bug in gtcompile, not in user code."""
 
 
 class BudgetError(GTCompileError):
@@ -36,7 +37,7 @@ class BudgetError(GTCompileError):
 
 
 def some(texts: Sequence[str], between: str = ", ", most: int = 3) -> str:
-    """The first of many texts, and how many more there are.
+    """Join the first `most` texts, and say how many more there are.
 
     >>> some(["a", "b", "c", "d"])
     'a, b, c and 1 more'

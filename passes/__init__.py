@@ -1,1 +1,1 @@
-"""Rewrites of graphs, one per module, all with the interface of `contract`; `pipeline` puts some in order."""
+"""Graph passes, one per module. `contract` defines their interface, `pipeline` combines some of them."""

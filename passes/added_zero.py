@@ -1,4 +1,4 @@
-"""Remove a zero that was added to activations so that their gradients are traced."""
+"""Remove the zero that was added to activations to trace their gradients."""
 
 from torch import fx
 
@@ -8,17 +8,17 @@ from gtcompile.torch_internals import ParamAOTInput
 
 @interface_pass("inputs")
 def forget_added_zero(module: fx.GraphModule, target: str) -> None:
-    """Remove an input that is zero, and the sums with it; the gradient by it stays an output.
+    """Remove a zero input and the additions of it. The gradient with respect to it stays an output.
 
     Before: `(x, zero, dy) -> y = add(x, zero); dx = mul(dy, w); return (mul(y, w), dx)`
     After:  `(x, dy) -> dx = mul(dy, w); return (mul(x, w), dx)`
 
-    Sound because `x + 0` is `x`. The gradient by the zero is the sum of the gradients by the activations that
-    it was added to, and keeping it keeps the backward down to them (`capture/forced_gradients.py`).
+    Sound because `x + 0` is `x`. The gradient of the zero is the sum of the gradients of the activations that
+    it was added to. As an output it keeps their backward alive (see `capture/forced_gradients.py`).
 
     Args:
         module: a joint graph with AOTAutograd's descriptors.
-        target: name of the parameter that is the zero; a graph without such an input stays as it is.
+        target: name of the zero parameter. A graph without this input does not change.
     """
     for placeholder in module.graph.find_nodes(op="placeholder"):
         meaning = placeholder.meta.get("desc")

@@ -12,14 +12,14 @@ from gtcompile.torch_internals import merge_equal_nodes
 
 @graph_pass
 def eliminate_common_subexpressions(module: fx.GraphModule) -> None:
-    """Keep one of the nodes that apply an operator to the same arguments, as torch's partitioner does.
+    """Keep only one of several nodes with equal operator and arguments, as torch's partitioner does.
 
     Before: `a = sin(x); b = sin(x); return (a, mul(b, dy))`
     After:  `a = sin(x); return (a, mul(a, dy))`
 
-    Sound because nodes that draw random numbers or write to memory are not merged, and every other operator
-    returns the same for the same arguments. The partitioner of a model that is compiled as a whole will do
-    this; costs must not count work that does not run.
+    Sound because operators are deterministic, except those that draw random numbers or write to memory, which
+    are not merged. torch's partitioner does the same when a model is compiled as a whole, so without this
+    pass costs would count work that does not run.
 
     Args:
         module: a joint graph with AOTAutograd's descriptors.

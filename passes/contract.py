@@ -1,21 +1,18 @@
-"""The interface of every rewrite in this package, and the promises that the code around it checks.
+"""The interface of all passes in this package, and the contract that their decorators check.
 
-A graph is a `JointGraph` (forward and backward, its outputs named), or an `fx.GraphModule` where nothing is
-known but inputs and outputs: a backward graph after partitioning, the forward graph that Dynamo captured. All
-of them have `.graph`, and a pass is one function over that:
+A pass takes a `JointGraph` (forward and backward, with named gradient slots), or an `fx.GraphModule`: a
+backward graph after partitioning, or the forward graph that Dynamo captured. Both have `.graph`.
 
-* `@graph_pass`: a rewrite. The function edits a copy in place, in ordinary FX style. Callers give a graph and
-  get another of the same kind back; the one they gave is unchanged. A pass that needs slot names accepts a
-  `JointGraph` alone, and says so in its annotation.
-* `@interface_pass("inputs" | "outputs" | "names")`: a rewrite that changes how its result is called. It says
-  what it changes, and everything else is checked as for any other pass.
-* `@graph_split`: cuts a backward graph into several graphs that together compute the same gradients. It
-  cannot return one graph, so it has a decorator of its own, which makes the same checks of every part.
+* `@graph_pass`: a rewrite. The function edits a copy in place, in ordinary FX style. Callers pass a graph and
+  receive a new one of the same type; theirs does not change. The annotation of a pass that needs slot names
+  says `JointGraph`.
+* `@interface_pass("inputs" | "outputs" | "names")`: a rewrite that changes the calling convention. It
+  declares which part; the rest of the contract is checked.
+* `@graph_split`: splits a backward graph into several graphs that together compute the same gradients.
 
-Why not one kind of graph for all: a wrapper around backward graphs would hold a module and nothing else. Why
-not a class for each pass with `requires` and `ensures`, as in onnx/ir-py: no pass here needs a promise that
-is not already in the list above. Inductor calls one pass in place on its own graph; that pass calls its edit
-(`onednn_products.py`).
+Backward graphs have no type of their own, because it would wrap a module and add nothing. Passes are not
+classes with `requires` and `ensures`, as in onnx/ir-py, because none needs conditions beyond this contract.
+Inductor calls one pass in place on its own graph (`onednn_products.py`).
 """
 
 import dataclasses
@@ -32,7 +29,7 @@ from gtcompile.graph.joint_graph import JointGraph, copy_module, returns_somethi
 
 logger = logging.getLogger(__name__)
 Interface = Literal["inputs", "outputs", "names"]
-"""What of a graph's calling convention a pass may change."""
+"""The parts of a graph's calling convention that a pass may change."""
 
 
 class Parts(Protocol):
@@ -40,11 +37,11 @@ class Parts(Protocol):
 
     @property
     def modules(self) -> Sequence[fx.GraphModule]:
-        """The graphs of all parts; every call keeps its name."""
+        """The graphs of all parts. Nodes keep their names."""
 
     @property
     def finished(self) -> Sequence[int]:
-        """Positions of the given graph's outputs that the parts compute."""
+        """Positions, among the outputs of the given graph, of the outputs that the parts compute."""
 
 
 G = TypeVar("G", bound="JointGraph | fx.GraphModule")
@@ -53,14 +50,15 @@ P = ParamSpec("P")
 
 
 def graph_pass(edit: Callable[Concatenate[G, P], None]) -> Callable[Concatenate[G, P], G]:
-    """Turn an edit in place into a function from a graph to a new graph of the same kind.
+    """Turn an in-place edit into a function from a graph to a new graph of the same type.
 
-    Contract: the given graph is unchanged. The result has the same inputs and as many outputs; an output that
-    was None is None; no call has lost its value (`meta["val"]`) or was added without one. A joint graph has
-    the same forward outputs, and the pass is added to its provenance. The result is linted and recompiled.
+    Contract: the given graph does not change. The result has the same inputs and the same number of outputs.
+    Outputs that were None stay None. No call loses its `meta["val"]`, and no call without one is added. A
+    joint graph keeps its forward outputs, and its provenance gains the pass. The result is linted and
+    recompiled.
 
     Raises:
-        GraphContractError: when the edit breaks the contract.
+        GraphContractError: the edit violates the contract.
     """
     return interface_pass()(edit)
 
@@ -68,14 +66,14 @@ def graph_pass(edit: Callable[Concatenate[G, P], None]) -> Callable[Concatenate[
 def interface_pass(
     *changes: Interface,
 ) -> Callable[[Callable[Concatenate[G, P], None]], Callable[Concatenate[G, P], G]]:
-    """As `graph_pass`, for a rewrite that changes how its result is called.
+    """Decorate a pass that changes the calling convention; otherwise the contract is that of `graph_pass`.
 
     Args:
-        *changes: "inputs": inputs appear or disappear; "outputs": outputs disappear, or are replaced by other
-            nodes; "names": inputs have other names, in the same order.
+        *changes: "inputs": adds or removes inputs. "outputs": removes outputs, or replaces them by other
+            nodes. "names": renames inputs, in the same order.
 
     Raises:
-        GraphContractError: when the edit breaks what is left of the contract.
+        GraphContractError: the edit violates the rest of the contract.
     """
 
     def decorate(edit: Callable[Concatenate[G, P], None]) -> Callable[Concatenate[G, P], G]:
@@ -91,7 +89,7 @@ def interface_pass(
             _check_interface(name, given.graph, result.graph, changes)
             if isinstance(given, JointGraph) and isinstance(result, JointGraph):
                 _check_joint(name, given, result)
-            _recompile(result)
+            (result.module if isinstance(result, JointGraph) else result).recompile()
             logger.debug("%s: %d -> %d nodes", name, len(given.graph.nodes), len(result.graph.nodes))
             return result
 
@@ -103,13 +101,13 @@ def interface_pass(
 def graph_split(
     split: Callable[Concatenate[fx.GraphModule, P], S],
 ) -> Callable[Concatenate[fx.GraphModule, P], S]:
-    """Check what a function makes of a backward graph that it cuts into parts.
+    """Check the result of a function that splits a backward graph into parts.
 
-    Contract: the given graph is unchanged. Every call of a part is a call of the given graph, in no other
-    part; none has lost its value. Every output that the parts finish is finished once.
+    Contract: the given graph does not change. Every call in a part exists in the given graph, and in no other
+    part; no call loses its `meta["val"]`. No output is computed by two parts.
 
     Raises:
-        GraphContractError: when the split breaks the contract.
+        GraphContractError: the split violates the contract.
     """
     name = split.__name__
 
@@ -122,10 +120,13 @@ def graph_split(
         for module in parts.modules:
             _check_graph(name, given.graph, module.graph)
         calls = Counter(node.name for module in parts.modules for node in _calls(module.graph))
-        _refuse(calls.keys() - {node.name for node in given.graph.nodes}, f"{name} invented")
-        _refuse({call for call, times in calls.items() if times > 1}, f"{name} computes twice")
+        _refuse(
+            calls.keys() - {node.name for node in given.graph.nodes},
+            f"{name} created calls that the given graph lacks:",
+        )
+        _refuse({call for call, times in calls.items() if times > 1}, f"{name} repeats in several parts:")
         twice = {slot for slot, times in Counter(parts.finished).items() if times > 1}
-        _refuse(map(str, twice), f"{name} finishes twice the outputs")
+        _refuse(map(str, twice), f"{name} computes twice the outputs:")
         logger.debug("%s: %d nodes -> %d parts", name, len(given.graph.nodes), len(parts.modules))
         return parts
 
@@ -145,16 +146,14 @@ def _copy(given: G, name: str) -> G:
     return copy_module(given)  # type: ignore[return-value]
 
 
-def _recompile(given: JointGraph | fx.GraphModule) -> None:
-    module = given.module if isinstance(given, JointGraph) else given
-    module.recompile()
-
-
 def _check_graph(name: str, before: fx.Graph, after: fx.Graph) -> None:
-    """Check that a graph is well formed, and that no call has less of a value than it had."""
+    """Check that a graph is well formed, and that no call lost its value or was added without one."""
     after.lint()
     known = {node.name for node in _calls(before) if not _has_value(node)}
-    _refuse({n.name for n in _calls(after) if not _has_value(n)} - known, f"{name} left without meta['val']")
+    _refuse(
+        {n.name for n in _calls(after) if not _has_value(n)} - known,
+        f"{name} left calls without meta['val']:",
+    )
 
 
 def _check_interface(name: str, before: fx.Graph, after: fx.Graph, changes: Sequence[Interface]) -> None:
@@ -172,7 +171,7 @@ def _check_interface(name: str, before: fx.Graph, after: fx.Graph, changes: Sequ
     if len(outputs[0]) != len(outputs[1]):
         raise GraphContractError(f"{name} made {len(outputs[1])} outputs of {len(outputs[0])}")
     invented = [i for i, (old, new) in enumerate(zip(*outputs, strict=True)) if old is None is not new]
-    _refuse(map(str, invented), f"{name} computes what was None, at the outputs")
+    _refuse(map(str, invented), f"{name} fills outputs that were None:")
 
 
 def _check_joint(name: str, before: JointGraph, after: JointGraph) -> None:
@@ -194,7 +193,7 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _has_value(node: fx.Node) -> bool:
-    """Whether a call carries what it returns; Dynamo's graphs keep it under `example_value`."""
+    """Whether a call has an example of its result; Dynamo's graphs store it as `example_value`."""
     return "val" in node.meta or "example_value" in node.meta or not returns_something(node)
 
 
@@ -204,5 +203,5 @@ def _outputs(graph: fx.Graph) -> Sequence[fx.Node | None]:
 
 
 def _signatures(graph: fx.Graph) -> list[tuple[object, ...]]:
-    """What each node is and reads; equal lists are equal graphs."""
+    """Return a comparable description of each node. Equal graphs have equal lists."""
     return [(node.name, node.target, node.args, node.kwargs) for node in graph.nodes]

@@ -1,4 +1,4 @@
-"""Reduce the outputs of a captured forward to the loss, and to those that cost FLOPs of their own."""
+"""Reduce the forward outputs to the loss, and to outputs that cost additional FLOPs."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ from gtcompile.torch_internals import InputMutationAOTOutput
 
 @interface_pass("outputs")
 def keep_costly_outputs(module: fx.GraphModule) -> None:
-    """Put the loss first; drop every other forward output unless it takes FLOPs that the loss does not need.
+    """Put the loss first, and drop the other forward outputs that cost no FLOPs beyond those of the loss.
 
     Before: `return (new_running_mean, loss, logits, mm(logits, q), dw)`
     After:  `return (loss, mm(logits, q), dw)`
 
-    Sound because a training step differentiates the loss alone. The FLOPs of the other outputs are spent
-    even if nobody reads them, so outputs that cost any stay, for the costs to count. What a forward writes to
-    its inputs comes before the loss in AOTAutograd's order, and costs nothing once the loss is computed.
+    Sound because a training step differentiates only the loss. The FLOPs of other outputs are spent even if
+    nobody reads them, so outputs with additional FLOPs stay and are counted. AOTAutograd puts mutations of
+    inputs (batch-norm statistics) before the loss; they cost nothing in addition to it.
 
     Args:
-        module: a joint graph with AOTAutograd's descriptors, the loss its first output that is no mutation.
+        module: a joint graph with AOTAutograd's descriptors. The first output that is not a mutation is the
+            loss.
     """
     output = module.graph.output_node()
     outputs: Sequence[Any] = output.args[0]  # type: ignore[assignment]
@@ -39,7 +40,7 @@ def keep_costly_outputs(module: fx.GraphModule) -> None:
 
 
 def _are_costly(forward: Sequence[Any]) -> list[bool]:
-    """For each forward output, the loss first, whether it is kept."""
+    """Return for each forward output, the loss first, whether to keep it."""
     loss, *others = forward
     of_loss = ancestors([loss])
     needed = (ancestors([node]) - of_loss if isinstance(node, fx.Node) else () for node in others)

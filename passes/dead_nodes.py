@@ -1,4 +1,4 @@
-"""Erase the nodes that no output needs."""
+"""Erase dead nodes."""
 
 from gtcompile.passes.contract import G, graph_pass
 
@@ -10,8 +10,8 @@ def eliminate_dead_nodes(given: G) -> None:
     Before: `dx = mm(dy, w); dw = mm(t(x), dy); return (loss, None, dx)`
     After:  `dx = mm(dy, w); return (loss, None, dx)`
 
-    Sound because the remaining nodes neither read nor observe the erased ones: inputs stay, and so do random
-    draws and mutations (`Node.is_impure`) with everything they depend on. Leaves the unread outputs of an
-    operator with several outputs to `narrow_output_masks`.
+    Sound because no remaining node reads an erased one. Inputs stay, and so do random draws and mutations
+    (`Node.is_impure`) with everything they depend on. Unread outputs of operators with several outputs are
+    left to `narrow_output_masks`.
     """
     given.graph.eliminate_dead_code()

@@ -8,17 +8,17 @@ from gtcompile.passes.contract import graph_pass
 
 @graph_pass
 def drop_gradients(joint: JointGraph, keep: Set[str]) -> None:
-    """Set every gradient slot to None whose input is not in `keep`.
+    """Set the gradient slots of all inputs outside `keep` to None.
 
     Before: `return (loss, dw1, dw2)`
     After, with `keep={"w2"}`: `return (loss, None, dw2)`
 
-    Sound because a slot that is None tells autograd that the input has no gradient, exactly as
-    `requires_grad=False` would. The nodes that computed the slot stay, for `eliminate_dead_nodes`.
+    Sound because a None slot means to autograd that the input has no gradient, as with
+    `requires_grad=False`. The nodes that computed the slot are left to `eliminate_dead_nodes`.
 
     Args:
         joint: the graph.
-        keep: names of the inputs whose gradients stay; a name that is no slot changes nothing.
+        keep: names of the inputs whose gradients stay. Names without a slot are ignored.
     """
     gradients = tuple(
         gradient if slot in keep else None

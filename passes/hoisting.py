@@ -1,8 +1,8 @@
 """Move weight gradients out of a backward graph, so that one compilation serves every trained set.
 
-Weight gradients are leaves of the backward graph: no other node reads them. The rest, the *chain* of
-activation gradients, is compiled once and also returns the operands of the leaves. A leaf runs only if its
-parameter is trained.
+Weight gradients are leaves of the backward graph: no other node reads them. The rest is the *chain* of
+activation gradients. It is compiled once, and also returns the operands of the leaves. A leaf runs only if
+its parameter is trained.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.graph.flops import known_flops
+from gtcompile.graph.flops import has_flops, planning_flops
 from gtcompile.graph.joint_graph import ancestors
 from gtcompile.passes.contract import graph_split
 from gtcompile.passes.free_strides import free_strides
@@ -29,12 +29,12 @@ SCATTERS = frozenset(
         aten.index_add.default,
     }
 )
-"""Operators that have no FLOPs, and write a gradient as large as the parameter."""
+"""Operators without FLOPs that are worth hoisting: their result is as large as the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Where a leaf finds one of its inputs."""
+    """The source of one input of a leaf."""
 
     saved: bool
     """True for an input of the backward graph, False for a computed value."""
@@ -44,30 +44,30 @@ class Operand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """Computes one weight gradient, or values that several leaves need and the chain does not."""
+    """Computes a weight gradient, or values that several leaves need and the chain does not."""
 
     serves: frozenset[int]
     """Slots whose gradients need this leaf."""
     slots: tuple[int, ...]
-    """The slots among them whose gradients it computes."""
+    """Slots whose gradients this leaf itself returns."""
     handed_on: tuple[int, ...]
-    """Positions, among the computed values, of its results that other leaves read."""
+    """Results that other leaves read, as positions among the computed values."""
     module: fx.GraphModule
-    """From the operands to the gradients of `slots`, then the values of `handed_on`."""
+    """Takes `operands`; returns the gradients of `slots`, then the values of `handed_on`."""
     flops: int
     """FLOPs of running it once."""
     operands: tuple[Operand, ...]
-    """In the order in which `module` takes them."""
+    """Sources of the inputs of `module`, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a backward graph that can run by itself."""
+    """A subgraph of a backward graph that can run by itself."""
 
     module: fx.GraphModule
-    """Takes the inputs that it reads and no others; returns a tuple."""
+    """Takes only the inputs that it reads, and symbolic sizes; returns a tuple."""
     inputs: tuple[int, ...]
-    """Positions of those inputs among the backward graph's inputs."""
+    """Positions of its inputs among the backward graph's inputs."""
 
     @property
     def modules(self) -> tuple[fx.GraphModule, ...]:
@@ -82,7 +82,7 @@ class Part:
     @property
     def flops(self) -> int:
         """FLOPs of running it once."""
-        return sum(known_flops(node) for node in self.module.graph.nodes if node.op == "call_function")
+        return sum(planning_flops(node) for node in self.module.graph.nodes if node.op == "call_function")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class HoistedBackward:
     """A backward graph in two parts: the chain, which is compiled, and the leaves, which run on demand."""
 
     chain: Part
-    """Returns the gradients of `chain_slots`, then the operands of the leaves: the first computed values."""
+    """Returns the first computed values: the gradients of `chain_slots`, then operands of the leaves."""
     chain_slots: tuple[int, ...]
     """Slots that the chain computes: gradients of activations, and of parameters too cheap to hoist."""
     leaves: tuple[Leaf, ...]
@@ -98,7 +98,7 @@ class HoistedBackward:
 
     @property
     def handed_on(self) -> int:
-        """How many computed values the leaves add to those of the chain."""
+        """Number of computed values that the leaves add to those of the chain."""
         return sum(len(leaf.handed_on) for leaf in self.leaves)
 
     @property
@@ -123,14 +123,14 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After:  chain `dx = mm(dy, w); return (dx, dy)`, leaf of slot 1 `(dy, x) -> mm(t(dy), x)`
 
-    Sound because the chain needs no node of a leaf, and a leaf reads the values that the nodes would have
-    read in the whole graph. Nodes that several leaves need and no kept slot does become a leaf that runs
-    before them: the gradient of attention scores, say, where the keys come from another module.
+    Sound because the chain needs no node of a leaf, and the nodes of a leaf read the values that they read in
+    the whole graph. Nodes that several leaves need, but no kept slot, become a leaf of their own that runs
+    first. An example is the gradient of attention scores if the keys come from another module.
 
     Args:
-        backward: as the partitioner made it; it stays unchanged.
-        keep: slots that the chain must compute; if empty, the chain computes what several slots need.
-        hoist: slots that may become leaves; a slot without matrix products or scatters stays in the chain.
+        backward: a backward graph from the partitioner. It does not change.
+        keep: slots that the chain must compute. If empty, the chain computes nodes that several slots need.
+        hoist: slots that may become leaves. A slot without matrix products or scatters stays in the chain.
     """
     gradients: Any = backward.graph.output_node().args[0]
     slots = [slot for slot in sorted(keep | hoist) if gradients[slot] is not None]
@@ -153,13 +153,12 @@ def hoist_weight_gradients(backward: fx.GraphModule, keep: Set[int], hoist: Set[
 
 
 def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozenset[int], list[fx.Node]]:
-    """Find the nodes that may run on demand: matrix products, scatters, and what is computed from them.
+    """Find the nodes that can run on demand: matrix products, scatters, and nodes computed from them.
 
-    Nodes that several slots need may run on demand only if some slot is kept: without one, the chain
-    computes them.
+    If `keep` is empty, nodes that several slots need belong to the chain.
 
     Returns:
-        The nodes by the set of slots that need them, the largest sets first.
+        The nodes by the set of slots that need them, largest sets first.
     """
     serves = _served_slots(graph, keep | hoist)
     movable = {
@@ -167,7 +166,7 @@ def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozens
         for node, slots in serves.items()
         if node.op == "call_function" and (slots.isdisjoint(keep) if keep else len(slots) == 1)
     }
-    body = {node for node in movable if node.target in SCATTERS or _has_flops(node)}
+    body = {node for node in movable if node.target in SCATTERS or has_flops(node)}
     for node in movable:
         if any(source in body for source in node.all_input_nodes):
             body.add(node)
@@ -179,7 +178,7 @@ def leaf_nodes(graph: fx.Graph, keep: Set[int], hoist: Set[int]) -> dict[frozens
 
 
 def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[int]]:
-    """Per node, in the order of the graph, which slots need it; nodes that no slot needs are missing."""
+    """Return for each node, in graph order, the slots that need it. Unneeded nodes are left out."""
     output = graph.output_node()
     gradients: Any = output.args[0]
     serves: dict[fx.Node, frozenset[int]] = {}
@@ -191,13 +190,9 @@ def _served_slots(graph: fx.Graph, slots: Set[int]) -> dict[fx.Node, frozenset[i
 
 
 def _operands(body: Sequence[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes outside of `body` that it reads, in order."""
+    """Return the nodes outside `body` that it reads, in order."""
     inside = set(body)
     return dict.fromkeys(i for node in body for i in node.all_input_nodes if i not in inside)
-
-
-def _has_flops(node: fx.Node) -> bool:
-    return node.op == "call_function" and known_flops(node) > 0
 
 
 def _leaf(
@@ -214,7 +209,7 @@ def _leaf(
         slots=slots,
         handed_on=tuple(sources[node].index for node in handed_on),
         module=_leaf_module(body, operands, [*(gradients[slot] for slot in slots), *handed_on]),
-        flops=sum(map(known_flops, body)),
+        flops=sum(map(planning_flops, body)),
         operands=tuple(sources[operand] for operand in operands),
     )
 
@@ -232,17 +227,17 @@ def _leaf_module(
 
 @graph_split
 def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part:
-    """Copy what some nodes need into a graph of their own.
+    """Copy some nodes, and everything they depend on, into a new graph.
 
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After, with the outputs (None, dw): `(dy, x) -> dw = mm(t(dy), x); return (None, dw)`
 
-    Sound because a backward graph has no side effects after partitioning. Symbolic sizes are inputs of every
-    part, read or not: the guards that Inductor stores with code on disk refer to such inputs alone.
+    Sound because a backward graph has no side effects after partitioning. All symbolic sizes stay inputs of
+    the part, even if it does not read them, because guards in Inductor's disk cache refer to such inputs.
 
     Args:
-        backward: stays unchanged.
-        outputs: nodes of the graph, in the order in which the part returns them; None stays None.
+        backward: the whole backward graph. It does not change.
+        outputs: nodes that the part returns, in order. None stays None.
     """
     return _extract(backward, outputs)
 

@@ -10,17 +10,16 @@ from gtcompile.passes.contract import interface_pass
 
 @interface_pass("outputs")
 def differentiate_loss_only(forward: fx.GraphModule) -> None:
-    """Detach every output of a forward graph except its scalars, if it has one.
+    """Detach all outputs of a forward graph except scalars; if there is no scalar, change nothing.
 
     Before: `return (loss, logits)`; the backward adds zeros of shape [batch, length, vocabulary]
     After:  `return (loss, logits.detach())`, and `loss` alone seeds the backward
 
-    Sound if the loss is the only output through which the user differentiates, which only the user can know.
-    A graph without a scalar output stays as it is: before a graph break, say, any output may lead to the
-    loss.
+    Sound if the user differentiates only the loss, which the user must declare. In a graph without a scalar
+    output, such as one before a graph break, any output may lead to the loss.
 
     Args:
-        forward: as Dynamo captured it, with an `example_value` at every node.
+        forward: captured by Dynamo, with an `example_value` at every node.
     """
     output = forward.graph.output_node()
     outputs: Any = output.args[0]

@@ -1,4 +1,4 @@
-"""Number the names of nodes without gaps."""
+"""Rename nodes so that their numbers have no gaps."""
 
 import re
 from collections import Counter
@@ -10,13 +10,13 @@ from gtcompile.passes.contract import interface_pass
 
 @interface_pass("names")
 def renumber_names(module: fx.GraphModule) -> None:
-    """Rename every node so that names of one kind are numbered in order.
+    """Renumber the names of nodes, separately for each base name.
 
     Before: `primals_3, primals_9 -> mm_4 = mm(primals_3, primals_9); return mm_4`
     After:  `primals_1, primals_2 -> mm = mm(primals_1, primals_2); return mm`
 
-    Sound because a name has no meaning to torch. Reports, exports and dumps of a model then name a node alike
-    whatever else was captured with it and removed.
+    Sound because names have no meaning to torch. The names in reports, exports and dumps of a model then do
+    not depend on nodes that were captured and removed.
     """
     graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
     twin: dict[fx.Node, fx.Node] = {}

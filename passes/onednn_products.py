@@ -1,7 +1,7 @@
-"""Multiply float32 matrices with oneDNN on processors where MKL, torch's default, has no fast code.
+"""Multiply float32 matrices with oneDNN on processors for which MKL, torch's default, has no fast code.
 
-MKL uses AVX-512 on Intel's processors only. oneDNN, which torch also contains, uses it on every processor
-that has it: on an AMD EPYC it takes about half the time (`python -m benchmarks.onednn_products`).
+MKL uses AVX-512 only on Intel processors. oneDNN, which torch also contains, uses it on every processor that
+has it. On an AMD EPYC it takes about half the time (`python -m benchmarks.onednn_products`).
 """
 
 import functools
@@ -25,7 +25,7 @@ from gtcompile.torch_internals import (
 aten = torch.ops.aten
 
 LEAST_FLOPS = 10_000_000
-"""FLOPs of a product below which a call of oneDNN, some ten microseconds, costs more than it saves."""
+"""Minimum FLOPs of a product. Below, the call overhead of oneDNN (about 10 us) exceeds the savings."""
 
 _library = torch.library.Library("gtcompile", "DEF")
 _library.define("product(Tensor left, Tensor right, Tensor? bias=None) -> Tensor")
@@ -44,7 +44,7 @@ def _product_shape(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor |
 
 
 PRODUCT = torch.ops.gtcompile.product.default
-"""`aten.mm`, or `aten.addmm` with a vector, of float32 matrices on the CPU."""
+"""Replacement for `aten.mm`, and for `aten.addmm` with a vector, on float32 CPU matrices."""
 
 
 @register_flop_formula(torch.ops.gtcompile.product)
@@ -55,8 +55,8 @@ def _product_flops(left: Sequence[int], right: Sequence[int], *_: object, **__: 
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies float32 matrices faster than MKL on this processor.
 
-    Decided by the instructions that each has code for. False where `torch.backends.mkldnn` is disabled, which
-    is how users turn this pass off.
+    The answer follows from the instruction sets that each supports; nothing is measured. It is False if
+    `torch.backends.mkldnn` is disabled: this is how users turn the pass off.
     """
     return (
         bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available() and _mkl_lacks_avx512()
@@ -73,18 +73,18 @@ def _mkl_lacks_avx512() -> bool:
 
 @graph_pass
 def use_onednn_products(given: G) -> None:
-    """Compute large matrix products with oneDNN where it is faster.
+    """Compute large matrix products with oneDNN if it is faster on this processor.
 
     Before: `y = addmm(bias, x, w)`
     After:  `y = product(x, w, bias)`
 
-    Sound because both add the same products, in another order.
+    Sound because both compute the same sums, in another order: only rounding may differ.
     """
     _use_onednn(given.graph)
 
 
 def _use_onednn(graph: fx.Graph) -> None:
-    """Edit a graph in place, which is how Inductor calls a pass."""
+    """Edit a graph in place, as Inductor requires of its custom passes."""
     if not onednn_is_faster():
         return
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
@@ -97,19 +97,19 @@ def _use_onednn(graph: fx.Graph) -> None:
 
 
 def _is_worth_it(node: fx.Node) -> bool:
-    """Whether this is a large product of float32 matrices on the CPU, at the captured sizes."""
+    """Whether a node is a large product of float32 CPU matrices, at the captured sizes."""
     values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
     fits = all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.is_cpu for v in values)
     return fits and node_flops(node) >= LEAST_FLOPS
 
 
 def _is_row_of(node: fx.Node, bias: Any) -> bool:
-    """Whether a bias is a vector with one element for each column of the product, so not broadcast."""
+    """Whether a bias is a vector with one element per column of the product, without broadcasting."""
     return statically_known_true(sym_eq(bias.meta["val"].shape, node.meta["val"].shape[1:]))
 
 
 class _InductorPass(CustomGraphPass):
-    """The rewrite as a pass of Inductor; Inductor's cache on disk knows it by its `uuid`."""
+    """The rewrite as an Inductor pass. `uuid` is its key in Inductor's disk cache."""
 
     def __call__(self, graph: fx.Graph) -> None:
         _use_onednn(graph)

@@ -1,4 +1,4 @@
-"""Narrow the output masks of backward operators to the outputs that are read."""
+"""Clear the masks of backward-operator outputs that no node reads."""
 
 from operator import getitem
 
@@ -27,8 +27,8 @@ def narrow_output_masks(given: G) -> None:
     Before: `g = native_layer_norm_backward(..., [True, True, True]); dx = g[0]`
     After:  `g = native_layer_norm_backward(..., [True, False, False]); dx = g[0]`
 
-    Sound because the outputs of these operators are independent of each other. Expects dead `getitem` nodes
-    to be gone.
+    Sound because these operators compute their outputs independently. Run `eliminate_dead_nodes` first: a
+    dead `getitem` counts as a reader.
     """
     for node in given.graph.nodes:
         if node.target in MASKED_OPERATORS:

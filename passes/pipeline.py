@@ -1,4 +1,4 @@
-"""The passes in order: from everything a joint graph can compute to what a trained set needs."""
+"""The pipeline of passes that restricts a joint graph to a trained set."""
 
 from collections.abc import Set
 
@@ -9,11 +9,11 @@ from gtcompile.passes.output_masks import narrow_output_masks
 
 
 def restrict_gradients(joint: JointGraph, keep: Set[str]) -> JointGraph:
-    """Return the joint graph that computes the gradients of `keep`, and nothing that only others needed.
+    """Return a joint graph that computes the gradients of `keep`, and no node that only others need.
 
     Args:
-        joint: stays unchanged.
-        keep: names of the inputs whose gradients stay; a name without a gradient changes nothing.
+        joint: the captured graph. It does not change.
+        keep: names of the inputs whose gradients stay. Names without a gradient are ignored.
     """
     joint = drop_gradients(joint, keep)
     joint = eliminate_dead_nodes(joint)

@@ -1,4 +1,4 @@
-"""Keep random draws out of what is recomputed in the backward."""
+"""Forbid the backward to recompute random draws."""
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ def save_random_draws(module: fx.GraphModule) -> None:
     Before: `mask = bernoulli(x, 0.9)`, which the partitioner may draw again in the backward
     After:  `mask = bernoulli(x, 0.9)  # recompute: MUST_SAVE`
 
-    Sound because no value changes: the partitioner reads the mark. A second draw would give other numbers.
+    Sound because only a mark changes, which the partitioner reads. A second draw would give other numbers.
     """
     for node in module.graph.nodes:
         if draws_random_numbers(node):
@@ -23,7 +23,7 @@ def save_random_draws(module: fx.GraphModule) -> None:
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether a node gives another result each time it runs; attention does if its dropout is not zero."""
+    """Whether a node draws random numbers. Attention does only if its dropout is not zero."""
     operator = node.target
     if not isinstance(operator, OpOverload) or torch.Tag.nondeterministic_seeded not in operator.tags:
         return False

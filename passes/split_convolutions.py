@@ -1,4 +1,4 @@
-"""Compute the gradients of a convolution's input, weight and bias one by one."""
+"""Compute the gradients of a convolution's input, weight and bias in separate nodes."""
 
 from operator import getitem
 from typing import Any
@@ -13,15 +13,14 @@ aten = torch.ops.aten
 
 @graph_pass
 def split_convolutions(given: G) -> None:
-    """Make the weight gradient of a convolution a leaf of the backward graph like any other.
+    """Split a convolution's backward, so that its weight gradient becomes a leaf of the backward graph.
 
     Before: `g = convolution_backward(dy, x, w, ..., [True, True, True]); dx = g[0]; dw = g[1]; db = g[2]`
     After:  `dx = convolution_backward(dy, x, w, ..., [True, False, False])[0]`,
             `dw = convolution_backward(dy, x, w, ..., [False, True, False])[1]`, `db = sum(dy, [0, 2, ...])`
 
-    Sound because the outputs are independent of each other, and FLOPs are counted for each by itself. The
-    bias gradient is a sum, as Inductor computes it on a GPU: torch's CPU kernel for the bias alone would
-    compute the weight gradient as well.
+    Sound because the operator computes its outputs independently, so no work is done twice. The bias gradient
+    becomes a sum, as in Inductor on GPUs, because torch's CPU kernel would compute the weight gradient too.
     """
     graph = given.graph
     for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
@@ -33,7 +32,7 @@ def split_convolutions(given: G) -> None:
 
 
 def _compute_alone(graph: fx.Graph, together: fx.Node, output: fx.Node) -> None:
-    """Replace one output of a convolution's backward by a node that computes nothing else."""
+    """Replace one output of a convolution's backward by a node that computes only this output."""
     index: Any = output.args[1]
     gradient: Any = together.args[0]
     with graph.inserting_before(output):

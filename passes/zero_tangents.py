@@ -1,4 +1,4 @@
-"""Leave out of a backward graph what depends on zero tangents only."""
+"""Remove the contributions of zero tangents from a backward graph."""
 
 from collections.abc import Iterable, Set
 from typing import Any
@@ -15,22 +15,22 @@ SHAPES_ONLY = frozenset(
     | {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
     | {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 )
-"""Operators that read the shape of an operand and not its values: their result is not zero where it is."""
+"""Operators that read only the shape of an operand: if it is zero, their result may not be."""
 
 
 @graph_pass
 def without_zero_tangents(backward: fx.GraphModule, tangents: Iterable[int], zero: Set[int]) -> None:
-    """Remove what some tangents contribute, because nothing was differentiated through their outputs.
+    """Remove the contributions of tangents that are zero, because their outputs did not affect the loss.
 
     Before: `dk = add(mm(dy, w), mm(d_state, v)); dw = mm(t(d_state), x); return (dk, dw)`
     After, without `d_state`: `dk = mm(dy, w); return (dk, None)`
 
     Sound because a backward graph is linear in its tangents: a node that depends on zero tangents and on no
-    other tangent is zero. Eager PyTorch does the same: such nodes do not run, and a parameter that is reached
-    through them alone has no gradient. Leaves dead nodes to `hoisting`, which copies what it needs.
+    other tangent is zero. Eager PyTorch does not run such nodes either, and gives no gradient to a parameter
+    that is reached only through them. Dead nodes are left to `hoisting`, which copies only live nodes.
 
     Args:
-        backward: as the partitioner made it.
+        backward: a backward graph from the partitioner.
         tangents: positions of the tangents among its inputs.
         zero: positions of the tangents that are zero.
     """
@@ -40,11 +40,11 @@ def without_zero_tangents(backward: fx.GraphModule, tangents: Iterable[int], zer
     zeros = _reached_from(graph, {inputs[i] for i in zero}) - others
     for node in list(graph.nodes):
         if node not in zeros and not zeros.isdisjoint(node.all_input_nodes):
-            _read_no_zeros(graph, node, zeros)
+            _read_no_zeros(node, zeros)
 
 
 def _reached_from(graph: fx.Graph, sources: Set[fx.Node]) -> set[fx.Node]:
-    """The sources, and every node whose value depends on the value of a source."""
+    """Return the sources, and every node whose value depends on the value of a source."""
     reached = set(sources)
     for node in graph.nodes:
         reads_values = node.op == "call_function" and node.target not in SHAPES_ONLY
@@ -53,8 +53,8 @@ def _reached_from(graph: fx.Graph, sources: Set[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _read_no_zeros(graph: fx.Graph, node: fx.Node, zeros: Set[fx.Node]) -> None:
-    """Change a node that reads something zero so that it does not."""
+def _read_no_zeros(node: fx.Node, zeros: Set[fx.Node]) -> None:
+    """Change a node so that it does not read zero nodes."""
     if node.op == "output":
         gradients: Any = node.args[0]
         node.args = (tuple(None if gradient in zeros else gradient for gradient in gradients),)
@@ -62,11 +62,11 @@ def _read_no_zeros(graph: fx.Graph, node: fx.Node, zeros: Set[fx.Node]) -> None:
         node.replace_all_uses_with(summand)
     else:
         for source in zeros & set(node.all_input_nodes):
-            _read_constant(graph, node, source)
+            read_constant_zero(node, source)
 
 
 def _other_summand(node: fx.Node, zeros: Set[fx.Node]) -> fx.Node | None:
-    """The summand that is not zero, if the node is a sum of two and equal to it in shape and dtype."""
+    """Return the nonzero operand of an addition, if it has the shape and dtype of the sum; else None."""
     summands = [source for source in node.args if source not in zeros]
     if node.target is not aten.add.Tensor or node.kwargs or len(summands) != 1:
         return None
@@ -80,13 +80,13 @@ def _shape_and_dtype(node: fx.Node) -> tuple[object, object] | None:
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def _read_constant(graph: fx.Graph, node: fx.Node, zero: fx.Node) -> None:
-    """Give a node a constant zero to read; it keeps the original where the shape is symbolic."""
+def read_constant_zero(node: fx.Node, zero: fx.Node) -> None:
+    """Make a node read a constant zero in place of `zero`, unless the shape of `zero` is symbolic."""
     value = zero.meta["val"]
     if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
         return
-    with graph.inserting_before(node):
-        constant = graph.call_function(
+    with node.graph.inserting_before(node):
+        constant = node.graph.call_function(
             aten.full.default, (list(value.shape), 0), {"dtype": value.dtype, "device": value.device}
         )
     constant.meta["val"] = value

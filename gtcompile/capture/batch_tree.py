@@ -1,4 +1,4 @@
-"""A batch of any structure as named tensors, and the structure rebuilt around other tensors."""
+"""Split a batch of any structure into named tensors, and rebuild it around other tensors."""
 
 import copy
 import dataclasses
@@ -10,14 +10,14 @@ import torch
 from gtcompile.capture.model_io import tensors_of
 
 Rebuild = Callable[[Mapping[str, torch.Tensor]], Any]
-"""From tensors by name to a batch of the same structure that holds them."""
+"""Takes tensors by name, and returns a batch of the same structure that contains them."""
 
 
 def split_batch(batch: Any) -> tuple[dict[str, torch.Tensor], Rebuild]:
-    """Take the tensors out of a batch.
+    """Split a batch into its tensors, by invented names, and a function that rebuilds it.
 
     Tensors are found in mappings, lists, tuples, dataclasses and attributes of other objects. Everything else
-    is part of the structure, and the same in every batch that is rebuilt.
+    is constant: every rebuilt batch contains the same objects.
 
     >>> tensors, rebuild = split_batch((torch.ones(2), {"mask": None, "y": torch.zeros(1)}))
     >>> list(tensors)
@@ -30,7 +30,7 @@ def split_batch(batch: Any) -> tuple[dict[str, torch.Tensor], Rebuild]:
 
 
 def _rebuild(value: Any, tensors: dict[str, torch.Tensor]) -> Rebuild:
-    """How to rebuild a value; its tensors are added to `tensors`. One tensor in two places has one name."""
+    """Add the tensors of a value to `tensors`, each under one name, and return the value's `Rebuild`."""
     if isinstance(value, torch.Tensor):
         name = next((n for n, t in tensors.items() if t is value), f"batch_{len(tensors)}")
         tensors[name] = value
@@ -51,7 +51,7 @@ def _sequence(make: Callable[[list[Any]], Any], parts: list[Rebuild]) -> Rebuild
 
 
 def _mapping(given: Any, parts: dict[Any, Rebuild]) -> Rebuild:
-    """A plain dictionary is made anew, which Dynamo can trace; other mappings are copied."""
+    """Rebuild a mapping. A plain dictionary is constructed, which Dynamo can trace; others are copied."""
     if type(given) is dict:
         return lambda new: {key: part(new) for key, part in parts.items()}
 
@@ -65,7 +65,7 @@ def _mapping(given: Any, parts: dict[Any, Rebuild]) -> Rebuild:
 
 
 def _object(given: Any, parts: dict[str, Rebuild]) -> Rebuild:
-    """A dataclass is made anew by its constructor, which Dynamo can trace; other objects are copied."""
+    """Rebuild an object. A dataclass is constructed, which Dynamo can trace; others are copied."""
     fields = dataclasses.fields(given) if dataclasses.is_dataclass(given) else ()
     if fields and all(field.init for field in fields) and {f.name for f in fields} == parts.keys():
         return lambda new: type(given)(**{name: part(new) for name, part in parts.items()})

@@ -1,4 +1,4 @@
-"""Capture a model and one batch as a joint graph: on fake tensors, without changing the model."""
+"""Capture a model and one batch as a joint graph, without changing the model."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,6 @@ from gtcompile.passes.node_names import renumber_names
 from gtcompile.torch_internals import (
     GradAOTOutput,
     ParamAOTInput,
-    TangentAOTInput,
     aot_export_joint_with_descriptors,
     has_free_unbacked_symbols,
 )
@@ -56,20 +55,20 @@ class Inputs:
     """One batch as keyword arguments of a `LossModule`."""
 
     named: dict[str, Any]
-    """The batch itself if the model returns its loss; else the tensors in it, by invented names."""
+    """The batch itself if the model returns its loss, else the tensors of the batch by invented names."""
     loss: Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, Any]]
-    """From the model and `named` to the scalar loss, and to the rest of what was returned."""
+    """Takes the model and `named`; returns the scalar loss, and everything else that the model returned."""
 
 
 class LossModule(nn.Module):
-    """A model of which only the loss is differentiated, so that the joint graph has one tangent."""
+    """Wraps a model so that only the loss is differentiated: the joint graph has one tangent."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, returned_inside: list[Any]) -> None:
         super().__init__()
         self.model, self.loss, self.returned_inside = model, inputs.loss, returned_inside
 
     def forward(self, **batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The scalar loss of one batch, and copies of all else that it and modules inside it return."""
+        """Return the scalar loss, and detached copies of all other tensors that the modules return."""
         self.returned_inside.clear()
         loss, output = self.loss(self.model, batch)
         others = tensors_of([output, self.returned_inside])
@@ -79,12 +78,12 @@ class LossModule(nn.Module):
 def capture(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None) -> JointGraph:
     """Capture the loss of a model on one batch, and all its gradients, as a joint graph.
 
-    Strategies are tried in this order: Dynamo captures the forward, as `torch.compile` would; where it meets
-    a graph break, once more without the cache that models fill for generation. Then the forward is run on
-    fake tensors and traced operator by operator. At last, for branches on data and operators without a fake
-    kernel, it is run on copies of the weights and the batch: that graph holds for this batch.
+    Strategies are tried in this order. First, Dynamo captures the forward, as `torch.compile` would; after a
+    graph break, it tries again without the cache that models fill for generation. Next, the forward runs on
+    fake tensors and is traced operator by operator. Last, for branches on data and operators without a fake
+    kernel, the forward runs on copies of the weights and the batch: that graph is valid for this batch only.
 
-    Equal computations in a model that is compiled as a whole are in the graph once, as they will be run.
+    If the model is compiled as a whole, equal computations are merged, because its compiled code merges them.
 
     Args:
         model: returns its loss, unless there is a `loss_fn`. Its parameters may be on the meta device.
@@ -92,6 +91,9 @@ def capture(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None
             tensors in it: a mapping, a tuple, a dataclass. Tensors may be on the meta device.
         loss_fn: computes the scalar loss from the model and the batch; None if the model returns its loss:
             as a scalar, `.loss`, `["loss"]`, or in a tuple, first or as its only scalar.
+
+    Returns:
+        The joint graph, with one tangent and a gradient slot for every parameter.
 
     Raises:
         CaptureError: every strategy fails, nothing is trainable, or there is no scalar loss.
@@ -133,7 +135,7 @@ def _inputs(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Input
         check_batch(model, batch)
         return Inputs(dict(batch), _returned_loss)
     named, rebuild = split_batch(batch)
-    # The rest of what the model returns is noted by a hook (`_returned_inside`).
+    # A forward hook (`_returned_inside`) records the other outputs of the model.
     return Inputs(dict(named), lambda model, tensors: (scalar_loss(loss_fn(model, rebuild(tensors))), ()))
 
 
@@ -150,14 +152,14 @@ def _explain(model: nn.Module, failures: list[tuple[Strategy, Exception]]) -> st
     lines.append("The usual reasons are a branch on data and an operator without a fake kernel.")
     if failures[-1][0] is not WITH_VALUES:
         lines.append(
-            "Real weights and a real batch would do, neither sharded nor on the meta device: with values, "
-            "the model can be run."
+            "Try it with real weights and a real batch, neither sharded nor on the meta device: then the "
+            "model can be run on their values."
         )
     return "\n".join(lines)
 
 
 class UnknownSizeError(Exception):
-    """A tensor has a size that is known at run time only."""
+    """The size of a tensor depends on data."""
 
 
 def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
@@ -168,9 +170,12 @@ def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _returned_inside(model: nn.Module, loss_fn: LossFunction | None) -> Iterator[list[Any]]:
-    """A list to which modules add what they return, where they compute it even if nobody reads it.
+    """Record the outputs of modules that compute all their outputs, even those that nobody reads.
 
     These are compiled blocks and the modules around them, and a model whose output goes to a loss function.
+
+    Yields:
+        The list to which forward hooks append the outputs.
     """
     returned: list[Any] = []
     blocks = compiled_blocks(model)
@@ -190,7 +195,7 @@ def _returned_inside(model: nn.Module, loss_fn: LossFunction | None) -> Iterator
 def _whole_model(
     module: fx.GraphModule, parameters: tuple[Parameter, ...], source: str, merged: bool
 ) -> JointGraph:
-    """Clean up what AOTAutograd traced, and name its gradient slots."""
+    """Clean up the graph that AOTAutograd traced, and name its gradient slots."""
     if merged and source == DYNAMO:
         module = eliminate_common_subexpressions(module)
     module = drop_effect_tokens(module)
@@ -215,9 +220,3 @@ def _mark_unused(parameter: Parameter, live: frozenset[str]) -> Parameter:
     if parameter.status == "selectable" and parameter.fqn not in live:
         return dataclasses.replace(parameter, status="unused")
     return parameter
-
-
-def tangents(joint: JointGraph) -> tuple[fx.Node, ...]:
-    """The placeholders that seed the backward."""
-    placeholders = joint.graph.find_nodes(op="placeholder")
-    return tuple(node for node in placeholders if isinstance(node.meta.get("desc"), TangentAOTInput))

@@ -1,8 +1,8 @@
 """Activations on which the model calls `requires_grad_()`, as Wav2Vec2 does for gradient checkpointing.
 
-The backward then runs down to them, whatever is trained. So that a joint graph contains that work, a zero is
-added to each of these activations, as one more parameter, and its gradient is traced. The pass
-`forget_added_zero` removes the zero from the graph again.
+The backward then computes their gradients for every trained set. To trace this work into the joint graph, a
+scalar zero is added to each of these activations, as an additional parameter with a gradient of its own. The
+pass `forget_added_zero` removes the additions from the graph again.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gtcompile.torch_internals import tree_map
 
 ZERO = "zero"
-"""Name of the parameter that is added, in the module around the model."""
+"""Name of the additional parameter, in the module around the model."""
 SETTERS = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)  # type: ignore[attr-defined]
 
 
 def trace_forced_gradients(module: nn.Module) -> nn.Module:
-    """Give a module the parameter `ZERO`, and a forward that adds it to activations with forced gradients.
+    """Register the parameter `ZERO`, and replace the forward by one that adds it to forced activations.
 
     Returns:
         The module, changed in place.
@@ -52,7 +52,7 @@ class _ForcedGradients(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch."""
+        """Call a torch function, with each forced activation replaced by its sum with the zero."""
         kwargs = kwargs or {}
         if func in SETTERS and self._begins(*args, **kwargs):
             return self._add_zero(args[0])
@@ -63,7 +63,7 @@ class _ForcedGradients(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _begins(self, tensor: torch.Tensor, requires_grad: bool = True) -> bool:
-        """Whether `requires_grad` is set to True on a tensor where it was not, or was forced before."""
+        """Whether this call forces a gradient: the flag was False before, or forced by an earlier call."""
         return requires_grad and (tensor in self._sums or not tensor.requires_grad)
 
     def _add_zero(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,6 @@ class _ForcedGradients(TorchFunctionMode):
         return tensor
 
     def _sum(self, argument: Any) -> Any:
-        """The sum that replaces an activation; a parameter that a forward creates has no sum."""
+        """Return the sum that replaces an activation. Parameters created in a forward are no activations."""
         is_activation = isinstance(argument, torch.Tensor) and not isinstance(argument, nn.Parameter)
         return self._sums.get(argument, argument) if is_activation else argument

@@ -1,4 +1,4 @@
-"""What a model takes and returns: its batch, its loss, its parameters, and the module inside wrappers."""
+"""Check batches, find the loss in a model's output, list its parameters, and unwrap it."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -13,20 +13,23 @@ from gtcompile.graph.joint_graph import Parameter, ParameterStatus
 from gtcompile.torch_internals import is_traceable_wrapper_subclass
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
-"""A loss computed outside of the model: from the model and a batch of any structure to a scalar."""
+"""A loss outside of the model: takes the model and a batch of any structure, returns a scalar tensor."""
 
 RETURNED_DEPTH = 8
-"""How many levels of containers are searched for tensors; a cache of caches of layers has six."""
+"""Levels of nested containers to search for tensors; an encoder-decoder's key-value cache has six."""
 
 
 def loss_of(output: Any) -> torch.Tensor:
     """Find the scalar loss in what a model returned.
 
-    It is the output itself, `.loss`, `["loss"]`, the first element of a tuple, where transformers' Trainer
-    takes it, or the only scalar in a tuple.
+    It is the output itself, `.loss`, `["loss"]`, the first element of a tuple (as for transformers' Trainer),
+    or the only scalar in a tuple.
+
+    Returns:
+        The loss, with shape [].
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: the output contains no scalar loss.
     """
     loss = output
     if isinstance(output, Mapping):
@@ -45,10 +48,10 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def scalar_loss(value: Any) -> torch.Tensor:
-    """Check what a loss function returned, and give it the shape [].
+    """Check the result of a loss function, and reshape it to [].
 
     Raises:
-        CaptureError: it is not a tensor with one element.
+        CaptureError: the value is not a tensor with one element.
     """
     if not _is_scalar(value):
         raise CaptureError(f"expected loss_fn to return a scalar tensor, got {_said(value, value)}")
@@ -57,7 +60,7 @@ def scalar_loss(value: Any) -> torch.Tensor:
 
 
 def _loss_in_tuple(output: tuple[Any, ...]) -> Any:
-    """The first element if it is a scalar, else the only scalar; the first element if there is not one."""
+    """Return the first element if it is a scalar, else the only scalar, else the first element."""
     scalars = [element for element in output if _is_scalar(element)]
     first = output[0] if output else None
     return first if _is_scalar(first) or len(scalars) != 1 else scalars[0]
@@ -77,8 +80,8 @@ def tensors_of(output: Any, depth: int = RETURNED_DEPTH) -> list[torch.Tensor]:
     """Return every tensor in mappings, sequences and attributes of objects such as caches.
 
     Args:
-        output: anything, such as what a model returned.
-        depth: how many levels of containers to search, so that cycles end.
+        output: any value, such as the output of a model.
+        depth: levels of nested containers to search; finite, because containers may be cyclic.
     """
     if isinstance(output, torch.Tensor):
         return [output]
@@ -93,7 +96,11 @@ def tensors_of(output: Any, depth: int = RETURNED_DEPTH) -> list[torch.Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside the wrappers of `torch.compile` and `DistributedDataParallel`."""
+    """Return the user's module inside the wrappers of `torch.compile` and `DistributedDataParallel`.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
     inner = without_replicas(getattr(without_replicas(model), "_orig_mod", without_replicas(model)))
     if not isinstance(inner, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
@@ -101,7 +108,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def runs_as_one_region(model: nn.Module) -> bool:
-    """Whether the model is compiled as a whole."""
+    """Whether `torch.compile` or `model.compile()` compiles the model as a whole."""
     outermost = without_replicas(model)
     return unwrap(model) is not outermost or outermost._compiled_call_impl is not None
 
@@ -147,23 +154,23 @@ def _is_required(argument: inspect.Parameter) -> bool:
 
 
 def refuse_subclasses(values: Iterable[object]) -> None:
-    """Refuse tensor subclasses that are made of other tensors.
+    """Refuse tensor subclasses that wrap other tensors.
 
     Raises:
-        CaptureError: naming the type of the first.
+        CaptureError: names the type of the first.
     """
     for value in values:
         if is_traceable_wrapper_subclass(value):
             raise CaptureError(
                 f"expected plain tensors, got a {type(value).__name__} of shape {list(value.shape)}: a joint "
-                f"graph contains the tensors that such a subclass is made of, and no gradient of the "
-                f"subclass. Convert it to a plain tensor, or leave the modules that use it out of "
+                f"graph contains only the tensors inside such a subclass, so the subclass has no gradient. "
+                f"Convert it to a plain tensor, or leave the modules that use it out of "
                 f"compile_blocks(model, blocks=[...])."
             )
 
 
 def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
-    """List the parameters of a model in registration order, tied weights as one."""
+    """List the parameters of a model in registration order. Tied weights are one parameter."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     for fqn, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""A model as its author wrote it: neither compiled nor sharded, and not on the meta device."""
+"""Undo compiling, sharding and the meta device temporarily, to capture a model as its author wrote it."""
 
 import contextlib
 import copy
@@ -14,16 +14,16 @@ from gtcompile.distributed import fsdp
 from gtcompile.torch_internals import EMBEDDING_HOOK, FakeTensorMode
 
 _COLLECTIONS = (dict, OrderedDict, defaultdict, list, set, deque)
-"""Attributes of exactly these types are restored together with their items; the items of others are not."""
+"""`attributes_kept` restores the items of attributes of exactly these types, and of no subclass."""
 
 
 @contextlib.contextmanager
 def as_written(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo for a while what compiling and sharding did to a model.
+    """Undo compiling and sharding within the block.
 
     Args:
-        model: changed in place, and as before afterwards.
-        device: of the fake tensors that stand for sharded parameters.
+        model: changed in place, and restored after the block.
+        device: device of the fake tensors that replace sharded parameters.
     """
     memo: dict[int, torch.Tensor] = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -52,14 +52,14 @@ def without_forcing(hooks: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def _without_watching(hooks: Mapping[int, Any]) -> dict[int, Any]:
-    """Forward pre-hooks but the one by which `train_only` watches for replaced parameters."""
+    """Return all forward pre-hooks except the one by which `train_only` watches for new parameters."""
     name = "notice_replaced_parameters"
     return {key: hook for key, hook in hooks.items() if getattr(hook, "__name__", "") != name}
 
 
 @contextlib.contextmanager
 def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
-    """Restore for a while the forwards that `compile_blocks` replaced."""
+    """Within the block, restore the forwards that `compile_blocks` replaced."""
     outermost = {block: vars(block)["forward"] for block in compiled_blocks(model)}
     ours = [compiled_forward(block) for block in outermost]
     for module in outermost:
@@ -74,9 +74,9 @@ def blocks_uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def uncompile_block(block: nn.Module) -> None:
-    """Restore the forward that `compile_blocks` found on a block: its class's, or one that the user set.
+    """Restore the forward that a block had before `compile_blocks`: its class's, or one set by the user.
 
-    A wrapper that was put around the compiled forward since then stays, and wraps the eager forward.
+    A wrapper that was put around the compiled forward later stays, and calls the eager forward.
     """
     compiled = compiled_forward(block)
     if vars(block)["forward"] is not compiled:
@@ -93,14 +93,14 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compiled_forward(module: nn.Module) -> Any:
-    """Return the forward that `compile_blocks` gave a module, also inside wrappers; None if there is none.
+    """Return the forward that `compile_blocks` set on a module; None if there is none.
 
-    Accelerate wraps a model's forward for mixed precision, with `functools.wraps`.
+    It is also found inside wrappers: accelerate wraps forwards for mixed precision, with `functools.wraps`.
     """
     found, forward = None, vars(module).get("forward")
     while forward is not None:
         if hasattr(forward, "retired"):
-            found = forward  # the innermost: wrappers copy its attributes
+            found = forward  # keep the innermost: `functools.wraps` copies attributes to the wrappers
         forward = getattr(forward, "__wrapped__", None)
     return None if found is None or found.retired else found
 
@@ -111,16 +111,16 @@ def uses_compiled_code(model: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calling this very module runs compiled code."""
+    """Whether this module itself is compiled, not only a submodule or a parent."""
     return module._compiled_call_impl is not None or compiled_forward(module) is not None
 
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules and of their classes afterwards, and the items of collections.
+    """Restore the attributes of all modules and their classes after the block, with the items of collections.
 
-    While it is traced, a forward may store traced tensors on modules, register hooks or replace a submodule;
-    and a trace exchanges the tensors of a module that has two names.
+    A forward may store traced tensors on modules, register hooks or replace submodules while it is traced.
+    The trace itself swaps the tensors of a module that is registered under two names.
     """
     modules = list(model.modules())
     classes = {kind for module in modules for kind in type(module).__mro__} - {*nn.Module.__mro__}
@@ -164,12 +164,12 @@ def _restore_class(kind: type, values: Mapping[str, Any]) -> None:
 def off_meta(
     model: nn.Module, inputs: Mapping[str, Any], device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Replace tensors on the meta device by fake tensors on another one.
+    """Replace tensors on the meta device by fake tensors on another device.
 
     Args:
         model: stays unchanged; a model with tensors on the meta device is copied.
-        inputs: the batch, by name.
-        device: of the fake tensors.
+        inputs: the tensors and other values of the batch, by name.
+        device: device of the fake tensors.
 
     Returns:
         The model or its copy, and the inputs.
@@ -189,7 +189,7 @@ def off_meta(
 
 
 def device_of(model: nn.Module, inputs: Iterable[Any]) -> torch.device:
-    """The device of the first tensor that is not on the meta device, batch first; the CPU if all are."""
+    """Return the device of the first tensor that is not on the meta device, batch first; else the CPU."""
     tensors = (value for value in (*inputs, *_tensors(model)) if isinstance(value, torch.Tensor))
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 

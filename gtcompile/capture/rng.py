@@ -1,4 +1,4 @@
-"""The random number generators a training step may draw from, as values that a checkpoint can hold."""
+"""Save and restore the random number generators that a training step may use."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ KEYS = {"torch", "accelerator", "devices", "python", "numpy"}
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's generators on the CPU and on every visible device, of Python's and of numpy's.
+    """Return the states of torch's generators on the CPU and every visible device, Python's and numpy's.
 
     Returns:
         Strings, numbers, lists and tensors of dtype uint8, which `torch.load(weights_only=True)` reads.
@@ -31,10 +31,10 @@ def random_state() -> dict[str, Any]:
 
 
 def check_random_state(*states: Mapping[str, Any]) -> None:
-    """Refuse what `random_state` did not return, before anything is restored.
+    """Check that each state has the keys that `random_state` returns, before anything is restored.
 
     Raises:
-        ValueError: names the missing keys.
+        ValueError: a key is missing; the message names it.
     """
     for state in states:
         if missing := sorted(KEYS - state.keys()):
@@ -45,16 +45,16 @@ def check_random_state(*states: Mapping[str, Any]) -> None:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put every generator back.
+    """Restore every generator.
 
-    Generators of devices that are not there now are left out, with a warning: what was saved on several
-    devices can be restored on fewer, or on none.
+    A state from several devices can be restored on fewer, or on none: generators of missing devices are
+    skipped, with a warning.
 
     Args:
-        state: what `random_state` returned, possibly on another machine.
+        state: returned by `random_state`, possibly on another machine.
 
     Raises:
-        ValueError: for anything else; no generator has changed then.
+        ValueError: the state lacks a key; no generator has changed then.
     """
     check_random_state(state)
     kind, keys, *rest = state["numpy"]
@@ -63,8 +63,8 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     here = _device_count() if state["accelerator"] == _accelerator() else 0
     if here < len(devices):
         logger.warning(
-            "The random state holds the generators of %d %s devices, and %d of them are here: random numbers "
-            "drawn on the others differ from those of an uninterrupted training.",
+            "The random state contains the generators of %d %s devices, of which %d are visible: random "
+            "numbers on the others will differ from those of an uninterrupted training.",
             len(devices),
             state["accelerator"],
             here,
@@ -78,7 +78,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Every generator is after the block what it was before."""
+    """Restore every generator after the block."""
     state = random_state()
     try:
         yield
@@ -87,7 +87,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _accelerator() -> str | None:
-    """The type of the visible devices, such as "cuda"; None without any."""
+    """Return the type of the visible devices, such as "cuda"; None if there are none."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if device is None else device.type
 

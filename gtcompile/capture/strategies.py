@@ -1,4 +1,4 @@
-"""Strategies for tracing a model and a batch, from the one that captures most to the one that needs most."""
+"""Strategies for tracing a model and a batch, in the order in which they are tried."""
 
 import contextlib
 import inspect
@@ -31,9 +31,9 @@ from gtcompile.torch_internals import (
 )
 
 DYNAMO = "dynamo"
-"""The source of a graph that `torch.compile` would capture as one."""
+"""`JointGraph.source` of a graph that Dynamo captured without a graph break."""
 EAGER = "eager trace"
-"""The source of a graph that was traced operator by operator, across graph breaks."""
+"""`JointGraph.source` of a graph that was traced operator by operator, across graph breaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +41,12 @@ class Strategy:
     """One way to trace a model and a batch."""
 
     name: str
-    """The `source` of graphs that are captured in this way."""
+    """`JointGraph.source` of the graphs that it captures."""
     sentence: str
-    """What it does, for the error that lists every strategy that failed."""
-    needs_values: bool = False
-    """Whether it runs the model on the values of weights and batch."""
-    without_cache: bool = False
-    """Whether it is for models whose forward takes `use_cache`, where the batch does not set it."""
+    """Description for the error message that lists every strategy that failed."""
     run: Callable[[nn.Module, dict[str, Any], contextlib.ExitStack], nn.Module]
-    """From a module around the model, which returns the loss, and a batch, to what AOTAutograd traces; enters
-    on the stack the contexts in which it must do so."""
+    """Takes the `LossModule`, the batch by name, and a stack on which it enters the contexts for tracing.
+    Returns the module that AOTAutograd is to trace."""
 
 
 def strategies(model: nn.Module, batch: Mapping[str, Any], tensors: Iterable[torch.Tensor]) -> list[Strategy]:
@@ -58,20 +54,18 @@ def strategies(model: nn.Module, batch: Mapping[str, Any], tensors: Iterable[tor
 
     Args:
         model: the model.
-        batch: keyword arguments of its forward, as far as they are known.
+        batch: keyword arguments of its forward, or tensors by invented names if there is a `loss_fn`.
         tensors: weights, buffers and tensors of the batch.
     """
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys()
     has_values = all(map(_has_values, tensors))
-    return [
-        strategy
-        for strategy in (THROUGH_DYNAMO, WITHOUT_CACHE, AS_COMPILED, AS_EAGER, WITH_VALUES)
-        if (takes_cache or not strategy.without_cache) and (has_values or not strategy.needs_values)
-    ]
+    without_cache = [WITHOUT_CACHE] if takes_cache else []
+    with_values = [WITH_VALUES] if has_values else []
+    return [THROUGH_DYNAMO, *without_cache, AS_COMPILED, AS_EAGER, *with_values]
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds all its values in this process."""
+    """Whether this process has all values of a tensor."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor))
 
 
@@ -124,7 +118,6 @@ THROUGH_DYNAMO = Strategy(
 WITHOUT_CACHE = Strategy(
     name=DYNAMO,
     sentence="Through Dynamo, without the cache of keys and values that generation would need.",
-    without_cache=True,
     run=_without_cache,
 )
 AS_COMPILED = Strategy(
@@ -140,16 +133,15 @@ AS_EAGER = Strategy(
 WITH_VALUES = Strategy(
     name=ONE_BATCH,
     sentence="Operator by operator, with the values of this batch.",
-    needs_values=True,
     run=_with_values,
 )
 
 
 def _every_run_alike(module: nn.Module) -> nn.Module:
-    """Undo after each run what the forward wrote to its modules.
+    """After each run, undo all changes that the forward made to its modules.
 
-    AOTAutograd runs the forward twice. Without this, the second run would find a table that the first run has
-    cached on a module, a tensor that is unknown to the second trace.
+    AOTAutograd runs the forward twice. Otherwise the second run could find a tensor that the first run cached
+    on a module, and that the second trace does not know.
     """
     forward = module.forward
 
@@ -163,18 +155,13 @@ def _every_run_alike(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _static_and_quiet() -> Iterator[None]:
-    """Have Dynamo treat sizes as constants, and skip log calls in the forward instead of refusing them."""
-    loggers = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning, logging.Logger.error}
-    ignored = loggers | set(dynamo_config.ignore_logging_functions) | _loggers_own_methods()
+    """Make Dynamo treat sizes as constants, and skip logging calls instead of breaking the graph at them."""
+    # by name, to include methods that libraries add, such as transformers' `warning_once`
+    levels = ("debug", "info", "warn", "error")
+    calls = {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
+    ignored = calls | set(dynamo_config.ignore_logging_functions)
     settings = dynamo_config.patch(ignore_logging_functions=ignored, automatic_dynamic_shapes=False)
     with settings, settings_not_logged(), captured_as_compiled(), warnings.catch_warnings():
-        # A forward's side effects (caching a rotary table, say) are dropped: the capture changes no model.
+        # Side effects of a forward (such as caching a rotary table) are dropped: a capture changes no model.
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield
-
-
-def _loggers_own_methods() -> set[Any]:
-    """Methods that other libraries add to `logging.Logger`, such as transformers' `warning_once`."""
-    return {
-        method for name, method in vars(logging.Logger).items() if name.startswith(("warn", "info", "debug"))
-    }

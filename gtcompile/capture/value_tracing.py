@@ -1,4 +1,4 @@
-"""Fake tensors that know their values: code that is traced with them may branch on data."""
+"""Fake tensors with known values, so that traced code may branch on data."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +23,10 @@ aten = torch.ops.aten
 
 
 class ValuesMode(FakeTensorMode):
-    """Runs every operator on real values, which give fake tensors their shapes, and numbers read from them.
+    """A fake tensor mode that runs every operator on real values.
 
-    So no operator needs a fake kernel. The values are copies, held by this mode until `forget`; after that it
-    is an ordinary fake mode.
+    Shapes of results, and numbers that are read from tensors, come from these values, so no operator needs a
+    fake kernel. The mode holds copies of all values until `forget`. After that it is an ordinary fake mode.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,9 @@ class ValuesMode(FakeTensorMode):
         self._values = None
 
     def from_tensor(self, tensor: torch.Tensor, **settings: Any) -> FakeTensor:
-        """Return a fake tensor like this one, and remember a copy of its values."""
-        values, self._values = self._values, None  # operators that shape the fake tensor have no values
+        """Return a fake tensor for a real one, and store a copy of its values."""
+        # creating a fake tensor calls operators on fake tensors that have no values yet
+        values, self._values = self._values, None
         fake = super().from_tensor(tensor, **settings)
         self._values = values
         if values is not None and fake not in values:
@@ -54,7 +55,7 @@ class ValuesMode(FakeTensorMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Run one operator on values."""
+        """Run one operator on the stored values, and store the values of its results."""
         if self._values is None:
             return super().dispatch(func, types, args, kwargs or {})
         args, kwargs = tree_map(self._value, (tuple(args), dict(kwargs or {})))
@@ -76,8 +77,8 @@ class ValuesMode(FakeTensorMode):
 class NoMemoryAccess(TorchFunctionMode):
     """Replaces torch functions whose C++ code reads or writes the memory of tensors: fake tensors have none.
 
-    These are `torch.tensor` of a list of tensors, everything on packed sequences, and `ctc_loss` with lengths
-    given as numbers. The replacements are made of operators, and compute the same with the same FLOPs.
+    These are `torch.tensor` of a list of tensors, all functions on packed sequences, and `ctc_loss` with
+    lengths as numbers. The replacements consist of operators with equal results and equal FLOPs.
     """
 
     def __torch_function__(
@@ -87,7 +88,7 @@ class NoMemoryAccess(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch, or its replacement."""
+        """Call a torch function, or its replacement."""
         kwargs = kwargs or {}
         if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
             args, kwargs = (_numbers(args[0]), *args[1:]), _common_dtype(args[0]) | kwargs
@@ -99,19 +100,19 @@ class NoMemoryAccess(TorchFunctionMode):
 
 
 def _numbers(nested: Any) -> Any:
-    """A nested list of numbers from one that may contain tensors."""
+    """Convert the tensors in a nested list to numbers."""
     return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, nested)
 
 
 def _common_dtype(nested: Any) -> dict[str, torch.dtype]:
-    """The `dtype` that the tensors in a list promote to; empty if there is no tensor."""
+    """Return the argument `dtype` that the tensors in a list promote to; empty if there is no tensor."""
     found: list[torch.dtype] = []
     tree_map(lambda leaf: found.append(leaf.dtype) if isinstance(leaf, torch.Tensor) else None, nested)
     return {"dtype": functools.reduce(torch.promote_types, found)} if found else {}
 
 
 def _are_counts(arguments: Sequence[Any]) -> bool:
-    """Whether the second argument of a function on sequences is sizes or lengths, as for packed ones."""
+    """Whether the second argument holds sizes or lengths, which means that sequences are packed."""
     counts = arguments[1] if len(arguments) > 1 else None
     return isinstance(counts, torch.Tensor) and not counts.is_floating_point()
 
@@ -119,10 +120,10 @@ def _are_counts(arguments: Sequence[Any]) -> bool:
 def _pack(
     padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drop the padding of `[time, sequences, ...]`, longest sequence first: all of step 0, of step 1, ...
+    """Drop the padding of `[time, sequences, ...]`, longest sequence first; concatenate the time steps.
 
     Returns:
-        The packed steps, `[sum of lengths, ...]`, and how many sequences each step has.
+        The packed steps, `[sum of lengths, ...]`, and the number of sequences in each step.
     """
     steps = padded.transpose(0, 1) if batch_first else padded
     ends = lengths.tolist()
@@ -138,7 +139,7 @@ def _pad(
     padding_value: float,
     total_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `_pack`: `[time, sequences, ...]`, and the lengths."""
+    """Invert `_pack`: return `[time, sequences, ...]`, and the lengths."""
     sizes = batch_sizes.tolist()
     sizes += [0] * (total_length - len(sizes))
     behind = (0, 0) * (packed.dim() - 1)
@@ -151,7 +152,7 @@ def _pad(
 
 
 def _recurrent(operator: Any) -> Callable[..., Any]:
-    """A recurrent layer on packed sequences by torch's decomposition, which takes the sizes as numbers."""
+    """Return torch's decomposition of a recurrent layer on packed sequences, adapted to tensor sizes."""
     decomposition = get_decompositions([operator])[operator]
 
     def run(data: torch.Tensor, batch_sizes: torch.Tensor, *rest: Any) -> Any:
@@ -168,13 +169,13 @@ ON_PACKED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     pack_padded_sequence: _pack,
     pad_packed_sequence: _pad,
 }
-"""Replacements of functions of torch where they are called on packed sequences."""
+"""Replacements for torch functions that are called on packed sequences."""
 
 
 def _lengths_as_tensors(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Make tensors of lengths given as numbers: `ctc_loss` would write these into the memory of a tensor."""
+    """Convert lengths to tensors: `ctc_loss` would write numbers into the memory of a tensor."""
     tensors = (*args[:2], *map(torch.as_tensor, args[2:4]), *args[4:])
     return tensors, {
         name: torch.as_tensor(value) if name in ("input_lengths", "target_lengths") else value

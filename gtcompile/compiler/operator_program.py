@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from gtcompile.compiler.operators import Boxed
-from gtcompile.graph.flops import known_flops, output_flops
+from gtcompile.graph.flops import output_flops, planning_flops
 from gtcompile.passes.output_masks import MASKED_OPERATORS
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ class OperatorProgram:
             if by_output := output_flops(node):
                 picked: Any = ((user, user.args[1]) for user in node.users)
                 work |= {self._positions[user]: by_output.get(index, 0) for user, index in picked}
-            elif flops := known_flops(node):
+            elif flops := planning_flops(node):
                 work[self._positions[node]] = flops
         return work
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtcompile.compiler.region_graph import DifferentiableFlow, Histories, gradient_positions, region_node
-from gtcompile.graph.flops import register_missing_formulas
+from gtcompile.graph.flop_registry import register_missing_formulas
 
 logger = logging.getLogger(__name__)
 

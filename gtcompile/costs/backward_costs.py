@@ -1,7 +1,7 @@
-"""What training any set of parameters costs, read off the dependency graph.
+"""FLOPs of training any set of parameters, computed from the dependency graph.
 
-A backward node runs exactly when a trained parameter needs it. So the cost of a trained set is the sum over
-the nodes that one of its parameters needs: exact, with shared paths counted once.
+A backward node runs if and only if a trained parameter needs it. So the cost of a trained set is the sum over
+the nodes that at least one of its parameters needs. This is exact, and counts shared paths once.
 """
 
 from collections import defaultdict
@@ -16,11 +16,12 @@ from gtcompile.costs.budgets import smallest_budget
 from gtcompile.costs.dependency_graph import BACKWARD, capture_everything, dependencies
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph, Parameter, names_of
+from gtcompile.graph.names import refuse_string
 
 
 @dataclass(frozen=True, slots=True)
 class SharedWork:
-    """Backward work that is done once if any of its parameters is trained."""
+    """Backward work that is done once if at least one of its parameters is trained."""
 
     flops: int
     """FLOPs per training step."""
@@ -35,35 +36,36 @@ class BackwardCosts:
     parameters: tuple[Parameter, ...]
     """Every parameter of the model; those with status `selectable` can be trained."""
     forward_flops: int
-    """FLOPs per training step of what the loss needs, whatever is trained."""
+    """FLOPs per training step of the forward, which every trained set needs."""
     shared_work: tuple[SharedWork, ...]
-    """The backward, one entry per distinct set of parameters, fewest parameters first."""
+    """The backward work, one entry per distinct set of parameters; small sets first."""
     follows_values: bool = False
-    """Whether the forward branches on data: these are the costs of the branches that this batch takes."""
+    """Whether the forward branches on data. Costs then hold for the branches of the captured batch."""
 
     @property
     def fqns(self) -> frozenset[str]:
-        """The selectable parameters."""
+        """FQNs of the selectable parameters."""
         return frozenset(p.fqn for p in self.parameters if p.status == "selectable")
 
     @property
     def names(self) -> dict[str, str]:
-        """From every name of the selectable parameters, aliases of tied weights included, to the FQN."""
+        """From each name of each selectable parameter, aliases of tied weights included, to its FQN."""
         return names_of(p for p in self.parameters if p.status == "selectable")
 
     @property
     def full_flops(self) -> int:
-        """FLOPs per training step with everything trained."""
+        """FLOPs per training step if all selectable parameters are trained."""
         return self.forward_flops + sum(work.flops for work in self.shared_work)
 
     def step_flops(self, trained: Iterable[str]) -> int:
-        """FLOPs per training step when exactly these parameters are trained.
+        """Return the FLOPs per training step if exactly these parameters are trained.
 
         Args:
-            trained: FQNs; any name of a tied weight stands for it.
+            trained: FQNs, or aliases of tied weights.
 
         Raises:
-            ValueError: for a name that is no parameter with a gradient.
+            TypeError: `trained` is a single string.
+            ValueError: a name is not that of a selectable parameter.
         """
         chosen = self._canonical(trained)
         return self.forward_flops + sum(
@@ -71,7 +73,7 @@ class BackwardCosts:
         )
 
     def marginal_flops(self, fqn: str, given: Iterable[str]) -> int:
-        """FLOPs per training step that training `fqn` adds when `given` is trained already."""
+        """Return the FLOPs per training step that `fqn` adds to a step that trains `given`."""
         given = frozenset(given)
         return self.step_flops(given | {fqn}) - self.step_flops(given)
 
@@ -82,12 +84,11 @@ class BackwardCosts:
 
     @property
     def cheapest_step_flops(self) -> int:
-        """FLOPs per training step when the one parameter is trained that costs least."""
+        """FLOPs per training step if only the cheapest parameter is trained."""
         return min(self.step_flops({fqn}) for fqn in self.fqns)
 
     def _canonical(self, names: Iterable[str]) -> frozenset[str]:
-        if isinstance(names, str):
-            raise TypeError(f"expected a set of parameter names, got the string {names!r}")
+        refuse_string(names)
         known, names = self.names, list(names)
         unknown = sorted(name for name in names if name not in known)
         if unknown:
@@ -106,11 +107,11 @@ class BackwardCosts:
 
 
 def backward_costs(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None) -> BackwardCosts:
-    """The exact FLOPs of one training step of `model` for any trained set, at the shapes of one batch.
+    """Compute the exact FLOPs of one training step for any trained set, at the shapes of one batch.
 
-    A full step trains everything that was trainable when gtcompile first saw the model. What `train_only` has
-    frozen since then can be selected; what the user froze cannot. Where the forward branches on data, the
-    costs are those of the branches that this batch takes, which needs real weights.
+    A full step trains everything that was trainable when gtcompile first saw the model. Parameters frozen by
+    `train_only` are selectable; parameters frozen by the user are not. If the forward branches on data, the
+    costs hold for the branches that this batch takes, and real weights are required.
 
     Args:
         model: returns its loss, unless there is a `loss_fn`; may be on the meta device, without weights.
@@ -119,18 +120,22 @@ def backward_costs(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None
         loss_fn: from the model and the batch to the scalar loss; None if the model returns its loss, as a
             scalar or as `.loss`.
 
+    Returns:
+        FLOPs per training step, 2 per multiply-add.
+
     Raises:
-        CaptureError: the model could not be captured, or operators' FLOPs are unknown: names all of them.
+        CaptureError: the model cannot be captured, or operators without formula do matmul-like work; the
+            message lists all of them.
         ValueError, TypeError: the batch does not fit the model's forward.
     """
     return costs_of(capture_everything(model, batch, loss_fn))
 
 
 def costs_of(joint: JointGraph) -> BackwardCosts:
-    """Read the costs off a joint graph.
+    """Compute the costs from a joint graph with every gradient live.
 
     Raises:
-        CaptureError: for matmul-like operators without a FLOP formula, or when no parameter has a gradient.
+        CaptureError: a matmul-like operator has no FLOP formula, or no parameter has a gradient.
     """
     if not joint.live:
         raise CaptureError("no parameter receives a gradient: the loss depends on none that requires grad")

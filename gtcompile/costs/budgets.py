@@ -1,4 +1,4 @@
-"""Budgets: a share of a full step's FLOPs as an exact number of FLOPs, and back."""
+"""Convert budgets: from a fraction of a full step's FLOPs to an exact number of FLOPs, and back."""
 
 import math
 from fractions import Fraction
@@ -6,11 +6,13 @@ from numbers import Real
 
 
 def budget_flops(full_flops: int, budget_fraction: float) -> int:
-    """FLOPs per training step that a budget allows: the exact product with the decimal as written, floored.
+    """Return the FLOPs per training step that a budget allows.
+
+    It is the product, rounded down. The fraction counts as the decimal that Python prints: 0.3 is 3/10.
 
     Args:
         full_flops: FLOPs of a full step.
-        budget_fraction: share of them that may be spent, in (0, 1].
+        budget_fraction: fraction of these FLOPs that may be spent, in (0, 1].
 
     Raises:
         ValueError: `budget_fraction` is outside (0, 1].
@@ -23,11 +25,11 @@ def budget_flops(full_flops: int, budget_fraction: float) -> int:
 
 
 def check_budget(budget_fraction: float) -> None:
-    """Refuse what is no share of a full step.
+    """Refuse an invalid budget.
 
     Raises:
-        TypeError: for something else than a number.
-        ValueError: for a number outside (0, 1].
+        TypeError: `budget_fraction` is not a real number.
+        ValueError: it is outside (0, 1].
     """
     if not isinstance(budget_fraction, Real):
         raise TypeError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
@@ -36,7 +38,7 @@ def check_budget(budget_fraction: float) -> None:
 
 
 def smallest_budget(full_flops: int, step_flops: int) -> float:
-    """The smallest budget in (0, 1] that allows a step of so many FLOPs; no smaller double does.
+    """Return the smallest floating-point budget in (0, 1] that allows a step of `step_flops`.
 
     >>> 1 / 3, budget_flops(3, 1 / 3), smallest_budget(3, 1)
     (0.3333333333333333, 0, 0.33333333333333337)
@@ -50,7 +52,9 @@ def smallest_budget(full_flops: int, step_flops: int) -> float:
 
 
 def written_budget(full_flops: int, step_flops: int) -> str:
-    """The smallest budget of at most four decimals that allows such a step: it works when it is typed back.
+    """Return the smallest budget of at most four decimals that allows a step of `step_flops`, as text.
+
+    Rounding up keeps it valid when a user copies it from a message.
 
     >>> written_budget(3, 1)
     '0.3334'

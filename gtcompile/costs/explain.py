@@ -1,6 +1,6 @@
-"""Why a node of the joint graph runs for a trained set or not, and what changes with another trained set."""
+"""Explain why a joint-graph node runs or not for a trained set, and compare two trained sets."""
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,8 +8,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from gtcompile.capture.capture import tangents
-from gtcompile.costs.dependency_graph import BACKWARD, FORWARD, dependencies
+from gtcompile.costs.dependency_graph import BACKWARD, FORWARD, TANGENT, dependencies
 from gtcompile.graph.joint_graph import JointGraph, ancestors, names_of
 from gtcompile.graph.names import near_names
 
@@ -18,32 +17,31 @@ Phase = Literal["forward", "backward"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Why one node runs or was eliminated."""
+    """Why one node runs, or is eliminated."""
 
     subject: str
-    """The node's name or FQN that the question was about."""
+    """The node name or FQN that `explain` was called with."""
     node: str
-    """Name of the node; for a parameter, of the last node that computes its gradient."""
+    """Name of the node. For a parameter: the node that computes its gradient."""
     phase: Phase
-    """The forward runs whatever is trained; a forward node is explained by what it is saved for."""
+    """Phase of the node. A forward node always runs; its explanation says what it is saved for."""
     alive: bool
     """Whether it runs for this trained set."""
     needed_by: frozenset[str]
-    """Trained FQNs whose gradients read it. Freezing all of them eliminates a backward node, and lets a
-    forward value go."""
+    """FQNs of trained parameters whose gradients need it: depend on a backward node, or read a forward value
+    directly in the backward. Freezing all of them eliminates the node, or no longer saves the value."""
     would_need: frozenset[str]
-    """Frozen FQNs whose gradients would read it."""
+    """FQNs of frozen parameters whose gradients would need it."""
     path: tuple[str, ...]
-    """Node names from it to the gradient of `reached`, each read by the next; empty when nothing reads it."""
+    """Node names on the shortest path from it to the gradient of `reached`; empty if there is none."""
     reached: str | None
-    """The parameter whose gradient the path ends in: a trained one if possible, else a frozen one."""
+    """FQN of the parameter whose gradient ends the path: a trained one if possible, else a frozen one."""
     chain: tuple[str, ...]
-    """Node names from the gradient of the loss to this node, which have to run before it; empty in the
-    forward."""
+    """Node names on the shortest path from the gradient of the loss to a backward node; else empty."""
     flops: int
     """FLOPs of the node itself, per training step."""
     freed_flops: Mapping[str, int]
-    """By trained FQN in `needed_by`: FLOPs per training step saved by freezing it alone."""
+    """For each FQN in `needed_by`: FLOPs per training step saved by freezing it alone."""
     freed_together_flops: int
     """FLOPs per training step saved by freezing all of `needed_by`."""
 
@@ -54,10 +52,10 @@ class Explanation:
                 if self.needed_by
                 else "not saved for backward"
             )
-            return f"{self.node} runs in the forward, whatever is trained; {saved}"
+            return f"{self.node} runs in the forward of every step; {saved}"
         if not self.alive:
-            served = _count(self.would_need, "parameter")
-            return f"{self.node} is eliminated: it serves {served}, none of them trained"
+            frozen = _count(self.would_need, "frozen parameter")
+            return f"{self.node} is eliminated: {frozen} and no trained one would need it"
         if not self.needed_by:
             return f"{self.node} runs for its side effect"
         return f"{self.node} runs for {_count(self.needed_by, 'trained parameter')}"
@@ -65,7 +63,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """What changes from one trained set to another."""
+    """Difference between two trained sets."""
 
     entered: tuple[str, ...]
     """FQNs trained only afterwards, sorted."""
@@ -88,7 +86,7 @@ class Difference:
         return (
             f"{_count(self.entered, 'parameter')} in, {len(self.left)} out; "
             f"+{self.gained_flops:.4g} and -{self.lost_flops:.4g} FLOPs; "
-            f"{_count(self.appeared, 'node')} appeared, {len(self.gone)} went"
+            f"{_count(self.appeared, 'node')} appeared, {len(self.gone)} disappeared"
         )
 
 
@@ -97,16 +95,16 @@ def _count(things: Collection[str], noun: str) -> str:
 
 
 def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:
-    """Say why a node, or the gradient of a parameter, is computed for a trained set or not.
+    """Explain why a node, or the gradient of a parameter, is computed or not for a trained set.
 
     Args:
         joint: as captured, with every gradient live.
         subject: a node's name or an FQN (any name of a tied weight).
-        trained: FQNs.
+        trained: FQNs of the trained parameters.
 
     Raises:
-        ValueError: nothing has this name (the nearest names are listed), the parameter has no gradient, or
-            `trained` names a parameter without one.
+        ValueError: no node or parameter has this name (the message lists the nearest), the parameter has no
+            gradient, or `trained` contains a parameter without gradient.
     """
     _check_trained(joint, trained)
     node, graph = _find(joint, subject), dependencies(joint)
@@ -124,7 +122,7 @@ def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:
         would_need=would_need,
         path=path,
         reached=reached,
-        chain=() if forward else _chain(graph, [tangent.name for tangent in tangents(joint)], name),
+        chain=() if forward else _chain(graph, name),
         flops=graph.nodes[name]["flops"],
         freed_flops={fqn: _lost(graph, trained, trained - {fqn}) for fqn in sorted(needed_by)},
         freed_together_flops=_lost(graph, trained, trained - needed_by),
@@ -132,10 +130,10 @@ def explain(joint: JointGraph, subject: str, trained: Set[str]) -> Explanation:
 
 
 def compare_trained_sets(joint: JointGraph, before: Set[str], after: Set[str]) -> Difference:
-    """List the parameters, FLOPs, saved bytes and nodes that come and go from one trained set to another.
+    """List the differences in parameters, FLOPs, saved bytes and nodes between two trained sets.
 
     Raises:
-        ValueError: a set names a parameter without a gradient.
+        ValueError: a set contains a parameter without gradient.
     """
     for trained in (before, after):
         _check_trained(joint, trained)
@@ -156,21 +154,16 @@ def compare_trained_sets(joint: JointGraph, before: Set[str], after: Set[str]) -
 
 
 def alive_backward_nodes(joint: JointGraph, trained: Set[str]) -> frozenset[fx.Node]:
-    """The backward nodes that run when exactly these parameters are trained."""
+    """Return the backward nodes that run if exactly these parameters are trained."""
     return _alive(joint, dependencies(joint), trained)
 
 
 def saved_bytes(joint: JointGraph, trained: Set[str]) -> int:
-    """Bytes of forward values that the backward of a trained set reads, weights and batch not counted.
+    """Return the bytes of forward values that the backward reads, without weights and batch.
 
-    A partitioner starts from these values. It may recompute some of them instead, which takes less memory.
+    A partitioner may save fewer bytes, because it recomputes some of these values.
     """
-    return sum(saved_values(joint, trained).values())
-
-
-def saved_values(joint: JointGraph, trained: Set[str]) -> dict[int, int]:
-    """By storage the bytes of forward values that the backward of a trained set reads; views count once."""
-    return _saved(joint, dependencies(joint), trained)
+    return sum(_saved(joint, dependencies(joint), trained).values())
 
 
 def _alive(joint: JointGraph, graph: "nx.DiGraph[str]", trained: Set[str]) -> frozenset[fx.Node]:
@@ -227,13 +220,13 @@ def _find(joint: JointGraph, subject: str) -> fx.Node:
 
 
 def _gradients_reading(graph: "nx.DiGraph[str]", name: str) -> frozenset[str]:
-    """Parameters whose gradient reads a forward value itself, not through other forward values."""
+    """Return the parameters whose backward reads a forward value directly, not through forward nodes."""
     readers = (graph.nodes[reader] for reader in graph.successors(name))
     return frozenset().union(*(node["parameters"] for node in readers if node["direction"] == BACKWARD))
 
 
 def _path(graph: "nx.DiGraph[str]", name: str, fqns: Set[str]) -> tuple[tuple[str, ...], str | None]:
-    """The shortest path from a node through the backward to a gradient of one of these parameters."""
+    """Return the shortest path from a node through backward nodes to the gradient of one of these FQNs."""
     backward = graph.subgraph(n for n, node in graph.nodes(data="direction") if n == name or node == BACKWARD)
     paths = nx.single_source_shortest_path(backward, name)
     ends = [end for end in paths if graph.nodes[end]["gradient_of"] in fqns]
@@ -243,10 +236,10 @@ def _path(graph: "nx.DiGraph[str]", name: str, fqns: Set[str]) -> tuple[tuple[st
     return tuple(paths[nearest]), graph.nodes[nearest]["gradient_of"]
 
 
-def _chain(graph: "nx.DiGraph[str]", starts: Iterable[str], name: str) -> tuple[str, ...]:
-    """The shortest path from the first of some nodes that leads to this one."""
-    for start in starts:
-        if nx.has_path(graph, start, name):
+def _chain(graph: "nx.DiGraph[str]", name: str) -> tuple[str, ...]:
+    """Return the shortest path to a node from the first tangent that it depends on."""
+    for start, operator in graph.nodes(data="operator"):
+        if operator == TANGENT and nx.has_path(graph, start, name):
             return tuple(nx.shortest_path(graph, start, name))
     return ()
 
@@ -256,7 +249,7 @@ def _kept_for_effects(joint: JointGraph) -> frozenset[fx.Node]:
 
 
 def _lost(graph: "nx.DiGraph[str]", before: Set[str], after: Set[str]) -> int:
-    """FLOPs of backward nodes that run before and not afterwards."""
+    """Return the FLOPs of the backward nodes that run before and not after."""
     return sum(
         node["flops"]
         for _, node in graph.nodes(data=True)

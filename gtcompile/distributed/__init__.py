@@ -1,1 +1,1 @@
-"""What several processes agree on, and models sharded with FSDP2."""
+"""Collective calls on Python values, and models sharded with FSDP2."""

@@ -1,9 +1,9 @@
-"""Fully sharded models (`fully_shard`, FSDP2): one parameter, two objects.
+"""Models sharded with `fully_shard` (FSDP2), in which each parameter has two objects.
 
-A rank keeps a shard of each parameter, a DTensor. The optimizer owns the shard, and gtcompile calls it the
-parameter. While a module runs, a *whole* parameter takes its place: compiled regions see it, and autograd
-gives it the gradient. torch sends the gradients that exist and skips the others, so a frozen parameter, which
-has no gradient, is not sent. `link` records which whole parameter stands for which shard.
+The *sharded* parameter is a DTensor with this rank's shard; the optimizer owns it. While a module runs, FSDP
+replaces it by the *whole* parameter: compiled regions read it, and autograd computes its gradient. FSDP
+reduces only gradients that exist, so nothing is sent for a frozen parameter. `link` records which whole
+parameter belongs to which sharded one. gtcompile keeps its records for the sharded parameter.
 """
 
 import contextlib
@@ -19,40 +19,40 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.weak import WeakIdKeyDictionary
 
-_sharded_of = WeakIdKeyDictionary()  # whole parameter -> the sharded one it stands for
-_whole_of = WeakIdKeyDictionary()  # sharded parameter -> weak reference to the whole one
-_own = weakref.WeakKeyDictionary[FSDPModule, list[nn.Parameter]]()  # the parameters a module shards
-_idle = weakref.WeakSet[FSDPModule]()  # modules without any parameter that requires grad
+_sharded_of = WeakIdKeyDictionary()  # whole parameter -> its sharded parameter
+_whole_of = WeakIdKeyDictionary()  # sharded parameter -> weak reference to its whole parameter
+_own = weakref.WeakKeyDictionary[FSDPModule, list[nn.Parameter]]()  # module -> the parameters that it shards
+_idle = weakref.WeakSet[FSDPModule]()  # sharded modules in which no parameter requires grad
 FSDP_HOOKS = "torch.distributed.fsdp"
-"""Beginning of the module names of the hooks by which `fully_shard` gathers and reshards parameters."""
+"""Prefix of the Python module that defines the hooks of `fully_shard`."""
 
 
 def sharded(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter that the optimizer owns: for a whole parameter, the shard it stands for."""
+    """Return the sharded parameter of a whole one; any other parameter unchanged."""
     found: nn.Parameter = _sharded_of.get(parameter, parameter)
     return found
 
 
 def whole(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter that autograd gives a gradient: for a shard, the whole parameter that stands for it."""
+    """Return the whole parameter of a sharded one; any other parameter unchanged."""
     reference = _whole_of.get(parameter)
     found = None if reference is None else reference()
     return parameter if found is None else found
 
 
 def shards(model: nn.Module) -> Iterator[FSDPModule]:
-    """The modules of a model that `fully_shard` was called on, which each shard some of its parameters."""
+    """Return the modules of a model that `fully_shard` was called on."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def link(model: nn.Module) -> bool:
-    """Put the shards back into the modules, and record which whole parameter stands for each shard.
+    """Reshard all modules, and record which whole parameter belongs to each sharded one.
 
-    The first call for a model gathers one module after the other, so all ranks must make it. Later calls send
-    nothing.
+    The first call for a model gathers one module after the other, so all ranks must make it. Later calls do
+    not communicate.
 
     Returns:
-        Whether the model had parameters that were not recorded yet.
+        Whether new sharded modules were found.
     """
     new = [module for module in shards(model) if module not in _own]
     for module in shards(model):
@@ -70,15 +70,15 @@ def link(model: nn.Module) -> bool:
 
 
 def is_linked(model: nn.Module) -> bool:
-    """Whether `link` knows every sharded module of the model, and so what stands for its parameters."""
+    """Whether `link` has recorded every sharded module of the model."""
     return all(module in _own for module in shards(model))
 
 
 def renew_reduction(model: nn.Module) -> None:
-    """Make torch prepare the reduction of gradients in modules that had no gradient to reduce before.
+    """Make FSDP prepare gradient reduction in modules where no parameter required grad before.
 
-    torch prepares it before a module's first forward, for the parameters that require grad then, and when a
-    module is gathered by hand. All ranks call this after `requires_grad` of any parameter has changed.
+    FSDP prepares it before a module's first forward, for the parameters that require grad at that time, and
+    in an explicit `unshard()`. All ranks must call this after `requires_grad` of any parameter has changed.
     """
     for module in shards(model):
         reduces = any(parameter.requires_grad for parameter in _own[module])
@@ -89,12 +89,12 @@ def renew_reduction(model: nn.Module) -> None:
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes that a model is sharded over; None for a model that is not sharded.
+    """Return the processes that a model is sharded over; None if it is not sharded.
 
     Raises:
-        ValueError: the processes are neither a one-dimensional mesh nor all processes.
+        ValueError: the mesh is not one-dimensional and does not contain all processes.
     """
-    # not the parameters of `shards(model)`: a module that computes the loss has them without being sharded
+    # not the parameters of `shards(model)`: a loss module may hold sharded parameters without being sharded
     parameters = map(sharded, model.parameters())
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     if not meshes:
@@ -111,12 +111,12 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copies(tensor: torch.Tensor) -> int:
-    """The number of ranks that hold the same part of a tensor as this one."""
+    """Return the number of ranks that hold the same part of a tensor, this one included."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
@@ -129,8 +129,12 @@ def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -
 
     Args:
         model: sharded or not.
-        twin: returns a tensor of the whole shape to put in a sharded parameter's place.
+        twin: from a sharded parameter to the tensor of whole shape that replaces it.
     """
+
+    def whole_twins(parameters: dict[str, Any]) -> dict[str, Any]:
+        return {name: twin(p) if isinstance(p, DTensor) else p for name, p in parameters.items()}
+
     with contextlib.ExitStack() as stack:
         for module in list(shards(model)):
             assert isinstance(module, nn.Module)
@@ -139,16 +143,12 @@ def as_written(model: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor]) -
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 stack.enter_context(changed(hooks, _without_gathering))
         for part in model.modules():
-            stack.enter_context(changed(part._parameters, lambda own: _whole_twins(own, twin)))
+            stack.enter_context(changed(part._parameters, whole_twins))
         yield
 
 
-def _whole_twins(parameters: dict[str, Any], twin: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    return {name: twin(p) if isinstance(p, DTensor) else p for name, p in parameters.items()}
-
-
 def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]:
-    """The parameters in a module now, by the module and the name they are registered under."""
+    """Return the current parameters in a module, by owning module and name."""
     assert isinstance(module, nn.Module)
     return {
         (part, name): parameter
@@ -160,26 +160,20 @@ def _parameters(module: FSDPModule) -> dict[tuple[nn.Module, str], nn.Parameter]
 
 @contextlib.contextmanager
 def _own_class(module: nn.Module) -> Iterator[None]:
-    """Within the block, make a sharded module an instance of the class that it had before."""
-    sharded_class = type(module)
+    """Within the block, give a sharded module its class from before `fully_shard`."""
+    sharded_class = type(module)  # derived from `FSDPModule` and the class before
     try:
-        module.__class__ = class_before_sharding(sharded_class)
+        module.__class__ = next(base for base in sharded_class.__bases__ if base is not FSDPModule)
         yield
     finally:
         module.__class__ = sharded_class
-
-
-def class_before_sharding(sharded_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module before `fully_shard`, which derives a class from `FSDPModule` and that class."""
-    own: type[nn.Module] = next(base for base in sharded_class.__bases__ if base is not FSDPModule)
-    return own
 
 
 @contextlib.contextmanager
 def changed(
     entries: MutableMapping[Any, Any], change: Callable[[dict[Any, Any]], dict[Any, Any]]
 ) -> Iterator[None]:
-    """Within the block, replace the entries of a dictionary by what `change` returns for them."""
+    """Within the block, replace the entries of a dictionary by the result of `change`."""
     kept = dict(entries)
     try:
         entries.clear()

@@ -19,7 +19,7 @@ class Ranks:
     Every method is a collective call: all ranks must make the same calls in the same order.
 
     Args:
-        group: the processes; None for this one alone.
+        group: the processes; None for this process alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -28,11 +28,11 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run work that may fail; if it fails on one rank, it fails on all.
+        """Run work that may fail. If it fails on one rank, every rank raises.
 
         Raises:
-            Exception: what `work` raised on this rank.
-            GTCompileError: `work` failed on another rank; names the rank and its error.
+            Exception: the error of `work` on this rank.
+            GTCompileError: `work` failed on another rank; the message names the rank and its error.
         """
         if self.group is None:
             return work()
@@ -49,17 +49,17 @@ class Ranks:
                 del error  # its traceback refers to this frame, which would keep the error alive
         for rank, failure in enumerate(said):
             if failure is not None:
-                raise GTCompileError(f"rank {rank} failed, so no rank goes on: {failure}")
+                raise GTCompileError(f"rank {rank} failed, so all ranks stop: {failure}")
         return result
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Check that all ranks have the same values; only hashes are sent.
 
         Args:
-            what: values of JSON types, by the name that an error uses for them.
+            what: values of JSON types, by the name to use in the error.
 
         Raises:
-            ValueError: on all ranks; names the value and the ranks that differ from rank 0.
+            ValueError: values differ, raised on all ranks; the message names the value and the ranks.
         """
         if self.group is None:
             return
@@ -75,7 +75,7 @@ class Ranks:
                 )
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return on all ranks what `make` returns on rank 0; an error there is raised on all."""
+        """Run `make` on rank 0, and return its result on all ranks. If it fails, every rank raises."""
         if self.group is None:
             return make()
         made = [self.together(lambda: make() if self.rank == 0 else None)]
@@ -83,7 +83,7 @@ class Ranks:
         return cast("T", made[0])
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The sum of each value over the ranks; all ranks must give the same names."""
+        """Return the sum of each value over the ranks. All ranks must pass the same names."""
         if self.group is None or not values:
             return dict(values)
         names = sorted(values)
@@ -93,11 +93,11 @@ class Ranks:
         return dict(zip(names, totals.tolist(), strict=True))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of each value over the ranks; all ranks must give the same names."""
+        """Return the mean of each value over the ranks. All ranks must pass the same names."""
         return {name: value / self.count for name, value in self.total(values).items()}
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order."""
+        """Return the values of all ranks, in rank order."""
         if self.group is None:
             return [value]
         gathered: list[Any] = [None] * self.count
@@ -110,5 +110,5 @@ def _digest(value: Any) -> str:
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
-    """The device that the group's backend communicates from."""
+    """Return the device of the tensors that the group's backend can send."""
     return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")

@@ -1,1 +1,1 @@
-"""The joint forward/backward graph as a value, and what its nodes cost."""
+"""The joint forward/backward graph, and the FLOPs of its nodes."""

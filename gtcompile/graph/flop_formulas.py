@@ -1,9 +1,9 @@
-"""FLOP formulas that torch's registry lacks, by qualified operator name.
+"""FLOP formulas for operators that torch's registry lacks.
 
 Each formula takes the arguments of its operator, with shapes in place of tensors, and `out_shape`, the shapes
-of what the operator returns. It returns FLOPs, 2 per multiply-add; complex numbers count like real ones, as
-in torch's own formulas. Where the number of operations depends on values (of an eigenvalue solver, say), the
-formula is the one in the literature:
+of the results. It returns FLOPs, 2 per multiply-add. Complex numbers count like real ones, as in torch's own
+formulas. If the number of operations depends on values (in an eigenvalue solver, for example), the formula is
+taken from the literature:
 
 * GVL: Golub and Van Loan, Matrix Computations, 4th edition.
 * LAWN 41: Blackford and Dongarra, LAPACK Working Note 41, "Installation Guide for LAPACK", appendix C.
@@ -18,7 +18,7 @@ Formula = Callable[..., int]
 
 
 def _no_products(*_: Any, **__: Any) -> int:
-    """Element by element: no multiply-adds of matrices, and so no FLOPs, like every other such operator."""
+    """Elementwise operators count no FLOPs, as in torch's own formulas."""
     return 0
 
 
@@ -26,7 +26,7 @@ def _no_products(*_: Any, **__: Any) -> int:
 
 
 def _product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    """`left @ right`, the matrices possibly stacked or packed in 8 bits."""
+    """`left @ right`; the matrices may be batched or have 8-bit elements."""
     return 2 * prod(left) * right[-1]
 
 
@@ -45,7 +45,7 @@ def _added_product(base: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -
 
 
 def _product_of_scaled(left: Shape, code: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    """`left @ right.T`, where a second encoding of the left matrix comes between the two."""
+    """`left @ right.T`; the argument between them is a second encoding of the left matrix."""
     return _product_with_transposed(left, right)
 
 
@@ -65,10 +65,6 @@ def _outer(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
     return 2 * prod(left) * prod(right)
 
 
-def _summed_batch_matmul(base: Shape, left: Shape, right: Shape, **_: Any) -> int:
-    return 2 * prod(left) * right[-1]
-
-
 def _products(left: Sequence[Shape], right: Sequence[Shape], *_: Any, **__: Any) -> int:
     return sum(map(_product, left, right))
 
@@ -76,12 +72,12 @@ def _products(left: Sequence[Shape], right: Sequence[Shape], *_: Any, **__: Any)
 def _linear_backward(
     rows: Shape, grad: Shape, weight: Shape, output_mask: Sequence[bool], *_: Any, **__: Any
 ) -> int:
-    """Gradients of rows and weight, each only where it is wanted."""
+    """Gradients of rows and weight, each only if its mask is set. The bias gradient takes no FLOPs."""
     return 2 * prod(rows) * weight[0] * (bool(output_mask[0]) + bool(output_mask[1]))
 
 
 def _packed_vector_product(vector: Shape, packed: Shape, shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """The matrix is packed in 4 bits, its true shape an argument of its own."""
+    """The matrix is packed in 4 bits; the argument `shape` is its true shape."""
     return 2 * prod(vector) * shape[0]
 
 
@@ -96,13 +92,9 @@ def _grouped_matmul(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: 
     return 2 * prod(out_shape) * left[-1]
 
 
-def _expert_matmul(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(rows) * experts[-1]
-
-
 def _expert_matmul_backward(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
-    """One operator computes the gradients of both rows and experts, whichever is wanted."""
-    return 2 * _expert_matmul(rows, experts)
+    """The operator always computes both gradients, of rows and of experts."""
+    return 2 * _product(rows, experts)
 
 
 def _trilinear(
@@ -118,8 +110,8 @@ def _trilinear(
 ) -> int:
     """`nn.Bilinear` and its gradients: a product of three tensors, summed over `sumdim`.
 
-    The kernel takes one index of `unroll_dim` after the other. For each it multiplies the first two tensors,
-    summing over what the third does not have, then multiplies by the third and sums over the rest.
+    The kernel loops over `unroll_dim`. For each index it multiplies the first two tensors and sums over the
+    dimensions that the third lacks; then it multiplies by the third and sums over the rest.
     """
     shapes = [_expanded(s, e) for s, e in ((first, expand1), (second, expand2), (third, expand3))]
     steps = max(shape[unroll_dim] for shape in shapes)
@@ -133,9 +125,9 @@ def _trilinear(
 
 
 def _summed_product(left: Sequence[int], right: Sequence[int], summed: Sequence[int]) -> int:
-    """A broadcast product summed over some dimensions; without a sum it is element by element, no FLOPs.
+    """A broadcast product, summed over some dimensions. Without a sum it is elementwise: no FLOPs.
 
-    What one side alone has of a summed dimension is summed before the product.
+    A summed dimension that only one side has is summed before the product, which makes its size 1.
     """
     sizes = enumerate(zip(left, right, strict=True))
     met = (min(pair) if dim in summed else max(pair) for dim, pair in sizes)
@@ -148,12 +140,12 @@ def _convolution_over_time(rows: Shape, weight: Shape, *_: Any, out_shape: Shape
 
 
 def _embedding_dots(grad: Shape, table: Shape, indices: Shape, *_: Any, **__: Any) -> int:
-    """A dot product of a gradient and a row of the table for every index."""
+    """For every index, a dot product of a gradient with a row of the table."""
     return 2 * prod(indices) * table[-1]
 
 
 def _expanded(shape: Shape, dims: Sequence[int]) -> list[int]:
-    """A shape with a dimension of size 1 put in at each of these positions."""
+    """Insert a dimension of size 1 at each of these positions."""
     sizes = list(shape)
     for dim in sorted(dims):
         sizes.insert(dim, 1)
@@ -185,12 +177,12 @@ def _cdist(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> i
 
 
 def _cdist_backward(grad: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    """Gradient of the left rows; that of the right rows is a second call with the sides exchanged."""
+    """Gradient of the left rows. torch makes a second call, with the sides exchanged, for the right."""
     return 3 * prod(grad) * left[-1]
 
 
 def _euclidean_distance(left: Shape, right: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """One product of matrices; two columns appended to each hold the squared norms and ones."""
+    """One matrix product; both sides have two more columns, with squared norms and ones."""
     return 2 * prod(out_shape) * (left[-1] + 2)
 
 
@@ -226,7 +218,7 @@ def _fft_to_real(given: Shape, dims: Sequence[int], *_: Any, out_shape: Shape, *
 
 
 def _stack(shape: Shape) -> tuple[int, int, int]:
-    """How many matrices, their rows and their columns."""
+    """Return the number of matrices, of rows and of columns."""
     return prod(shape[:-2]), shape[-2], shape[-1]
 
 
@@ -238,7 +230,7 @@ def _lu(matrix: Shape, **_: Any) -> int:
 
 
 def _thirds(thrice: int) -> int:
-    """A third of a number of FLOPs, rounded: formulas with thirds drop lower terms anyway."""
+    """Divide by 3 and round: formulas with thirds omit lower-order terms anyway."""
     return (thrice + 1) // 3
 
 
@@ -274,7 +266,7 @@ def _inverse(matrix: Shape, **_: Any) -> int:
 
 
 def _cholesky(matrix: Shape, *_: Any, **__: Any) -> int:
-    """GVL 4.2; the factorisation of an indefinite matrix, 4.4, takes as many."""
+    """GVL 4.2. The LDL factorisation of an indefinite matrix (GVL 4.4) takes the same number."""
     count, size, _columns = _stack(matrix)
     return count * _thirds(size**3)
 
@@ -286,7 +278,7 @@ def _cholesky_inverse(factor: Shape, *_: Any, **__: Any) -> int:
 
 
 def _householder_factors(matrix: Shape, *_: Any, **__: Any) -> int:
-    """R, and Q as reflectors: GVL 5.2. A wide matrix has as many as a tall one."""
+    """R, and Q as reflectors: GVL 5.2. A matrix and its transpose take the same number."""
     count, rows, columns = _stack(matrix)
     long, short = max(rows, columns), min(rows, columns)
     wide = 2 * short**2 * long - _thirds(2 * short**3)
@@ -332,7 +324,7 @@ def _singular_values(matrix: Shape, full_matrices: bool = False, compute_uv: boo
 
 
 def _pseudoinverse(matrix: Shape, *_: Any, hermitian: bool = False, **__: Any) -> int:
-    """Singular vectors, or eigenvectors of a symmetric matrix, and one product of the two sides."""
+    """An SVD, or an eigendecomposition of a symmetric matrix, and one product of the two factors."""
     count, rows, columns = _stack(matrix)
     factors = _symmetric_eigenvalues(matrix) if hermitian else _singular_values(matrix)
     return factors + count * 2 * rows * columns * min(rows, columns)
@@ -359,9 +351,9 @@ def _eigenvalues(matrix: Shape, **_: Any) -> int:
 def _least_squares(
     matrix: Shape, right: Shape, rcond: float | None = None, *, driver: str | None = None, **_: Any
 ) -> int:
-    """Factors, their product with the right sides, and a triangular solve: GVL 5.3.
+    """A QR factorisation, Q applied to the right-hand sides, and a triangular solve: GVL 5.3.
 
-    The factors are those of QR, and for the drivers `gelsd` and `gelss` singular values (GVL 5.5).
+    The drivers `gelsd` and `gelss` use an SVD instead of QR: GVL 5.5.
     """
     count, rows, columns = _stack(matrix)
     sides = right[-1] if len(right) == len(matrix) else 1
@@ -373,20 +365,20 @@ def _least_squares(
 
 
 def _matrix_exponential(matrix: Shape, **_: Any) -> int:
-    """The Taylor polynomial of degree 18, which takes five products of matrices.
+    """The Taylor polynomial of degree 18, which takes five matrix products.
 
     Bader, Blanes and Casas, "Computing the matrix exponential with an optimized Taylor polynomial
-    approximation", 2019. torch takes fewer for matrices of small norm, and squares the result of large ones.
+    approximation", 2019. torch takes fewer products for a small norm, and more (squarings) for a large one.
     """
     count, size, _columns = _stack(matrix)
     return 5 * count * 2 * size**3
 
 
-# Recurrent kernels. Each computes the gradients of everything in one call, whatever is trained
+# Recurrent kernels. A backward call computes all gradients at once, for every trained set
 
 
 def _onednn_lstm(given: Shape, by_input: Shape, by_hidden: Shape, *_: Any, **__: Any) -> int:
-    """One layer, one direction: each step multiplies by the two weights."""
+    """One layer in one direction. Each time step multiplies by the two weights."""
     return 2 * prod(given[:-1]) * (prod(by_input) + prod(by_hidden))
 
 
@@ -400,7 +392,7 @@ def _cudnn_recurrent(given: Shape, weights: Sequence[Shape], *_: Any, **__: Any)
 
 
 def _cudnn_recurrent_backward(given: Shape, weights: Sequence[Shape], *args: Any, **_: Any) -> int:
-    """Gradients of the inputs always; of all weights where the mask, the last argument, wants them."""
+    """Gradients of the inputs; and of all weights, if the mask (the last argument) is set for them."""
     return _cudnn_recurrent(given, weights) * (1 + bool(args[-1][3]))
 
 
@@ -408,9 +400,9 @@ def _cudnn_recurrent_backward(given: Shape, weights: Sequence[Shape], *args: Any
 
 
 def _chunked_cross_entropy(rows: Shape, weight: Shape, *args: Any, **_: Any) -> int:
-    """Logits, and already in the forward the gradients of rows and weight that the last arguments want.
+    """The forward computes logits, and gradients of rows and weight if the last arguments are set.
 
-    The backward only scales them.
+    The backward only scales these gradients.
     """
     with_input, with_weight, _with_bias = map(bool, args[-3:])
     return _product_with_transposed(rows, weight) * (1 + with_input + with_weight)
@@ -426,7 +418,7 @@ FORMULAS: dict[str, Formula] = {
     "aten::dot": _dot,
     "aten::vdot": _dot,
     "aten::addr": _outer,
-    "aten::addbmm": _summed_batch_matmul,
+    "aten::addbmm": _added_product,
     "aten::_addmm_activation": _added_product,
     "aten::_foreach_mm": _products,
     "aten::linear": _product_with_transposed,
@@ -452,7 +444,7 @@ FORMULAS: dict[str, Formula] = {
     "bitsandbytes::gemv_4bit": _packed_vector_product,
     "torchao::int_matmul": _product,
     "torchao::int_scaled_matmul": _product,
-    "transformers::grouped_mm_fallback": _expert_matmul,
+    "transformers::grouped_mm_fallback": _product,
     "transformers::grouped_mm_fallback_backward": _expert_matmul_backward,
     "aten::_cdist_forward": _cdist,
     "aten::_cdist_backward": _cdist_backward,
@@ -511,4 +503,4 @@ FORMULAS: dict[str, Formula] = {
     "aten::fft_rfftfreq": _no_products,
     "aten::_cudnn_rnn_flatten_weight": _no_products,
 }
-"""Formulas by operator. A library's operators exist only once the library is imported."""
+"""Formulas by operator name. The operators of a library exist only after the library is imported."""

@@ -1,4 +1,4 @@
-"""Registering FLOP formulas in torch's own registry, where `FlopCounterMode` finds them too."""
+"""Register FLOP formulas in torch's own registry, so that `FlopCounterMode` uses them too."""
 
 import functools
 import inspect
@@ -13,20 +13,19 @@ from gtcompile.torch_internals import HigherOrderOperator, OpOverload, OpOverloa
 
 
 def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Tell gtcompile and torch's `FlopCounterMode` how many FLOPs an operator takes.
+    """Register the FLOP formula of an operator, for gtcompile and for torch's `FlopCounterMode`.
 
-    An operator with a backward operator of its own needs a formula for each of the two. A formula registered
-    before is replaced.
+    An operator with a separate backward operator needs one formula for each. An earlier formula is replaced.
 
     Args:
-        operator: `torch.ops.library.name` or one of its overloads, what `torch.library.custom_op` returned, a
-            higher-order operator, or the name `"library::name"`.
-        formula: takes the operator's arguments, a tuple of sizes in place of each tensor, and returns the
-            FLOPs of one call, 2 per multiply-add. If it has a parameter `out_shape`, it is also given the
-            sizes of what the operator returns.
+        operator: `torch.ops.library.name` or one of its overloads, the object that `torch.library.custom_op`
+            returned, a higher-order operator, or the name `"library::name"`.
+        formula: takes the operator's arguments, with a shape in place of each tensor, and returns the FLOPs
+            of one call, 2 per multiply-add. If it has a parameter `out_shape`, it also receives the shapes of
+            the operator's results.
 
     Raises:
-        TypeError: `operator` is no operator, or `formula` cannot be called.
+        TypeError: `operator` is not an operator, or `formula` is not callable.
         ValueError: no operator has this name.
 
     Example:
@@ -39,7 +38,7 @@ def register_flops(operator: Any, formula: Callable[..., int]) -> None:
 
 
 def register_missing_formulas() -> None:
-    """Register gtcompile's formulas for the operators that exist by now and have none."""
+    """Register gtcompile's formulas for operators without one. Call it again after importing libraries."""
     for qualified_name, formula in FORMULAS.items():
         packet = _find_packet(qualified_name)
         if packet is not None and packet not in flop_registry:
@@ -52,7 +51,7 @@ def _packet_of(operator: Any) -> Any:
         if packet is None:
             raise ValueError(f"no operator is called {operator!r}; expected 'library::name'. Is it imported?")
         return packet
-    operator = getattr(operator, "_opoverload", operator)  # of what `torch.library.custom_op` returns
+    operator = getattr(operator, "_opoverload", operator)  # set by `torch.library.custom_op`
     if isinstance(operator, OpOverload):
         return operator.overloadpacket
     if isinstance(operator, (OpOverloadPacket, HigherOrderOperator)):
@@ -66,7 +65,7 @@ def _find_packet(qualified_name: str) -> Any:
 
 
 def _given_shapes(formula: Callable[..., int]) -> Callable[..., int]:
-    """The formula as torch's registry calls it: with tensors, and what the operator returned as `out_val`."""
+    """Adapt a formula to torch's registry, which passes tensors, and the operator's result as `out_val`."""
     parameters = inspect.signature(formula).parameters.values()
     takes_output = any(p.name == "out_shape" or p.kind is p.VAR_KEYWORD for p in parameters)
 

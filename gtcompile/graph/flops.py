@@ -1,7 +1,8 @@
-"""FLOPs of graph nodes, 2 per multiply-add: counted by a formula, known to be none, or refused.
+"""FLOPs of graph nodes, 2 per multiply-add.
 
-The formulas are those of `torch.utils.flop_counter`, those of `flop_formulas` and those that users register.
-All are in torch's own registry, so `FlopCounterMode` counts what gtcompile predicts.
+Formulas come from `torch.utils.flop_counter`, from `flop_formulas` and from users. All are in torch's own
+registry, so `FlopCounterMode` counts what gtcompile predicts. A node without a formula has no FLOPs, unless
+it seems to do matmul-like work: then its FLOPs are unknown, and the cost functions refuse it.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from gtcompile.errors import CaptureError
-from gtcompile.graph.flop_registry import register_missing_formulas as register_missing_formulas
+from gtcompile.graph.flop_registry import register_missing_formulas
 from gtcompile.torch_internals import (
     CountingMode,
     FakeTensor,
@@ -30,20 +31,20 @@ aten = torch.ops.aten
 
 
 class Call(NamedTuple):
-    """A call of an operator: what a formula needs to know."""
+    """One operator call: the arguments of a FLOP formula."""
 
     operator: Any
-    """As a key of torch's registry: all overloads together, or a higher-order operator."""
+    """Key in torch's registry: an overload packet, or a higher-order operator."""
     args: tuple[Any, ...]
     """Positional arguments."""
     kwargs: dict[str, Any]
     """Keyword arguments."""
     result: Any
-    """What it returned."""
+    """Return value."""
 
     @property
     def flops(self) -> int:
-        """By the formula; 0 without one."""
+        """FLOPs by the registered formula; 0 without one."""
         formula = flop_registry.get(self.operator)
         return 0 if formula is None else int(formula(*self.args, **self.kwargs, out_val=self.result))
 
@@ -53,20 +54,21 @@ RUN_RANDOM_OPERATORS = {
     "run_with_rng_state": 1,
     "graphsafe_run_with_rng_state": 0,
 }
-"""Operators that run another one, which draws random numbers; its position among their arguments. Recomputed
-attention is run by them, whether or not it drops anything."""
+"""Higher-order operators that run a random operator, with the position of that operator in their arguments.
+Activation checkpointing runs recomputed attention through them, with or without dropout."""
 EFFECTS = "with_effects"
-"""An operator that runs another one in order. It takes a token and that operator, and returns a token and the
-results."""
+"""Higher-order operator that runs another operator in a fixed order. It takes a token, that operator and its
+arguments; it returns a token and the results."""
 
 
 def _unwrapped(call: Call) -> Call:
-    """The call of the operator that an operator runs, if it is one that runs another."""
+    """Return the call inside a higher-order operator that runs another operator; any other call unchanged."""
     name = call.operator.name() if isinstance(call.operator, HigherOrderOperator) else None
     result = call.result
     if name == EFFECTS:
         position = 1
-        result = result[1] if isinstance(result, (tuple, list)) and len(result) == 2 else result
+        if isinstance(result, (tuple, list)):
+            result = result[1] if len(result) == 2 else result[1:]
     elif name in RUN_RANDOM_OPERATORS:
         position = RUN_RANDOM_OPERATORS[name]
         result = result[1] if name == "run_and_save_rng_state" and result is not None else result
@@ -77,17 +79,17 @@ def _unwrapped(call: Call) -> Call:
 
 
 class _CountingCompiledCode(CountingMode):
-    """Counts inside compiled code; torch's own mode has `torch.compile` step aside."""
+    """Counts FLOPs inside compiled code. Under torch's own mode, `torch.compile` falls back to eager."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tell torch.compile to go on working under this mode."""
+        """Return True, so that torch.compile stays active under this mode."""
         return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count one operator, unless it is only traced while something is compiled."""
+        """Count one operator, unless it runs on fake tensors: then a compiler only traces it."""
         kwargs = kwargs or {}
         if any(issubclass(kind, (FakeTensor, FunctionalTensor)) for kind in types):
             return func(*args, **kwargs)
@@ -96,7 +98,7 @@ class _CountingCompiledCode(CountingMode):
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _run_higher_order(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator that runs others, and count them, which torch's mode does for few."""
+        """Run a higher-order operator and count the operators in it; torch's mode supports few of these."""
         runs_one = func.name() in RUN_RANDOM_OPERATORS or func.name() == EFFECTS
         if runs_one or func in self.counter.flop_registry:
             result = func(*args, **kwargs)
@@ -115,12 +117,13 @@ class _CountingCompiledCode(CountingMode):
 
 @contextmanager
 def count_flops() -> Iterator[FlopCounterMode]:
-    """Count FLOPs as `FlopCounterMode` does, compiled regions included.
+    """Count FLOPs as `FlopCounterMode` does, but inside compiled code too.
 
-    Read `counter.get_total_flops()` afterwards.
+    Under torch's own context manager, `torch.compile` falls back to eager and another program is counted.
+    Operators that are only traced during compilation are not counted.
 
-    Inside torch's own context manager `torch.compile` runs the model eagerly, so that it counts another
-    program than the one in use. What is only traced while a step compiles does not run and is not counted.
+    Yields:
+        The counter; read `get_total_flops()` after the block. FLOPs are 2 per multiply-add.
     """
     register_missing_formulas()
     counter = FlopCounterMode(display=False)
@@ -134,16 +137,16 @@ MATMUL_LIKE = re.compile(
     r"eigh?|eigvalsh?|cholesky|inverse|inv|pinv|det|slogdet|lu|ldl|lstsq|[a-z]*solve|householder|matrix_exp|geqrf|"
     r"or[gm]qr)($|_)"
 )
-"""Names of operators whose work must not be taken for zero: products, factorisations, transforms."""
+"""Names of operators that must have a formula: products, factorisations, transforms."""
 NOT_MATMUL = re.compile(r"_(pad|logical|shape)|reorder|prepack|flatten|lu_unpack|slice_inverse|vector_norm")
-"""Names that look like it and only arrange or check their arguments."""
+"""Exceptions: operators that match, but only arrange or check their arguments."""
 
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of running this node once at the shapes it was captured with.
+    """Return the FLOPs of running a node once, at the captured shapes.
 
     Raises:
-        CaptureError: for a matmul-like operator without a formula.
+        CaptureError: the node does matmul-like work and has no formula.
     """
     if _formula_of(node) is not None:
         return _call_of(node).flops
@@ -153,9 +156,10 @@ def node_flops(node: fx.Node) -> int:
 
 
 def planning_flops(node: fx.Node) -> int:
-    """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
+    """Estimate the FLOPs of a node, to choose between ways of running a graph.
 
-    Never to be reported: training an operator needs no formula, a cost does.
+    An operator without a formula counts one FLOP per element of its result, so that training works without
+    formulas. Do not report this number: reported costs must be exact (`node_flops`).
     """
     if not is_unknown(node):
         return node_flops(node)
@@ -165,27 +169,18 @@ def planning_flops(node: fx.Node) -> int:
 
 
 def has_flops(node: fx.Node) -> bool:
-    """Whether running this node takes FLOPs, known or not."""
+    """Whether running a node takes FLOPs, known or unknown."""
     return node.op == "call_function" and (is_unknown(node) or node_flops(node) > 0)
 
 
-def known_flops(node: fx.Node) -> int:
-    """FLOPs to compare ways of running a graph; an operator without a formula costs one per element it makes.
-
-    Never to be reported: training an operator needs no formula, a cost does.
-    """
-    try:
-        return node_flops(node)
-    except CaptureError:
-        made = _concrete(node.meta["val"])
-        results = made if isinstance(made, (tuple, list)) else [made]
-        return max(1, sum(result.numel() for result in results if isinstance(result, torch.Tensor)))
-
-
 def output_flops(node: fx.Node) -> dict[int, int]:
-    """FLOPs that each output of a masked backward operator takes by itself; empty for other nodes.
+    """Split the FLOPs of a convolution's backward by output; empty for other nodes.
 
-    A convolution's backward computes the gradients of input, weight and bias independently, as its mask says.
+    That operator computes the gradients of input, weight and bias independently, each only if its mask is
+    set.
+
+    Returns:
+        From the position of each computed output to its FLOPs.
     """
     if node.target is not aten.convolution_backward.default:
         return {}
@@ -200,7 +195,7 @@ def output_flops(node: fx.Node) -> dict[int, int]:
 
 
 def is_unknown(node: fx.Node) -> bool:
-    """Whether a node does matmul-like work that no formula counts."""
+    """Whether a node does matmul-like work and has no formula."""
     if node.op != "call_function" or _formula_of(node) is not None:
         return False
     subgraphs = _subgraphs(node)
@@ -211,10 +206,10 @@ def is_unknown(node: fx.Node) -> bool:
 
 
 def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
-    """Refuse the nodes whose FLOPs nobody knows, all of them at once.
+    """Raise one error for all nodes with unknown FLOPs.
 
     Raises:
-        CaptureError: naming every such operator, and how to register its formula.
+        CaptureError: lists every such operator, and how to register its formula.
     """
     unknown = Counter(_name_of(node) for node in nodes if is_unknown(node))
     if not unknown:
@@ -229,12 +224,12 @@ def refuse_unknown(nodes: Iterable[fx.Node]) -> None:
 
 
 RUNS_ONE_SUBGRAPH = (torch.ops.higher_order.cond, torch.ops.higher_order.invoke_subgraph)
-"""Operators that run one of their subgraphs once, and count as the costliest, as in torch's counter. Others
-run theirs, such as the body of a loop, a number of times that is not known before."""
+"""Operators that run one of their subgraphs once. They count as their costliest subgraph, as in torch's
+counter. Other operators run a subgraph, such as a loop body, an unknown number of times."""
 
 
 def _subgraphs(node: fx.Node) -> list[fx.Graph]:
-    """The graphs that a higher-order operator is given."""
+    """Return the subgraphs among the arguments of a higher-order operator."""
     if not isinstance(node.target, HigherOrderOperator):
         return []
     owner, names = node.graph.owning_module, [n.target for n in node.all_input_nodes if n.op == "get_attr"]
@@ -247,7 +242,7 @@ def _calls_in(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _formula_of(node: fx.Node) -> Callable[..., int] | None:
-    """The formula that counts a node, if there is one."""
+    """Return the FLOP formula of a node, or of the operator that it runs."""
     formula: Callable[..., int] | None = flop_registry.get(_key_of(node.target))
     if formula is None and isinstance(node.target, HigherOrderOperator):
         formula = flop_registry.get(_key_of(_operator_run_by(node)))
@@ -255,12 +250,12 @@ def _formula_of(node: fx.Node) -> Callable[..., int] | None:
 
 
 def _key_of(target: object) -> object:
-    """How torch's registry knows an operator: all overloads of one together."""
+    """Return the key of an operator in torch's registry, which does not distinguish overloads."""
     return target.overloadpacket if isinstance(target, OpOverload) else target
 
 
 def _operator_run_by(node: fx.Node) -> OpOverload | None:
-    """The operator among a node's arguments that the node runs."""
+    """Return the operator that a higher-order node runs: the first operator among its arguments."""
     return next((argument for argument in node.args if isinstance(argument, OpOverload)), None)
 
 
@@ -276,7 +271,7 @@ def _does_matmul_like_work(node: fx.Node) -> bool:
 
 @functools.cache
 def is_matmul_like(name: str) -> bool:
-    """Whether an operator of this name multiplies matrices, or does comparable work."""
+    """Whether the name is that of a matrix product or a comparable operator."""
     return MATMUL_LIKE.search(name) is not None and NOT_MATMUL.search(name) is None
 
 
@@ -290,7 +285,7 @@ def _is_float_matrix(node: fx.Node) -> bool:
 
 
 def _name_of(node: fx.Node) -> str:
-    """`aten.mm`, `higher_order.cond`: what follows `torch.ops.`."""
+    """Return the operator's name below `torch.ops`: `aten.mm`, `higher_order.cond`."""
     target = _operator_run_by(node) or node.target
     if isinstance(target, OpOverload):
         return str(target.overloadpacket._qualified_op_name).replace("::", ".")
@@ -298,16 +293,16 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _call_of(node: fx.Node) -> Call:
-    """What a node calls: fake tensors for nodes, sizes as they were when captured."""
+    """Return the call that a node makes, with fake tensors for nodes and captured sizes for symbolic ones."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
     result = _concrete(node.meta.get("val"))
     return _unwrapped(Call(_key_of(node.target), _concrete(args), _concrete(kwargs), result))
 
 
 def _concrete(value: Any) -> Any:
-    """A nest of values with every symbolic size replaced by the size it was captured with.
+    """Replace every symbolic size in nested values by the captured size.
 
-    A formula that computes with symbolic sizes would make the compiled code hold for these sizes alone.
+    Computing with symbolic sizes would add guards, and the compiled code would serve the captured sizes only.
     """
     if isinstance(value, torch.Tensor):
         return _concrete_tensor(value)

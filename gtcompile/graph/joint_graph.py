@@ -1,4 +1,4 @@
-"""A joint forward/backward graph and what its inputs and outputs mean."""
+"""A joint forward/backward graph, with the meaning of its inputs and outputs."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,9 @@ from gtcompile.errors import GraphContractError
 from gtcompile.torch_internals import GradAOTOutput
 
 ONE_BATCH = "values of one batch"
-"""The source of a graph that is valid only for batches on which the model takes the same branches."""
+"""`JointGraph.source` of a graph that is valid only for batches that take the same branches."""
 FORCED_GRADIENTS = "activations on which the model calls requires_grad_()"
-"""The gradient slot of these activations together: live whatever is trained."""
+"""Name of the one gradient slot that these activations share. It is live for every trained set."""
 ParameterStatus = Literal["selectable", "frozen by user", "unused"]
 
 
@@ -26,11 +26,11 @@ class Parameter:
     fqn: str
     """Fully qualified name, the first that `named_parameters` reports."""
     aliases: tuple[str, ...] = ()
-    """The other names of the same tensor, when weights are tied."""
+    """The other names of the same tensor, if weights are tied."""
     shape: tuple[int, ...]
     """Unsharded shape."""
     dtype: torch.dtype
-    """Type of the stored values."""
+    """Dtype of the stored values."""
     status: ParameterStatus = "selectable"
     """`selectable`: receives a gradient; `unused`: the loss does not depend on it; `frozen by user`: its
     `requires_grad` is False."""
@@ -46,7 +46,7 @@ class Parameter:
 
 
 def names_of(parameters: Iterable[Parameter]) -> dict[str, str]:
-    """From every name of some parameters, aliases of tied weights included, to the FQN."""
+    """Map each name of each parameter, aliases of tied weights included, to its FQN."""
     return {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
 
 
@@ -54,32 +54,32 @@ def names_of(parameters: Iterable[Parameter]) -> dict[str, str]:
 class JointGraph:
     """AOTAutograd's forward + backward graph.
 
-    Inputs: primals, then tangents. Outputs: those of the forward, then one gradient slot per primal. Never
-    changed in place: a pass returns another one. Names refer across graphs, nodes only within one.
+    Inputs: primals, then tangents. Outputs: the forward outputs, then one gradient slot per primal. A joint
+    graph is never changed in place: a pass returns a new one. Refer to nodes of another graph by name only.
     """
 
     module: fx.GraphModule
-    """The graph; every operator carries `meta["val"]`, a fake tensor, a number or a tuple of them."""
+    """The graph. Every operator has `meta["val"]`: a fake tensor, a number, or a tuple of these."""
     forward_outputs: int
-    """How many leading outputs belong to the forward; the gradient slots follow."""
+    """Number of leading outputs that belong to the forward; the gradient slots follow."""
     slots: tuple[str | None, ...]
-    """Per gradient slot the name of the input it is the gradient of; None for an input that never has one.
-    One may be `FORCED_GRADIENTS`, which is no input of the model."""
+    """For each gradient slot, the name of the input whose gradient it is; None for inputs without gradient.
+    One may be `FORCED_GRADIENTS`, which is not an input of the model."""
     parameters: tuple[Parameter, ...] = ()
-    """Every parameter of the model, in registration order; empty for a region of one."""
+    """Every parameter of the model, in registration order; empty if the graph is a region of a model."""
     source: str = ""
     """How the graph was captured, for logs and reports."""
     provenance: tuple[str, ...] = ()
-    """The passes that made it, in order."""
+    """Names of the passes that were applied, in order."""
 
     @property
     def follows_values(self) -> bool:
-        """Whether branches and sizes are those that the values of one batch led to."""
+        """Whether branches and sizes in this graph depend on the values of the captured batch."""
         return self.source == ONE_BATCH
 
     @property
     def graph(self) -> fx.Graph:
-        """The nodes, as passes read and edit them."""
+        """The FX graph, which passes read and edit."""
         return self.module.graph
 
     @property
@@ -89,7 +89,7 @@ class JointGraph:
 
     @property
     def gradients(self) -> tuple[fx.Node | None, ...]:
-        """The gradient slots: a node, or None where no gradient is computed."""
+        """The gradient slots: a node each, or None if this gradient is not computed."""
         return self.outputs[self.forward_outputs :]
 
     @property
@@ -100,11 +100,11 @@ class JointGraph:
         return frozenset(named) - {FORCED_GRADIENTS}
 
     def forward_nodes(self) -> frozenset[fx.Node]:
-        """Nodes some forward output needs: they run whatever is trained."""
+        """Return the nodes that a forward output depends on. They run for every trained set."""
         return ancestors(node for node in self.outputs[: self.forward_outputs] if node is not None)
 
     def copy(self) -> "JointGraph":
-        """The same graph on nodes of its own; metadata dictionaries are copied, fake tensors shared."""
+        """Return a copy. Nodes and metadata dictionaries are copied, fake tensors shared."""
         return dataclasses.replace(self, module=copy_module(self.module))
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class JointGraph:
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph on nodes of its own; metadata dictionaries are copied, fake tensors shared."""
+    """Copy a graph module. Nodes and metadata dictionaries are copied, fake tensors shared."""
     graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
     twin: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -127,14 +127,14 @@ def count_forward_outputs(descriptors: Sequence[object]) -> int:
     """Count the leading outputs that belong to the forward; the outputs after them are gradient slots.
 
     Args:
-        descriptors: AOTAutograd's, one per output of a joint graph, as in `meta["desc"]` of its output node.
+        descriptors: AOTAutograd's descriptors of the outputs, from `meta["desc"]` of the output node.
     """
     forward = takewhile(lambda desc: desc is not None and not isinstance(desc, GradAOTOutput), descriptors)
     return sum(1 for _ in forward)
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """The given nodes, of one functional graph, and everything they are computed from."""
+    """Return the given nodes and everything they are computed from. The graph must be functional."""
     seen: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -146,10 +146,10 @@ def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
 
 
 def verify(joint: JointGraph) -> None:
-    """Check what every joint graph promises.
+    """Check the invariants of a joint graph.
 
     Raises:
-        GraphContractError: naming the first broken promise.
+        GraphContractError: an invariant is violated; the message names the first.
     """
     outputs = joint.outputs
     if len(outputs) != joint.forward_outputs + len(joint.slots):
@@ -164,6 +164,6 @@ def verify(joint: JointGraph) -> None:
 
 
 def returns_something(node: fx.Node) -> bool:
-    """Whether a call has a value; one that only checks its arguments has none."""
+    """Whether a call returns a value; operators that only check their arguments do not."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or bool(schema.returns)

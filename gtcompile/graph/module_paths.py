@@ -1,4 +1,4 @@
-"""Module paths of the nodes of a joint graph, and the blocks that modules lie in."""
+"""Module paths of joint-graph nodes, and the repeated block that each module belongs to."""
 
 import functools
 import re
@@ -10,25 +10,25 @@ from gtcompile.graph.joint_graph import JointGraph, names_of
 from gtcompile.torch_internals import ParamAOTInput
 
 OUTSIDE = "(outside modules)"
-"""The block of nodes that belong to no module with parameters."""
+"""Block name for nodes that belong to no module with parameters."""
 
 
 def block_of(module_path: str) -> str:
-    """The repeated block a module lies in (`model.layers.1`), or the module itself."""
+    """Return the repeated block that contains a module (`model.layers.1`), else the module's own path."""
     block = re.match(r"(?:.*?\.)?\d+(?=\.|$)", module_path)
     return block.group() if block else module_path or OUTSIDE
 
 
 def block_of_parameter(fqn: str) -> str:
-    """The block a parameter lies in."""
+    """Return the block that contains a parameter."""
     return block_of(fqn.rpartition(".")[0])
 
 
 def module_paths(joint: JointGraph) -> dict[fx.Node, str]:
-    """Find the innermost module with parameters in which each node, or its forward, was captured.
+    """Find for each node the innermost module with parameters that it was captured in.
 
-    A node of unknown origin (a sum of gradients, or any in an eager trace) gets the module of the last of its
-    inputs that has one; the path is empty where no input has.
+    A backward node gets the module of its forward node. A node without recorded origin (a sum of gradients,
+    any node of an eager trace) gets the path of its last input that has one, else the empty path.
     """
     innermost = functools.cache(functools.partial(_innermost, _modules_with_parameters(joint)))
     paths: dict[fx.Node, str] = {}
@@ -39,12 +39,12 @@ def module_paths(joint: JointGraph) -> dict[fx.Node, str]:
 
 
 def _last(paths: Iterable[str]) -> str:
-    """The last path that is not empty."""
+    """Return the last path that is not empty, else the empty path."""
     return next((path for path in reversed(list(paths)) if path), "")
 
 
 def input_of(node: fx.Node) -> str:
-    """What a placeholder stands for: `parameter FQN`, or `input`."""
+    """Describe a placeholder: `parameter FQN`, or `input`."""
     meaning = node.meta.get("desc")
     return f"parameter {_fqn(meaning)}" if isinstance(meaning, ParamAOTInput) else "input"
 
@@ -67,7 +67,7 @@ def _origin(node: fx.Node, innermost: Callable[[str], str]) -> str:
 
 
 def _innermost(known: frozenset[str], expression: str) -> str:
-    """The known module in an expression such as `L['self'].model.layers[0]`, without what comes before it."""
+    """Return the longest suffix of an expression (`L['self'].layers[0]`) that is a known module path."""
     parts = [part for part in re.split(r"[\[\]'\".]+", expression) if part]
     suffixes = (".".join(parts[start:]) for start in range(len(parts)))
     return next((name for name in suffixes if name in known), "")

@@ -1,4 +1,4 @@
-"""Names of parameters: shell-style patterns over them, and the nearest ones to a mistaken name."""
+"""Match parameter names with shell-style patterns, and suggest names for a misspelled one."""
 
 import difflib
 import fnmatch
@@ -6,16 +6,15 @@ from collections.abc import Iterable
 
 
 def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str]) -> frozenset[str]:
-    """The names that match any of the patterns.
+    """Return the names that match any of the patterns.
 
     Args:
-        names: the names to choose from, or a dictionary from every name (aliases too) to the one to return.
-        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names,
-        case-sensitive.
+        names: the names to choose from, or a dictionary from each name or alias to the name to return for it.
+        patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names.
 
     Raises:
-        ValueError: naming each pattern that matches nothing and the names closest to it.
-        TypeError: for a single string, which would be taken letter by letter, or what is no string.
+        ValueError: a pattern matches nothing; the message lists the names closest to it.
+        TypeError: `patterns` is a single string, or contains something else than strings.
     """
     refuse_string(patterns)
     canonical = names if isinstance(names, dict) else {name: name for name in names}
@@ -31,10 +30,10 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
 
 
 def refuse_string(names: object) -> None:
-    """Refuse a single string where names are expected: it would be taken letter by letter.
+    """Refuse a single string where several names are expected: it would be read letter by letter.
 
     Raises:
-        TypeError: for a string.
+        TypeError: `names` is a string.
     """
     if isinstance(names, str):
         raise TypeError(
@@ -43,7 +42,7 @@ def refuse_string(names: object) -> None:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """The names closest to a mistaken one, for an error message."""
+    """List the names closest to a misspelled one, for an error message."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     return f"near names: {', '.join(near)}" if near else f"names look like {next(iter(names), 'nothing')}"

@@ -1,1 +1,1 @@
-"""What is trained now, and how to leave a training as it was: flags, gradients, buffers, optimizer state."""
+"""The trained set, and restoring what a measurement changes: flags, gradients, buffers, optimizer state."""

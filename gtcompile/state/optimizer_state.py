@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each parameter: while the parameter is frozen, and in what is saved."""
+"""Optimizer state of frozen parameters, in memory and in checkpoints."""
 
 from collections.abc import Callable, Collection
 from itertools import chain
@@ -16,23 +16,23 @@ from gtcompile.state.parameter_records import is_trained, was_trainable
 from gtcompile.state.shadow_optimizer import ShadowOptimizer, innermost
 
 Setting = Literal["keep", "cpu", "drop"]
-"""What happens to the state of a frozen parameter: it stays as it is; it is moved to host memory and back,
-bit for bit; or it is dropped and begins anew."""
+"""Handling of a frozen parameter's optimizer state. "keep": unchanged. "cpu": moved to host memory while
+frozen, bit for bit. "drop": deleted; training the parameter again starts with new state."""
 HOST = torch.device("cpu")
 
 
 class FrozenState:
-    """Keeps, moves or drops the state of frozen parameters; learning rates and groups are never touched.
+    """Keeps, moves or drops the optimizer state of frozen parameters; parameter groups stay unchanged.
 
-    State that is moved stays in `optimizer.state`, so checkpoints contain it. The optimizer does not read it,
-    because the parameters have no gradient.
+    Moved state stays in `optimizer.state`, so checkpoints contain it. The optimizer does not read it, because
+    frozen parameters have no gradient.
 
     Args:
-        optimizer: any optimizer with a state for each parameter, or a wrapper with one in `.optimizer`.
+        optimizer: any optimizer with state per parameter, or a wrapper with one in `.optimizer`.
         setting: "keep", "cpu" or "drop".
 
     Raises:
-        ValueError: for another setting.
+        ValueError: `setting` is unknown.
     """
 
     def __init__(self, optimizer: Optimizer, setting: Setting) -> None:
@@ -41,7 +41,7 @@ class FrozenState:
         self._moved = WeakIdKeyDictionary()  # parameter -> whether its state was moved to the host
 
     def apply(self) -> None:
-        """Bring the state in line with what is trained now. Call it whenever that has changed."""
+        """Move or drop state according to the current trained set. Call it after every change of the set."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if is_trained(parameter):
@@ -63,7 +63,7 @@ class FrozenState:
             self._replace(parameter, lambda value: value.to(parameter.device))
 
     def _replace(self, parameter: nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace the tensors of a parameter's state; scalars (step counts) stay where they are."""
+        """Replace the tensors of a parameter's state. Scalars (step counts) stay unchanged."""
         state: dict[str, Any] = self._optimizer.state[parameter]
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim():
@@ -74,40 +74,34 @@ def check_setting(setting: str) -> None:
     """Refuse an unknown setting.
 
     Raises:
-        ValueError: names the known ones.
+        ValueError: `setting` is unknown; the message lists the known ones.
     """
     if setting not in get_args(Setting):
         raise ValueError(f'expected frozen_state "keep", "cpu" or "drop", got {setting!r}')
 
 
-def state_bytes(optimizer: Optimizer, parameter: nn.Parameter) -> int:
-    """Bytes of the tensors that an optimizer keeps for one parameter, without scalars."""
-    state = innermost(optimizer).state.get(parameter, {})
-    tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(map(_bytes, tensors))
-
-
 def parameters_with_state(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """FQNs of the parameters that an optimizer has a state for."""
+    """Return the FQNs of the parameters that have optimizer state."""
     named, state = unwrap(model).named_parameters(), innermost(optimizer).state
     return [fqn for fqn, parameter in named if sharded(parameter) in state]
 
 
 def forget_state_of_others(model: nn.Module, optimizer: Optimizer, fqns: Collection[str]) -> None:
-    """Drop the state of all parameters but these, such as what `complete_when_saved` made up for a file."""
+    """Drop the state of all parameters but `fqns`: `complete_when_saved` adds artificial state to files."""
     for fqn in set(parameters_with_state(model, optimizer)) - set(fqns):
         del innermost(optimizer).state[sharded(unwrap(model).get_parameter(fqn))]
 
 
 def complete_when_saved(optimizer: Optimizer) -> RemovableHandle:
-    """Have `optimizer.state_dict()` hold a state for every trainable parameter; its own state stays partial.
+    """Make `optimizer.state_dict()` return state for every trainable parameter.
 
-    torch's distributed checkpoints are read into an optimizer that has a state for every parameter. They fail
-    on a parameter without, because it was never trained or its state was dropped. What is missing is made up:
-    the state after a first step with a gradient of zero. `forget_state_of_others` drops it after loading.
+    torch's distributed checkpoints are loaded into an optimizer with state for every parameter, and fail if a
+    parameter has none in the file (it was never trained, or its state was dropped). This hook fills the gaps
+    with the state after a first step with a zero gradient. The optimizer's own state does not change.
+    `forget_state_of_others` drops the artificial state after loading.
 
     Returns:
-        The handle of the hook; `.remove()` ends it.
+        The handle of the hook; `.remove()` removes it.
     """
     return innermost(optimizer).register_state_dict_post_hook(_complete)
 
@@ -121,10 +115,3 @@ def _complete(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         if index not in saved["state"] and was_trainable(parameter)
     }
     return {**saved, "state": {**saved["state"], **made_up}}
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    """Of a tensor, or of the tensors that it is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()

@@ -1,7 +1,7 @@
 """One record per parameter: which code computes its gradient, and whether it is frozen.
 
-`requires_grad` follows from the two (`requires_grad_of`). A compiled region never sees a flag change, so no
-Dynamo guard fails; it asks `is_trained` instead.
+These two determine `requires_grad` (see `requires_grad_of`). The flag of a parameter in a compiled region
+never changes, so no Dynamo guard fails; the region calls `is_trained` instead.
 """
 
 import enum
@@ -21,23 +21,23 @@ class Role(enum.Enum):
     """Which code computes a parameter's gradient."""
 
     EAGER = enum.auto()
-    """Eager code alone, as far as seen."""
+    """Only eager code, as far as known."""
     EXPECTED = enum.auto()
-    """A compiled region, presumably: it has not run yet."""
+    """Probably a compiled region, which has not run yet."""
     REGION = enum.auto()
     """A compiled region; eager code may use the parameter as well."""
 
 
 @dataclass(slots=True)
 class Record:
-    """What is known of one parameter."""
+    """Mutable record of one parameter."""
 
     role: Role | None = None
     """None until a parameter is frozen for the first time or its model is compiled."""
     hook: RemovableHandle | None = None
-    """Drops gradients that eager code computes all the same; there exactly while the parameter is frozen."""
+    """Hook that drops gradients which eager code still computes; set only while the parameter is frozen."""
     requires_grad: bool = True
-    """The flag as gtcompile last set it: where the parameter has another, somebody else set it."""
+    """The flag as gtcompile last set it. If the parameter's flag differs, the user changed it."""
 
     @property
     def frozen(self) -> bool:
@@ -51,28 +51,28 @@ _generation = 0
 
 
 def is_trained(parameter: nn.Parameter) -> bool:
-    """Whether a gradient is wanted for this parameter."""
+    """Whether this parameter is trained: it requires grad, and `train_only` did not freeze it."""
     return parameter.requires_grad and not is_frozen(sharded(parameter))
 
 
 def was_trainable(parameter: nn.Parameter) -> bool:
-    """Whether a parameter requires grad, or did until `train_only` froze it."""
+    """Whether a parameter requires grad, or did before `train_only` froze it."""
     return parameter.requires_grad or is_frozen(sharded(parameter))
 
 
 def generation() -> int:
-    """A number that changes whenever `is_trained` may change. Use it as a cache key."""
+    """Return a number that changes whenever `is_trained` may change. Use it as a cache key."""
     return _generation
 
 
 def begin_generation() -> None:
-    """Say that `is_trained` may have changed."""
+    """Change `generation()`, because `is_trained` may have changed."""
     global _generation
     _generation = next(_generations)
 
 
 def requires_grad_of(role: Role | None, *, frozen: bool) -> bool:
-    """The flag of a parameter that is trainable at all.
+    """Return `requires_grad` for a trainable parameter.
 
     ========  =======  ======
     role      trained  frozen
@@ -82,31 +82,31 @@ def requires_grad_of(role: Role | None, *, frozen: bool) -> bool:
     REGION    True     True
     ========  =======  ======
 
-    Dynamo guards on the flag, so it must not change for what a region computes, or will compute.
+    Dynamo guards on the flag, so it must not change for parameters in a region, run or expected.
     """
     return not frozen or role is not Role.EAGER
 
 
 def set_requires_grad(parameter: nn.Parameter, value: bool) -> None:
-    """Set the flag for gtcompile's own purposes: it does not count as set by hand."""
+    """Set `requires_grad` and record the value, so that it does not count as set by the user."""
     if (record := _records.get(parameter)) is not None:
         record.requires_grad = value
     parameter.requires_grad_(value)
 
 
 def is_frozen(parameter: nn.Parameter) -> bool:
-    """Whether `train_only` froze this parameter: of a sharded model, the sharded one."""
+    """Whether `train_only` froze this parameter. For FSDP, give the sharded parameter."""
     record: Record | None = _records.get(parameter)
     return record is not None and record.frozen
 
 
 def is_recorded(parameter: nn.Parameter) -> bool:
-    """Whether anything is known of a parameter."""
+    """Whether a parameter has a record."""
     return parameter in _records
 
 
 def record_of(parameter: nn.Parameter) -> Record:
-    """The record of a parameter, which begins here if there is none."""
+    """Return the record of a parameter; create it if there is none."""
     found: Record | None = _records.get(parameter)
     if found is None:
         found = _records[parameter] = Record()
@@ -114,13 +114,13 @@ def record_of(parameter: nn.Parameter) -> Record:
 
 
 def freeze(parameter: nn.Parameter, default: Role) -> None:
-    """Freeze a parameter; `default` is its role if none is known."""
+    """Freeze a parameter and drop its gradient. `default` becomes its role if it has none."""
     record = record_of(parameter)
     parameter.grad = None
     record.role = record.role or default
     if record.hook is None:
-        # autograd takes hooks only where a gradient is required; a whole parameter of FSDP's follows the flag
-        # of its sharded one when it is next gathered
+        # autograd accepts this hook only on a tensor that requires grad; FSDP resets the flag of a whole
+        # parameter from its shard at the next gathering
         differentiable = whole(parameter).requires_grad_()
         record.hook = differentiable.register_post_accumulate_grad_hook(_drop_stray_gradient)
     record.requires_grad = requires_grad_of(record.role, frozen=True)
@@ -128,7 +128,7 @@ def freeze(parameter: nn.Parameter, default: Role) -> None:
 
 
 def thaw(parameter: nn.Parameter) -> None:
-    """Undo `freeze`. A parameter that the user froze stays as it is."""
+    """Undo `freeze`. A parameter that the user froze stays frozen."""
     record = record_of(parameter)
     if record.hook is not None:
         record.hook.remove()
@@ -137,24 +137,24 @@ def thaw(parameter: nn.Parameter) -> None:
 
 
 def is_set_by_hand(record: Record, parameter: nn.Parameter) -> bool:
-    """Whether somebody had a parameter require grad that gtcompile froze by `requires_grad=False`."""
+    """Whether gtcompile froze a parameter with `requires_grad=False`, and the user set it to True again."""
     return record.frozen and not record.requires_grad and parameter.requires_grad
 
 
 def expect_region(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that a region may compute these parameters' gradients.
+    """Set the role EXPECTED: a region will probably compute these parameters' gradients.
 
-    If eager code turns out to use them, because Dynamo captures nothing of their block, they become EAGER.
+    If Dynamo captures nothing of their block, so that eager code uses them, they become EAGER.
     """
     for parameter in map(sharded, parameters):
         set_role(parameter, Role.EXPECTED)
 
 
 def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that eager code alone uses these parameters, unless a region was seen to use them.
+    """Set the role EAGER for parameters that no region has used.
 
-    Their flags stay until `train_only` is called, or until a gradient comes for a frozen one: a forward and
-    its recomputation by activation checkpointing must see the same flags.
+    Their flags stay until the next `train_only`, or until a frozen one receives a gradient: a forward and its
+    recomputation by activation checkpointing must see the same flags.
     """
     for parameter in map(sharded, parameters):
         record = record_of(parameter)
@@ -163,13 +163,13 @@ def leave_to_eager(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def enter_eager(parameters: Iterable[nn.Parameter]) -> None:
-    """Forget the roles of parameters whose model is not compiled any more."""
+    """Clear the roles of parameters whose model is no longer compiled."""
     for parameter in map(sharded, parameters):
         record_of(parameter).role = None
 
 
 def set_role(parameter: nn.Parameter, role: Role) -> None:
-    """Give a parameter a role, and a frozen one the flag that goes with it."""
+    """Set the role of a parameter, and the matching `requires_grad` if it is frozen."""
     record = record_of(parameter)
     record.role = role
     if record.frozen:
@@ -177,12 +177,12 @@ def set_role(parameter: nn.Parameter, role: Role) -> None:
 
 
 def _drop_stray_gradient(parameter: torch.Tensor) -> None:
-    """Drop a gradient that eager code computed, and have autograd skip the parameter from now on."""
+    """Drop a gradient that eager code computed, and clear the flag so that autograd skips it next time."""
     assert isinstance(parameter, nn.Parameter)
     owner = sharded(parameter)
     record = record_of(owner)
     if is_set_by_hand(record, owner):
-        return  # wanted: the next look at the model's names thaws it
+        return  # the user wants this gradient: the next `follow_names` thaws the parameter
     parameter.grad = None
     leave_to_eager([owner])
     set_requires_grad(owner, requires_grad_of(record.role, frozen=True))

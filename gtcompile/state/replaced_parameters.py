@@ -1,8 +1,8 @@
-"""Follow names: hand a parameter's record on to the one that replaces it.
+"""Give a parameter that replaces another the record of the replaced one.
 
-Records belong to parameter objects, but people choose names. Loading with `assign=True`, resizing embeddings
-or moving a model off the meta device puts new parameters under the old names. So `train_only` also keeps the
-record of every name of a model, and `follow_names` brings parameters in line with it.
+Records belong to parameter objects, but users choose names. Loading with `assign=True`, resizing embeddings
+or moving a model off the meta device registers new parameters under old names. So `train_only` also stores
+the record of every name of a model, and `follow_names` updates the parameters accordingly.
 """
 
 import logging
@@ -17,6 +17,7 @@ from gtcompile.capture.model_io import unwrap
 from gtcompile.capture.pristine_model import is_compiled
 from gtcompile.distributed import fsdp
 from gtcompile.distributed.fsdp import sharded
+from gtcompile.errors import some
 from gtcompile.state.parameter_records import (
     Record,
     Role,
@@ -29,13 +30,11 @@ from gtcompile.state.parameter_records import (
 )
 
 logger = logging.getLogger(__name__)
-NAMED = 5
-"""How many parameters a warning names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """The parameter that had a name when the trained set was chosen or last looked at."""
+    """The parameter and record that a name had at the last `train_only` or `follow_names`."""
 
     parameter: TensorWeakRef
     record: Record
@@ -45,17 +44,17 @@ _names = WeakIdKeyDictionary()  # nn.Module -> {name: Named}, for models that `t
 
 
 def follow_names(model: nn.Module) -> None:
-    """Bring the trained set in line with parameters that were replaced, added or thawed by hand.
+    """Update the trained set after the user replaced, added or thawed parameters.
 
-    A parameter that the model had before under another name, as when an adapter is put around its module,
-    keeps its own record.
+    A parameter that the model already had under another name keeps its record. This happens when an adapter
+    wraps its module.
     """
     model = unwrap(model)
     names: dict[str, Named] | None = _names.get(model)
     if names is None or all(_is_as_recorded(names.get(name), p) for name, p in _every_name(model)):
         return
     if not fsdp.is_linked(model):
-        return  # which sharded parameter stands for which whole one is not known yet
+        return  # the mapping from whole to sharded parameters is not known yet
     current = {name: sharded(parameter) for name, parameter in _every_name(model)}
     before = {id(named.parameter()) for named in names.values()}
     foreign = {name: parameter for name, parameter in current.items() if id(parameter) not in before}
@@ -70,10 +69,10 @@ def follow_names(model: nn.Module) -> None:
 
 
 def notice_replaced_parameters(model: nn.Module, _inputs: object) -> None:
-    """Forward pre-hook of models that `train_only` was called with: look whether names must be followed.
+    """Forward pre-hook of models that `train_only` was called with: call `follow_names` if necessary.
 
-    Only at parameters outside compiled modules, so that it takes microseconds: a region that is given a
-    parameter it has not seen has the names followed by itself (`enter_region`).
+    It checks only parameters outside compiled modules, so it takes microseconds. A region that receives an
+    unknown parameter calls `follow_names` itself (in `enter_region`).
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
@@ -83,7 +82,7 @@ def notice_replaced_parameters(model: nn.Module, _inputs: object) -> None:
 
 
 def begin_following(model: nn.Module) -> None:
-    """Follow the names of this model from now on."""
+    """Record the names of a model, and check them before every forward from now on."""
     model = unwrap(model)
     if model not in _names:
         _remember_names(model)
@@ -92,18 +91,18 @@ def begin_following(model: nn.Module) -> None:
 
 
 def _remember_names(model: nn.Module) -> None:
-    """Note which parameter has which name, and which record, now."""
+    """Store the current parameter and record of every name."""
     owned = [(name, sharded(parameter)) for name, parameter in _every_name(model)]
     _names[model] = {name: Named(TensorWeakRef(parameter), record_of(parameter)) for name, parameter in owned}
 
 
 def followed_models() -> list[nn.Module]:
-    """The models that `train_only` was called with, as far as they are still there."""
+    """Return the models that `train_only` was called with and that still exist."""
     return list(_names)
 
 
 def _every_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All parameters by all their names; inside `torch.func.functional_call` other tensors stand in."""
+    """Yield every parameter with each of its names. Tensors put in by `functional_call` are left out."""
     named = model.named_parameters(remove_duplicate=False)
     return ((name, parameter) for name, parameter in named if isinstance(parameter, nn.Parameter))
 
@@ -132,7 +131,7 @@ def _thaw_if_set_by_hand(parameter: nn.Parameter) -> bool:
 
 
 def _inherit(parameter: nn.Parameter, former: Record) -> None:
-    """Give a parameter the role and the state of the one it replaces."""
+    """Give a parameter the role of the one it replaces, and freeze or thaw it accordingly."""
     record = record_of(parameter)
     if record.role is None:
         # no region has seen this parameter yet
@@ -145,5 +144,4 @@ def _inherit(parameter: nn.Parameter, former: Record) -> None:
 
 def _warn(what: str, names: Iterable[str]) -> None:
     if names := sorted(names):
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        logger.warning("%s%s: %s", ", ".join(names[:NAMED]), more, what)
+        logger.warning("%s: %s", some(names, most=5), what)

@@ -1,4 +1,4 @@
-"""Context managers that undo what running a model changes, apart from its weights."""
+"""Context managers that undo the side effects of running a model. Weights are not restored."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -24,9 +24,9 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> Iterator[None]:
-    """Call `train_only` for the block, and restore the former trained set after it.
+    """Call `train_only` before the block, and restore the former trained set after it.
 
-    Gradients of parameters that it freezes are dropped, unless `restored` is around it.
+    Gradients of frozen parameters are dropped; wrap this in `restored` to keep them.
     """
     former = trained_parameters(model)
     try:
@@ -38,9 +38,9 @@ def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> 
 
 @contextlib.contextmanager
 def everything_trainable(model: nn.Module) -> Iterator[None]:
-    """Within the block, set `requires_grad` for all that was trainable when gtcompile first saw the model.
+    """Within the block, set `requires_grad` on everything that was trainable before `train_only` was called.
 
-    Nothing else changes: not the trained set, not gradients, nothing on other ranks.
+    The trained set and the gradients do not change, and other ranks are not involved.
     """
     with flags_kept(model):
         for parameter in model.parameters():
@@ -51,7 +51,7 @@ def everything_trainable(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Restore every parameter's `requires_grad` after the block."""
-    # flags that the user has set by hand are taken note of first; after this they count as set by us
+    # first handle flags that the user has set: `set_requires_grad` below makes them look like our own
     follow_names(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -63,7 +63,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Restore buffers: the same tensors with their values, if the forward wrote to them or replaced them."""
+    """Restore the buffers after the block: both the tensor objects and their values."""
     owners = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
     values = {tensor: tensor.detach().clone() for _, _, tensor in owners if tensor is not None}
     try:

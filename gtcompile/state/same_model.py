@@ -1,4 +1,4 @@
-"""Refuse saved state that belongs to another model, before anything is loaded."""
+"""Check that saved state belongs to this model, before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,16 +7,16 @@ import torch
 from gtcompile.errors import some
 
 Shapes = Mapping[str, Sequence[int] | None]
-"""Shapes of tensors by name; None for a value that is no tensor."""
+"""Shapes by name; None for a value that is not a tensor."""
 
 
 def shapes_of(state: Mapping[str, object]) -> dict[str, list[int] | None]:
-    """The shapes of a state dictionary."""
+    """Return the shapes of the tensors in a state dictionary."""
     return {name: list(v.shape) if isinstance(v, torch.Tensor) else None for name, v in state.items()}
 
 
 def check_same_model(saved: Shapes, present: Shapes, what: str) -> None:
-    """Refuse a state whose names or shapes are not those of the model.
+    """Refuse a state whose names or shapes differ from those of the model.
 
     Args:
         saved: shapes in the state.
@@ -24,10 +24,10 @@ def check_same_model(saved: Shapes, present: Shapes, what: str) -> None:
         what: the state as the subject of the message, such as "checkpoint.pt is a checkpoint".
 
     Raises:
-        ValueError: naming the tensors that differ.
+        ValueError: names or shapes differ; the message lists the first.
     """
     differing = [
-        f"{name} is {_shape(saved, name)} there and {_shape(present, name)} here"
+        f"{name} was {_shape(saved, name)} when saved and is {_shape(present, name)} now"
         for name in sorted(saved.keys() | present.keys())
         if _shape(saved, name) != _shape(present, name)
     ]

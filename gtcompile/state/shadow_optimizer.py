@@ -1,4 +1,4 @@
-"""What an optimizer's next step would do to one parameter, computed with a copy of the optimizer."""
+"""Compute an optimizer's next update of one parameter, without changing parameter or optimizer."""
 
 import copy
 import inspect
@@ -11,21 +11,21 @@ from torch.optim import Optimizer
 
 
 class ShadowOptimizer:
-    """Steps copies of single parameters by an optimizer's own rule, moments and hyperparameters.
+    """Steps a copy of one parameter, with the optimizer's own update rule, moments and hyperparameters.
 
-    The optimizer itself is only read. One parameter is stepped at a time, so the memory needed is a small
-    multiple of that parameter: its copy, copies of its moments, temporaries of the rule.
+    The optimizer itself is only read. Parameters are stepped one at a time, so the extra memory is a small
+    multiple of one parameter: its copy, copies of its moments, and temporary tensors.
 
-    In the first step of a warm-up the learning rate is 0, and every update would be 0. So if the `lr` of a
-    group is 0, its `initial_lr` is used, which learning rate schedulers set.
+    In the first step of a warm-up the learning rate is 0, so every update would be 0. If the `lr` of a group
+    is 0, its `initial_lr` is used instead, which learning rate schedulers set.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that updates each parameter independently; also a wrapper with
             one in `.optimizer`, such as accelerate's.
 
     Raises:
-        TypeError: for anything else.
-        ValueError: when its step needs a closure (LBFGS), or every learning rate is 0.
+        TypeError: `optimizer` is not an optimizer.
+        ValueError: its step needs a closure (LBFGS), or every learning rate is 0.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -44,31 +44,31 @@ class ShadowOptimizer:
         return parameter in self._groups
 
     def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """The parameter's value after the optimizer's next step with this gradient, as a new tensor.
+        """Return the parameter's value after the optimizer's next step, as a new tensor.
 
         Args:
             parameter: one that the optimizer owns.
-            gradient: of the parameter's shape, on any device. The rule may overwrite it.
+            gradient: has the parameter's shape, on any device. The optimizer may overwrite it.
         """
         return self._step(parameter, gradient)[0].detach()
 
     def state_after(self, parameter: nn.Parameter, gradient: torch.Tensor) -> dict[str, Any]:
-        """Optimizer state for `parameter` after that step, as new tensors. Arguments as in `stepped`."""
+        """Return the parameter's state after one step, as new tensors. Arguments as in `stepped`."""
         twin, shadow = self._step(parameter, gradient)
         return dict(shadow.state[twin])
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """What the optimizer's next step would add to the parameter. Arguments as in `stepped`.
+        """Return the change that the optimizer's next step makes. Arguments as in `stepped`.
 
-        Weight decay is included, because freezing the parameter leaves it out as well. (It could be separated
-        only where it is decoupled; SGD's goes through the momentum.)
+        Weight decay is included, because freezing a parameter stops its decay too. (It could be separated
+        only if it is decoupled: in SGD, decay goes through the momentum.)
         """
         return self.stepped(parameter, gradient).sub_(parameter)
 
     @torch.no_grad()
     def _step(self, parameter: nn.Parameter, gradient: torch.Tensor) -> tuple[nn.Parameter, Optimizer]:
-        """A stepped copy of the parameter, and the optimizer that stepped it."""
+        """Return a stepped copy of the parameter, and the optimizer that stepped it."""
         twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         twin.grad = gradient.to(parameter.device)
         shadow = self._shadow(parameter, twin)
@@ -76,10 +76,9 @@ class ShadowOptimizer:
         return twin, shadow
 
     def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
-        """An optimizer of the same class that owns `twin` alone, made as unpickling makes one.
+        """Create an optimizer of the same class for `twin` alone, as unpickling would (without `__init__`).
 
-        Hooks of the real optimizer, and wrappers that schedulers or compilers put around its `step`, are left
-        out.
+        Hooks are left out, and so are wrappers that schedulers or compilers put around `step`.
         """
         own = {
             name: value
@@ -96,10 +95,10 @@ class ShadowOptimizer:
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers that keep it in `.optimizer`.
+    """Return the optimizer inside wrappers that store it in `.optimizer`.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -117,7 +116,7 @@ def _refuse_closure(optimizer: Optimizer) -> None:
 
 
 def _moving(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's hyperparameters, with its initial learning rate if the current one is 0."""
+    """Return a group's hyperparameters, with the initial learning rate if the current one is 0."""
     starts = _is_zero(group.get("lr")) and "initial_lr" in group
     return {**group, "lr": group["initial_lr"]} if starts else group
 
@@ -127,10 +126,10 @@ def _is_zero(rate: float | torch.Tensor | None) -> bool:
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """A copy on the parameter's device, since moments of a frozen parameter may have been moved to the host.
+    """Copy a value to the parameter's device: the state of a frozen parameter may be in host memory.
 
-    A tensor that consists of others (moments in 8 bits) is copied part by part, because its class need not
-    support copying between devices.
+    A wrapper subclass (8-bit moments) is copied part by part, because it may not support copies between
+    devices.
     """
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
         kind: Any = type(value)

@@ -1,4 +1,4 @@
-"""Which parameters are trained now."""
+"""Choose and query the set of trained parameters."""
 
 import weakref
 from collections.abc import Iterable
@@ -47,25 +47,26 @@ __all__ = [
 def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[str]:
     """Train exactly these parameters of `model` from now on.
 
-    The rest get no gradient, so an optimizer skips them altogether: no decay, no moments, no step count.
-    Gradients that they have accumulated in `.grad` are dropped. Nothing is compiled here, and a model
+    All others are frozen. They get no gradient, so an optimizer skips them entirely: no decay, no change of
+    moments or step counts. Their accumulated `.grad` is dropped. Nothing is compiled here, and a model
     compiled with gtcompile needs no new Dynamo capture.
 
-    The set follows names: a parameter that replaces another is trained or frozen as that one was. New names
-    are trained, with a warning, until the next call. `requires_grad_(True)` on a frozen parameter trains it
-    again, with a warning, where eager code uses it. Parameters inside compiled regions have
-    `requires_grad=True` even while they are frozen, so there only this function can thaw them.
+    The set follows names: if a parameter replaces another under its name, it is trained or frozen like that
+    one. Parameters with new names are trained, with a warning, until the next call. If eager code uses a
+    frozen parameter, `requires_grad_(True)` trains it again, with a warning. Parameters in compiled regions
+    have `requires_grad=True` even while frozen, so only this function can thaw them.
 
     Args:
-        model: compiled or not; for one sharded with `fully_shard` all ranks make the same call.
-        patterns: FQNs, or shell-style patterns matched on whole names, of which each must match; None trains
+        model: compiled or not. If it is sharded with `fully_shard`, all ranks must make the same call.
+        patterns: FQNs or shell-style patterns, matched on whole names. Each must match something. None trains
             everything that was trainable when gtcompile first saw the model.
 
     Returns:
-        The trained FQNs.
+        The FQNs of the trained parameters.
 
     Raises:
-        ValueError: when a pattern matches nothing (lists near names), or nothing would be trained.
+        TypeError: `patterns` is a single string.
+        ValueError: a pattern matches nothing (the message lists near names), or nothing would be trained.
     """
     enter_shards(model)
     follow_names(model)
@@ -88,34 +89,34 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
 
 
 def trained_parameters(model: nn.Module) -> frozenset[str]:
-    """FQNs of the parameters that are trained now; tied weights under their first name."""
+    """Return the FQNs of the parameters that are trained now. Tied weights have their first name."""
     follow_names(model)
     return frozenset(fqn for fqn, parameter in _selectable(model).items() if not is_frozen(parameter))
 
 
 def selectable_names(model: nn.Module) -> dict[str, str]:
-    """From every name of what can be trained, aliases of tied weights included, to the FQN."""
+    """Map each name of each trainable parameter, aliases of tied weights included, to its FQN."""
     selectable = _selectable(model)
     return names_of(p for p in list_parameters(unwrap(model)) if p.fqn in selectable)
 
 
 def enter_region(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that a compiled region computes these parameters' gradients."""
+    """Set the role REGION: a compiled region computes these parameters' gradients."""
     parameters = list(map(sharded, parameters))
     if not all(map(is_recorded, parameters)):
-        for model in followed_models():  # a new parameter may have the name of one that was frozen
+        for model in followed_models():  # a new parameter may have replaced a frozen one
             follow_names(model)
     for parameter in parameters:
         if record_of(parameter).role is not Role.REGION:
-            # regions know parameters by `id`, which another one may have when this one is gone
+            # regions identify parameters by `id`, which Python may reuse after this one is deleted
             weakref.finalize(parameter, begin_generation).atexit = False
             set_role(parameter, Role.REGION)
 
 
 def enter_shards(model: nn.Module) -> None:
-    """Take notice of a model that was sharded with `fully_shard`; all ranks call it.
+    """Update the records after a model was sharded with `fully_shard`. All ranks must call it.
 
-    Sharding replaces the parameters of a model, also of one whose blocks were compiled before.
+    Sharding replaces the parameters of a model, even if its blocks were compiled before.
     """
     model = unwrap(model)
     if not fsdp.link(model):
@@ -129,7 +130,7 @@ def enter_shards(model: nn.Module) -> None:
 
 
 def _match(model: nn.Module, selectable: dict[str, nn.Parameter], patterns: Iterable[str]) -> frozenset[str]:
-    """The selectable parameters that match; where all patterns are FQNs, aliases are not looked up."""
+    """Return the selectable parameters that match. If all patterns are FQNs, no aliases are looked up."""
     if not isinstance(patterns, str):
         patterns = frozenset(patterns)
         if patterns <= selectable.keys():
@@ -138,6 +139,6 @@ def _match(model: nn.Module, selectable: dict[str, nn.Parameter], patterns: Iter
 
 
 def _selectable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require grad, or did until `train_only` froze them, by FQN."""
+    """Return the parameters that require grad, or did before `train_only` froze them, by FQN."""
     named = unwrap(model).named_parameters()
     return {fqn: sharded(parameter) for fqn, parameter in named if was_trainable(parameter)}

@@ -68,7 +68,7 @@ def test_states_of_other_devices_are_left_out(plug, caplog):
     devices.states[0] += 10
     restore_random_state(state)
     assert int(devices.states[0]) == 10
-    assert "the generators of 2 cuda devices, and 0 of them are here" in caplog.text
+    assert "the generators of 2 cuda devices, of which 0 are visible" in caplog.text
 
 
 def test_a_wrong_state_is_refused_before_any_generator_changes():

@@ -15,6 +15,7 @@ from gtcompile.graph.flops import (
     output_flops,
     planning_flops,
 )
+from gtcompile.torch_internals import with_effects
 from tests.support.models import Regression, make_batch, step
 
 aten = torch.ops.aten
@@ -31,6 +32,17 @@ def test_a_node_counts_what_flop_counter_mode_counts():
     joint = capture(model, batch)
     predicted = sum(node_flops(node) for node in joint.module.graph.nodes if node.op == "call_function")
     assert predicted == counted(step, model, batch)
+
+
+def test_an_operator_with_several_results_counts_alike_with_and_without_an_effect_token():
+    graph, matrix, solve = fx.Graph(), torch.eye(3), aten._linalg_solve_ex.default
+    token, a = graph.placeholder("token"), graph.placeholder("a")
+    token.meta["val"], a.meta["val"] = torch.empty(0), matrix
+    alone = graph.call_function(solve, (a, a))
+    alone.meta["val"] = solve(matrix, matrix)
+    ordered = graph.call_function(with_effects, (token, solve, a, a))
+    ordered.meta["val"] = (torch.empty(0), *alone.meta["val"])
+    assert node_flops(ordered) == node_flops(alone) > 0
 
 
 def test_counting_sees_into_compiled_code_and_does_not_change_what_runs():

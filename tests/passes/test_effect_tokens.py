@@ -9,7 +9,7 @@ from torch import fx
 from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.passes.effect_tokens import EFFECTS, drop_effect_tokens, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
-from gtcompile.torch_internals import BackwardTokenAOTOutput, with_effects
+from gtcompile.torch_internals import BackwardTokenAOTOutput, FakeTensorMode, ShapeEnv, with_effects
 from tests.support.graphs import operators, run_graph
 
 aten = torch.ops.aten
@@ -61,6 +61,14 @@ def test_the_check_of_a_kept_gradient_stays(keep):
     assert torch.equal(run(joint, REGULAR)[1], REGULAR)
     with pytest.raises(torch.linalg.LinAlgError, match="singular"):
         run(joint, SINGULAR)
+
+
+def test_the_check_of_a_value_with_a_symbolic_shape_stays():
+    joint = checked_solve()
+    (check,) = joint.graph.find_nodes(op="call_function", target=with_effects)
+    check.args[2].meta["val"] = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(3))
+    unchecked = drop_unneeded_checks(joint, {"cosine"})
+    assert torch.equal(run(unchecked, REGULAR)[2], REGULAR.cos())
 
 
 def test_without_tokens_nothing_is_checked():

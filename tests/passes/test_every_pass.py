@@ -40,8 +40,11 @@ aten = torch.ops.aten
 LOSS, LOGITS, PRODUCT = (PlainAOTOutput(i) for i in range(3))
 WEIGHT, ZERO = ParamAOTInput("weight"), ParamAOTInput("zero")
 BUFFER = PlainAOTInput(0)
-TESTED_ELSEWHERE = {"drop_gradients", "differentiate_loss_only", "hoist_weight_gradients", "extract"}
-"""Those that take another kind of graph: `test_drop_gradients`, `test_loss_only`, `test_hoisting`."""
+TESTED_ELSEWHERE = {
+    *("drop_gradients", "differentiate_loss_only", "hoist_weight_gradients", "extract"),
+    *("drop_effect_tokens", "drop_unneeded_checks"),
+}
+"""Passes on other kinds of graphs, which have test files of their own."""
 
 
 @dataclass(frozen=True)

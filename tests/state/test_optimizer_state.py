@@ -8,8 +8,9 @@ from torch import nn
 
 from gtcompile import AdaptiveBackprop, train_only
 from gtcompile.state import optimizer_state
-from gtcompile.state.optimizer_state import FrozenState, state_bytes
+from gtcompile.state.optimizer_state import FrozenState
 from tests.support.models import Regression, make_batch, step
+from tests.support.optimizers import state_bytes
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.1),

@@ -9,9 +9,15 @@ from gtcompile.state.same_model import check_same_model, shapes_of
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (nn.Linear(3, 4), r"bias is \[4\] there and \[2\] here; weight is \[4, 3\] there and \[2, 2\] here"),
-        (nn.Linear(2, 2, bias=False), r"bias is absent there and \[2\] here"),
-        (nn.PReLU(), r"bias is absent there and \[2\] here; weight is \[1\] there and \[2, 2\] here"),
+        (
+            nn.Linear(3, 4),
+            r"bias was \[4\] when saved and is \[2\] now; weight was \[4, 3\] when saved and is \[2, 2\] now",
+        ),
+        (nn.Linear(2, 2, bias=False), r"bias was absent when saved and is \[2\] now"),
+        (
+            nn.PReLU(),
+            r"bias was absent when saved and is \[2\] now; weight was \[1\] when saved and is \[2, 2\] now",
+        ),
     ],
 )
 def test_another_model_is_refused_with_the_tensors_that_differ(other, difference):
@@ -21,6 +27,6 @@ def test_another_model_is_refused_with_the_tensors_that_differ(other, difference
 
 
 def test_a_value_that_is_no_tensor_is_compared_too():
-    with pytest.raises(ValueError, match=r"a is no tensor there and \[2\] here"):
+    with pytest.raises(ValueError, match=r"a was no tensor when saved and is \[2\] now"):
         check_same_model({"a": None}, {"a": [2]}, "the state")
     check_same_model({"a": None, "b": (2,)}, {"a": None, "b": [2]}, "the state")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gtcompile.state.optimizer_state import state_bytes
 from gtcompile.state.shadow_optimizer import ShadowOptimizer
+from tests.support.optimizers import state_bytes
 
 
 def rates():

@@ -45,7 +45,7 @@ def test_what_fails_on_one_rank_is_raised_on_all():
     result = run("failure")
     assert result.returncode == 0, result.stderr
     assert "rank 1: ValueError: expected at least two batches" in result.stdout
-    assert "rank 0: GTCompileError: rank 1 failed, so no rank goes on: ValueError: expected" in result.stdout
+    assert "rank 0: GTCompileError: rank 1 failed, so all ranks stop: ValueError: expected" in result.stdout
 
 
 @pytest.mark.usefixtures("one_rank")
