@@ -1,6 +1,6 @@
-"""Products of float32 matrices by oneDNN beside torch's own: what decides whose compiled regions use.
+"""Time products of float32 matrices in oneDNN and in torch: the reason for the pass `onednn_products`.
 
-Run it with `python -m benchmarks.onednn_products`. It quotes ratios only.
+Run it with `python -m benchmarks.onednn_products`. It prints ratios only.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measurement import in_turns, keep_memory, median_interval
 from gtcompile.passes.onednn_products import PRODUCT, onednn_is_faster
-from gtcompile.tools.bench.measurement import describe_machine, in_turns, keep_memory, median_interval
+from gtcompile.tools.bench.measurement import describe_machine
 
 Product = Callable[[], torch.Tensor]
 CPU = torch.device("cpu")
