@@ -121,7 +121,9 @@ def test_the_committed_files_take_less_than_five_megabytes():
 
 
 def test_the_committed_tokenizer_is_the_scripts():
-    committed = (resources.files("gtcompile.tools.models") / "demo" / "tokenizer.json").read_text(encoding="utf-8")
+    committed = (resources.files("gtcompile.tools.models") / "demo" / "tokenizer.json").read_text(
+        encoding="utf-8"
+    )
     made = build_tokenizer(pretraining_corpus(0, 12_000))
     assert json.loads(committed) == json.loads(made.backend_tokenizer.to_str())
 

@@ -1,4 +1,4 @@
-"""The demo's pretrained decoder: trained by this seeded script, stored next to it in `demo/`, loaded by `load_demo`.
+"""The demo's pretrained decoder in `demo/`: this seeded script trains it, and `load_demo` loads it.
 
     python -m gtcompile.tools.models.demo_model --output DIR
 
