@@ -23,7 +23,7 @@ from gtcompile.tools.inspect.options import check_format
 def export_graph(joint: JointGraph, trained: Set[str], path: Path) -> tuple[Path, ...]:
     """Write a joint graph in the format of the path's suffix.
 
-    `.json` is Model Explorer's graph; its node data (FLOPs) is written beside it as `NAME.flops.json`.
+    `.json` is Model Explorer's graph; its node data (FLOPs) goes to `NAME.flops.json` in the same folder.
 
     Args:
         joint: as captured, with every gradient live.
