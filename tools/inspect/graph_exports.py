@@ -76,7 +76,7 @@ def attributed_graph(joint: JointGraph, trained: Set[str]) -> "nx.DiGraph[str]":
 
 
 def shape_of(node: fx.Node) -> str:
-    """Type and shape of a node's value; empty for what is not one tensor."""
+    """Type and shape of a node's value; empty if the value is not a single tensor."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ""
