@@ -80,7 +80,7 @@ class _Call:
 
 
 def _call_of(model: nn.Module, workload: Workload) -> _Call:
-    """Record the call of the model's second block; the model compiles it meanwhile."""
+    """Record the call of the model's second block; the model compiles the block on the way."""
     given: list[_Call] = []
     block = model.get_submodule(list(find_blocks(model))[1])
 

@@ -102,7 +102,7 @@ def measure_memory(steady: SteadyState, device: torch.device) -> dict[Trial, Ste
 
 
 def step_memory(candidate: Candidate, device: torch.device) -> StepMemory:
-    """Measure the next step of a candidate that has compiled whatever the step needs."""
+    """Measure the next step of a candidate; everything that it needs must be compiled."""
     saved = saved_bytes(candidate.loss, candidate.model)
     candidate.forget_moments()
     return StepMemory(saved, peak_bytes(candidate.step, device))

@@ -196,7 +196,7 @@ def switching_verdicts(results: Sequence[Switching]) -> list[str]:
     return [
         f"first step with a new set, median {first.median:.2f}: {verdict(first.median, MEDIAN_SWITCH)}",
         f"first step with a new set, worst {first.high:.2f}: {verdict(first.high, WORST_SWITCH)}",
-        f"the worst that a set took in both passes {ours.worst_in_both:.2f}: "
+        f"slowest set in both of two passes, {ours.worst_in_both:.2f}: "
         f"{verdict(ours.worst_in_both, WORST_SWITCH)}",
         f"captures and compilations after the first set, {compiled}: {verdict(compiled, 0)}",
     ]
@@ -247,7 +247,7 @@ def depth_verdicts(results: Sequence[Compiled]) -> list[str]:
     worst = max(result.seconds for result in results) / results[0].seconds
     more = max(result.done.compiled for result in results) - results[0].done.compiled
     return [
-        f"compilations that a deeper model needs more, {more}: {verdict(more, 0)}",
+        f"additional compilations of a deeper model, {more}: {verdict(more, 0)}",
         f"longest compilation over the shallowest model's {worst:.2f}: {verdict(worst, FLAT)}",
     ]
 

@@ -43,7 +43,7 @@ class Way:
 
     name: str
     compile: Callable[[nn.Module], Any]
-    """Compiles a model; returns what a step calls."""
+    """Compiles a model; returns the module that a step calls."""
     choose: Callable[[nn.Module, Collection[str]], object]
     """Trains exactly the named parameters from now on."""
     compiled: bool
@@ -200,7 +200,7 @@ def state_changed(way: Way) -> Finding:
 
 
 def gradient_set(way: Way) -> Finding:
-    """A change between two accumulated batches: a step updates what is trained, and nothing else."""
+    """After a change between two accumulated batches, only newly trained parameters have gradients."""
     model = build()
     run = way.compile(model)
     for number in (2, 5):
@@ -244,7 +244,7 @@ SCENARIOS: dict[str, Callable[[Way], Finding]] = {
 
 
 def findings() -> Iterator[tuple[str, str, Finding]]:
-    """Scenario, way and what was found, one by one; every measurement starts with a fresh Dynamo."""
+    """Yield scenario, way and result; Dynamo is reset before every measurement."""
     for scenario, measure in SCENARIOS.items():
         for way in WAYS:
             torch.compiler.reset()

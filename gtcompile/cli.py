@@ -64,13 +64,15 @@ DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or a .jsonl, .json
 Dataset = Annotated[str, _option(DATASET_HELP)]
 DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]
 Budget = Annotated[float, _option("Share of a full step's FLOPs that may be spent, forward included.")]
-Tokenizer = Annotated[str | None, _option("Another tokenizer, or bytes for one token per byte.")]
+Tokenizer = Annotated[
+    str | None, _option("Hub id or folder of a tokenizer, or bytes for one token per byte.")
+]
 SourceField = Annotated[str | None, _option("Field of a file that holds the text. Default: source.")]
 TargetField = Annotated[str | None, _option("Field of a file that holds the answer. Default: target.")]
-TrainSplit = Annotated[str | None, _option("Split to learn from, or a share such as valid[:80%].")]
-MaxLength = Annotated[int, _option("Most tokens of a sequence; batches are as long as the data needs.")]
+TrainSplit = Annotated[str | None, _option("Split to train on, or a share of one, such as valid[:80%].")]
+MaxLength = Annotated[int, _option("Longest sequence in tokens; batches are no longer than the data needs.")]
 BatchSize = Annotated[int, _option("Examples per step.")]
-MaxNewTokens = Annotated[int | None, _option("Most tokens of an answer. Default: the dataset's.")]
+MaxNewTokens = Annotated[int | None, _option("Longest answer in tokens. Default: set by the dataset.")]
 
 
 @app.command()
@@ -90,10 +92,10 @@ def finetune(
     source_field: SourceField = None,
     target_field: TargetField = None,
     train_split: TrainSplit = None,
-    eval_split: Annotated[str | None, _option("Split to answer afterwards, or a share of one.")] = None,
-    max_train_samples: Annotated[int | None, _option("Most examples to learn from.")] = None,
-    max_eval_samples: Annotated[int | None, _option("Most examples to answer.")] = None,
-    epochs: Annotated[int, _option("Times every example is seen.")] = 5,
+    eval_split: Annotated[str | None, _option("Split to evaluate on, or a share of one.")] = None,
+    max_train_samples: Annotated[int | None, _option("Train on at most this many examples.")] = None,
+    max_eval_samples: Annotated[int | None, _option("Evaluate on at most this many examples.")] = None,
+    epochs: Annotated[int, _option("Passes over the training examples.")] = 5,
     batch_size: BatchSize = 4,
     lr: Annotated[float, _option("Learning rate at the first step; falls linearly to 0.")] = 2e-5,
     weight_decay: Annotated[float, _option("Weight decay of AdamW.")] = 1e-2,
@@ -108,9 +110,9 @@ def finetune(
     ] = 1.0,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
     checkpoint_every: Annotated[
-        int, _option("Steps between checkpoints; one is written after every epoch too.")
+        int, _option("Steps between checkpoints. One is also written after every epoch.")
     ] = 500,
-    log_to: Annotated[str | None, _option("tensorboard: a trace in OUTPUT/tensorboard.")] = None,
+    log_to: Annotated[str | None, _option("tensorboard writes a trace to OUTPUT/tensorboard.")] = None,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
     arguments = dict(locals())
@@ -173,25 +175,25 @@ def inspect(
     length: Annotated[int, _option("Input tokens per example, without --dataset.")] = 512,
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder, without --dataset.")] = 64,
     importances: Annotated[
-        Path | None, _option("selections.json of a run of this model. Default: a stand-in.")
+        Path | None, _option("selections.json of a run of this model. Default: the number of elements.")
     ] = None,
     only: Annotated[
         str | None,
-        _option("List parameters with these path segments only: layers.1 is not layers.10.", "--filter"),
+        _option("List only parameters with these path segments; layers.1 excludes layers.10.", "--filter"),
     ] = None,
     sort: Annotated[str, _option("name, cost, marginal, importance or size.")] = "cost",
-    top: Annotated[int, _option("Most parameters to list; 0 for all.")] = 12,
+    top: Annotated[int, _option("List at most this many parameters; 0 lists all.")] = 12,
     why: Annotated[
         list[str] | None,
-        _option("Explain why a parameter's gradient or a node is computed, or not. May be repeated."),
+        _option("Explain why this node, or this parameter's gradient, is computed or not. May be repeated."),
     ] = None,
     diff: Annotated[
         tuple[str, str] | None,
         _option(
-            "Compare two trained sets: epochs of a run, plan, all, none, or patterns with commas between."
+            "Compare two trained sets: each an epoch of a run, plan, all, none, or comma-separated patterns."
         ),
     ] = None,
-    html: Annotated[Path | None, _option("Write a report to this file, to be opened in a browser.")] = None,
+    html: Annotated[Path | None, _option("Write an HTML report to this file.")] = None,
     export: Annotated[
         Path | None, _option("Write the joint graph: .json (Model Explorer), .dot, .graphml or .txt.")
     ] = None,
@@ -249,13 +251,15 @@ def inspect(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=EXPORT_HELP)],
-    onnx: Annotated[Path, _option("File to write: the training step of the trained set.")],
-    train: Annotated[list[str] | None, _option("Pattern of parameters to train; may be repeated.")] = None,
+    onnx: Annotated[Path, _option("File to write the training step to.")],
+    train: Annotated[list[str] | None, _option("Pattern of parameters to train. May be repeated.")] = None,
     budget: Annotated[
         float | None, _option("Train the best set within this share of a full step's FLOPs.")
     ] = None,
     optimizer: Annotated[str | None, _option("Include the update of an optimizer: sgd or adamw.")] = None,
-    dynamic: Annotated[bool, _option("Other batch sizes and lengths work too.", "--dynamic")] = False,
+    dynamic: Annotated[
+        bool, _option("Let the step take other batch sizes and lengths.", "--dynamic")
+    ] = False,
     batch_size: BatchSize = 4,
     length: Annotated[int, _option("Input tokens per example.")] = 64,
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 16,
@@ -282,14 +286,16 @@ def bench(
     model: Annotated[
         str, typer.Argument(help="Hub id, directory (a config is enough), demo, or module:function.")
     ],
-    budgets: Annotated[str, _option("Shares of a full step's FLOPs, with commas between.")] = "0.4,0.5,0.7",
+    budgets: Annotated[str, _option("Shares of a full step's FLOPs, separated by commas.")] = "0.4,0.5,0.7",
     batch_size: BatchSize = 4,
     length: Annotated[int, _option("Input tokens per example.")] = 512,
     target_length: Annotated[int, _option("Answer tokens for an encoder-decoder.")] = 64,
     compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
     dtype: Annotated[str | None, _option("Weights in float32 or bfloat16. Default: float32.")] = None,
-    rounds: Annotated[int, _option("Times that every step is timed; fewer than 5 decide nothing.")] = 9,
-    importances: Annotated[Path | None, _option("selections.json of a run. Default: random.")] = None,
+    rounds: Annotated[int, _option("How often every step is timed; 5 or more show what is faster.")] = 9,
+    importances: Annotated[
+        Path | None, _option("selections.json of a run. Default: random importances.")
+    ] = None,
     json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
 ) -> None:
     """Compare steps at several budgets with full training and eager freezing, on random weights."""

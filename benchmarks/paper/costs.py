@@ -96,7 +96,7 @@ def cost_model(
 
 
 def cost_table(costs: Sequence[ModelCost]) -> Table:
-    """One row per model: multiply-adds beside the paper's, then per budget what each method spends."""
+    """One row per model: multiply-adds of the paper and of the true graph, then what each method spends."""
     title = f"Full fine-tuning, {STEPS} steps, 1e15 multiply-adds; shares of it spent by budget"
     table = Table(title=title)
     table.add_column("model", no_wrap=True)

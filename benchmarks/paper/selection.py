@@ -1,7 +1,7 @@
 """The paper's selection and the exact one, side by side on the true graph."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gtcompile import BackwardCosts, select_parameters
@@ -11,7 +11,7 @@ from gtcompile.selection.paper import chain_costs, select_by_paper
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetComparison:
-    """What a budget asked for, and what each method's selection costs on the true graph."""
+    """A budget, and what each method's selection for it costs on the true graph."""
 
     asked: float
     """Share of a full step's FLOPs, in (0, 1]."""
@@ -57,49 +57,3 @@ def compare_budgets(
         paper_importance=math.fsum(importance[fqn] for fqn in paper),
         our_importance=ours.importance,
     )
-
-
-def select_on_chain(
-    weight_flops: Sequence[int], activation_flops: Sequence[int], importance: Sequence[float], budget: int
-) -> tuple[int, ...]:
-    """The true optimum on a chain: B_k[t] = max(B_{k-1}[t - t_dy,k], B_{k-1}[t - t_dy,k - t_dw,k] + I_k).
-
-    B_k is kept only where it rises, so costs are exact integers of any size.
-
-    Args:
-        weight_flops: t_dw per tensor.
-        activation_flops: t_dy per tensor.
-        importance: per tensor.
-        budget: FLOPs the backward may take.
-
-    Returns:
-        Indices of the trained tensors, ascending.
-    """
-    steps: list[_Choice] = [_Choice(0, 0.0, ())]
-    best = steps[0]
-    for k, (weight, activation, value) in enumerate(
-        zip(weight_flops, activation_flops, importance, strict=True)
-    ):
-        passed = [_Choice(c.flops + activation, c.importance, c.trained) for c in steps]
-        trained = [_Choice(c.flops + weight, c.importance + value, (*c.trained, k)) for c in passed]
-        steps = _rising([choice for choice in passed + trained if choice.flops <= budget])
-        best = max([best, *steps], key=lambda choice: choice.importance)
-    return best.trained
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A set of trained tensors of a chain, with what it costs and gains."""
-
-    flops: int
-    importance: float
-    trained: tuple[int, ...]
-
-
-def _rising(choices: Sequence[_Choice]) -> list[_Choice]:
-    """The choices that no other one beats in both cost and importance, cheapest first."""
-    kept: list[_Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.flops, -choice.importance)):
-        if not kept or choice.importance > kept[-1].importance:
-            kept.append(choice)
-    return kept

@@ -20,7 +20,7 @@ class Arm:
     budgeted: bool
     """Whether the method has a budget; if not, it trains everything that `prepare` left trainable."""
     learning_rate: float
-    """The best known; a search tries half and twice of it as well."""
+    """The best known rate. A search also tries half and twice this rate."""
 
 
 def unchanged(model: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def unchanged(model: nn.Module) -> nn.Module:
 
 
 def with_lora(model: nn.Module) -> nn.Module:
-    """Low-rank adapters of all linear layers but the head."""
+    """Add low-rank adapters to all linear layers except the head."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK, target_modules="all-linear")
@@ -38,7 +38,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 
 def biases_and_norms(model: nn.Module) -> nn.Module:
-    """BitFit: trains the biases alone; the scales of norms count as such, since Llama has no biases."""
+    """BitFit: train only biases. Scales of norms count as biases, since Llama has none."""
     for _, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     return model
@@ -66,4 +66,4 @@ ARMS: Mapping[str, Arm] = {
     "paper": _policy("paper"),
     "bitfit": _whole(biases_and_norms, 2e-3),
 }
-"""By name, the most telling first."""
+"""Methods by name, in the order in which they are run."""

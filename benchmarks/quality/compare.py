@@ -1,9 +1,9 @@
 """Compares methods of fine-tuning on one model and data set.
 
-`python -m benchmarks.quality.compare --data-dir SCITLDR --output FOLDER` runs every method, the most telling
-first, and appends each finished run to `FOLDER/runs.jsonl`. It may be ended at any moment and started again:
-finished runs are kept, and the run under way goes on from its last save. The table and the plots in FOLDER
-are renewed after every run. `--tiny` does all of it on the demo model and generated texts within a minute.
+`python -m benchmarks.quality.compare --data-dir SCITLDR --output FOLDER` runs every method and appends each
+finished run to `FOLDER/runs.jsonl`. It can be stopped at any time and started again: finished runs are kept,
+and an unfinished run continues from its last save. The table and the plots in FOLDER are rewritten after
+every run. `--tiny` uses the demo model and generated texts, and takes less than a minute.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from gtcompile.tools.models.loading import load_language_model
 
 Row = dict[str, Any]
 _SEARCHED = (0.5, 1.0, 2.0)
-"""What an arm's known learning rate is multiplied with in a search."""
+"""Factors of a method's known learning rate that a search tries."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, then write the table and the plots."""
+    """Do the missing runs, then write the table and the plots."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=160, help="tokens of a text")
-    parser.add_argument("--held-out", type=int, default=64, help="held-out texts that losses are of")
-    parser.add_argument("--evaluations", type=int, default=4, help="losses taken in a run")
-    parser.add_argument("--selections", type=int, default=2, help="selections in a run by importance")
-    parser.add_argument("--measured", type=int, default=4, help="batches that importance is measured on")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between saves of a run under way")
+    parser.add_argument(
+        "--held-out", type=int, default=64, help="held-out texts on which the loss is measured"
+    )
+    parser.add_argument("--evaluations", type=int, default=4, help="how often a run measures this loss")
+    parser.add_argument(
+        "--selections", type=int, default=2, help="selections in a run that measures importance"
+    )
+    parser.add_argument("--measured", type=int, default=4, help="batches on which importance is measured")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between saves of an unfinished run")
     parser.add_argument("--compiler", default="inductor", choices=["inductor", "eager", "none"])
     parser.add_argument("--float32", action="store_true", help="no bf16 autocast")
     parser.add_argument("--device", default="cpu")
@@ -159,7 +163,7 @@ class _Records:
             try:
                 row: Row = json.loads(line)
             except json.JSONDecodeError:
-                print(f"{path}: dropped a line that is not whole", flush=True)
+                print(f"{path}: dropped an incomplete line", flush=True)
                 continue
             self.rows[row["key"]] = row
         if path.is_file():

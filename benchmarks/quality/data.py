@@ -34,7 +34,7 @@ class Data:
     search: tuple[Text, ...]
     """Held out; learning rates are chosen by the loss on them."""
     test: tuple[Text, ...]
-    """Held out; the losses that are reported are of these."""
+    """Held out; reported losses are measured on them."""
 
 
 def read_scitldr(folder: Path) -> Data:

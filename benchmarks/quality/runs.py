@@ -38,11 +38,11 @@ class Run:
     """Mean share of the FLOPs of full fine-tuning that a step may take, in (0, 1]; None without a budget."""
     learning_rate: float
     seed: int
-    """Of the order of the data and of everything drawn at random."""
+    """Seed of the order of the data and of all random draws."""
     steps: int
     """Optimizer steps; the learning rate falls to 0 over them."""
     purpose: str
-    """`search` for a learning rate, or what is compared: `steps` or `flops` equal to those of `full`."""
+    """`search` (for a learning rate), or `steps` or `flops`: as many of these as the method `full`."""
 
     @property
     def key(self) -> str:
@@ -61,24 +61,24 @@ class Setting:
     batches: Batches
     data: Data
     held_out: int
-    """How many held-out texts the loss is of."""
+    """Number of held-out texts on which the loss is measured."""
     evaluations: int
-    """How often in a run the loss on them is taken."""
+    """How often a run measures this loss."""
     selections: int
-    """How often in a run a policy that measures importance selects."""
+    """How often a run selects, if its policy measures importance."""
     measured: int
-    """Batches that importance is measured on at each selection."""
+    """Batches on which each selection measures importance."""
     bf16: bool
     """Whether forwards run under bf16 autocast."""
     compiler: str | None
-    """What compiles the blocks; None runs them eagerly."""
+    """The compiler of the blocks; None runs them eagerly."""
     save_every: int
-    """Steps between two saves of a run under way."""
+    """Steps between two saves of an unfinished run."""
     device: torch.device
 
 
 def run(chosen: Run, setting: Setting, full: BackwardCosts, unfinished: Path) -> dict[str, Any]:
-    """Train and evaluate; continues from what an earlier call, ended by whatever, saved in `unfinished`.
+    """Train and evaluate; continues from the last save in `unfinished`, if there is one.
 
     Args:
         chosen: what to run.
@@ -118,7 +118,7 @@ def loss_on(model: nn.Module, batches: Sequence[Batch], setting: Setting) -> flo
 
 
 class _Training:
-    """A run under way."""
+    """An unfinished run."""
 
     def __init__(self, chosen: Run, setting: Setting, full: BackwardCosts) -> None:
         torch.manual_seed(chosen.seed)
@@ -154,7 +154,7 @@ class _Training:
         self._data = islice(self._batches(), self.step, None)
 
     def save(self, folder: Path) -> None:
-        """Write everything that the run goes on from."""
+        """Save the state from which the run continues."""
         progress = {
             "step": self.step,
             "schedule": self._schedule.state_dict(),

@@ -123,7 +123,7 @@ def main(
     models: Annotated[list[str] | None, typer.Option(help="model classes; all by default")] = None,
     modes: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MODES)}")] = None,
     architectures: Annotated[Path, typer.Option(help="file of configuration values")] = ARCHITECTURES,
-    output: Annotated[Path, typer.Option(help="the table, gone on with where it is there")] = Path("zoo.md"),
+    output: Annotated[Path, typer.Option(help="the table; an existing one is continued")] = Path("zoo.md"),
 ) -> None:
     """Check the backend on many architectures."""
     known = read_architectures(architectures)

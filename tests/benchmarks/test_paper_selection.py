@@ -1,4 +1,4 @@
-"""The paper's selection keeps its published properties, and the exact chain optimum agrees with ours."""
+"""The paper's selection keeps its published properties, and ours finds the optimum of a chain."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.paper.selection import compare_budgets, select_on_chain
+from benchmarks.paper.selection import compare_budgets
 from gtcompile import select_parameters
 from gtcompile.costs.backward_costs import BackwardCosts, SharedWork
 from gtcompile.graph.joint_graph import Parameter
@@ -46,17 +46,13 @@ def gain(trained, importance):
     return math.fsum(importance[index] for index in trained)
 
 
-@settings(deadline=None)
-@given(TENSORS, st.integers(0, 400))
-def test_the_chain_optimum_is_what_exhaustive_search_finds(tensors, budget):
-    weight, activation, importance = zip(*tensors, strict=True)
-    trained = select_on_chain(weight, activation, importance, budget)
-    assert chain_cost(trained, weight, activation) <= budget
+def best_on_chain(weight, activation, importance, budget):
+    """The best set of a chain within the budget, found by trying all."""
     sets = itertools.chain.from_iterable(
         itertools.combinations(range(len(weight)), size) for size in range(len(weight) + 1)
     )
-    best = max(gain(s, importance) for s in sets if chain_cost(s, weight, activation) <= budget)
-    assert gain(trained, importance) == pytest.approx(best)
+    affordable = (s for s in sets if chain_cost(s, weight, activation) <= budget)
+    return max(affordable, key=lambda s: gain(s, importance))
 
 
 @settings(deadline=None)
@@ -64,11 +60,11 @@ def test_the_chain_optimum_is_what_exhaustive_search_finds(tensors, budget):
     st.lists(
         st.tuples(st.integers(1, 10**13), st.integers(1, 10**13), st.floats(0.0625, 5.0, width=32)),
         min_size=1,
-        max_size=12,
+        max_size=9,
     ),
     st.floats(0.3, 1.0),
 )
-def test_on_a_chain_the_general_selection_reaches_the_chain_optimum(tensors, fraction):
+def test_on_a_chain_the_general_selection_is_the_best_of_all_sets(tensors, fraction):
     weight, activation, importance = zip(*tensors, strict=True)
     costs = chain(weight, activation)
     budget = max(fraction, costs.minimum_budget_fraction * (1 + 1e-9))
@@ -76,7 +72,7 @@ def test_on_a_chain_the_general_selection_reaches_the_chain_optimum(tensors, fra
         budget = 1.0
     values = {f"p{index}": value for index, value in enumerate(importance)}
     ours = select_parameters(costs, values, budget)
-    exact = select_on_chain(weight, activation, importance, ours.budget_flops)
+    exact = best_on_chain(weight, activation, importance, ours.budget_flops)
     assert ours.importance == pytest.approx(gain(exact, importance), rel=1e-6)
 
 
@@ -87,7 +83,7 @@ def test_without_rounding_the_published_method_keeps_the_budget_and_never_beats_
     levels = sum(weight) + sum(activation)
     trained = select_by_paper(weight, activation, importance, budget, levels=levels, deepest_selectable=True)
     assert chain_cost(trained, weight, activation) <= budget
-    exact = select_on_chain(weight, activation, importance, budget)
+    exact = best_on_chain(weight, activation, importance, budget)
     assert gain(trained, importance) <= gain(exact, importance) + 1e-9
 
 
@@ -100,7 +96,7 @@ def test_the_published_method_misses_the_optimum_of_about_a_tenth_of_random_chai
         full = sum(weight) + sum(activation)
         budget = full * rng.randint(30, 90) // 100
         found = select_by_paper(weight, activation, importance, budget, levels=full, deepest_selectable=True)
-        best = select_on_chain(weight, activation, importance, budget)
+        best = best_on_chain(weight, activation, importance, budget)
         ratios.append(gain(found, importance) / gain(best, importance) if best else 1.0)
     missed = [ratio for ratio in ratios if ratio < 1 - 1e-9]
     assert 0.05 < len(missed) / len(ratios) < 0.2
@@ -110,7 +106,7 @@ def test_the_published_method_misses_the_optimum_of_about_a_tenth_of_random_chai
 def test_the_published_method_loses_the_choice_that_has_paid_for_the_path():
     # with 5 to spend on two tensors, training the first alone is best; that hides the second, which leads on
     weight, activation, importance = [3, 1, 1], [2, 1, 0], [1.5, 1.0, 1.0]
-    assert select_on_chain(weight, activation, importance, 6) == (1, 2)
+    assert best_on_chain(weight, activation, importance, 6) == (1, 2)
     assert select_by_paper(weight, activation, importance, 6, levels=8, deepest_selectable=True) == (0,)
 
 

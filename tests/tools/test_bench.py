@@ -20,7 +20,7 @@ from gtcompile.tools.bench.result import Bench, Measured, compare
 from gtcompile.tools.bench.steady_state import EAGER, HOISTED, Trial
 from gtcompile.tools.bench.subject import find_subject
 from gtcompile.tools.common.options import BatchShape
-from tests.compiler import test_side_work
+from tests.compiler import test_unused_outputs
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape(batch_size=2, length=8, target_length=4)
@@ -122,7 +122,7 @@ def test_json_holds_the_same_for_a_model_of_ones_own_without_blocks() -> None:
 
 
 def remembering() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    return test_side_work.Model(), test_side_work.batch()
+    return test_unused_outputs.Model(), test_unused_outputs.batch()
 
 
 def test_what_blocks_compute_beside_the_loss_is_predicted() -> None:

@@ -115,13 +115,15 @@ def names(folder):
 
 
 def test_the_committed_files_take_less_than_five_megabytes():
-    folder = resources.files("gtcompile.tools") / "demo"
+    folder = resources.files("gtcompile.tools.models") / "demo"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names(folder)
     assert sum(len(file.read_bytes()) for file in folder.iterdir()) <= 5_000_000
 
 
 def test_the_committed_tokenizer_is_the_scripts():
-    committed = (resources.files("gtcompile.tools") / "demo" / "tokenizer.json").read_text(encoding="utf-8")
+    committed = (resources.files("gtcompile.tools.models") / "demo" / "tokenizer.json").read_text(
+        encoding="utf-8"
+    )
     made = build_tokenizer(pretraining_corpus(0, 12_000))
     assert json.loads(committed) == json.loads(made.backend_tokenizer.to_str())
 

@@ -55,7 +55,7 @@ def test_a_model_without_lists_is_cut_into_parameters() -> None:
 def test_a_budget_too_small_for_one_block_names_the_smallest() -> None:
     model = Stack(4)
     costs = chain_costs(model)
-    with pytest.raises(BudgetError, match="smallest that does is") as caught:
+    with pytest.raises(BudgetError, match="smallest that works is") as caught:
         last_blocks(model, costs, 0.4)
     assert last_blocks(model, costs, caught.value.minimum_budget_fraction) == {
         "blocks.3.weight",

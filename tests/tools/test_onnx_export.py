@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -16,7 +17,6 @@ from transformers import (
     T5Config,
 )
 
-from benchmarks.onnx_training import train_in_onnx_runtime, train_in_torch
 from gtcompile import CaptureError
 from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.onnx import command, onnx_graph, training_step
@@ -27,7 +27,9 @@ from gtcompile.tools.onnx.training_step import Update
 from gtcompile.tools.runs.run_record import described_batch
 from tests.support.models import Recipe, make_batch
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install gtcompile[onnx]")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed: pip install gtcompile[onnx]"
+)
 onnx = pytest.importorskip("onnx")
 
 from gtcompile.tools.onnx.check import Session, compare, inputs_of  # noqa: E402
@@ -112,6 +114,38 @@ def test_only_trained_parameters_have_a_gradient_in_the_file(tmp_path):
     assert outputs == {"loss", *(f"gradient.{fqn}" for fqn in export.trained)}
     assert len(export.trained) == 3
     assert not compare(Session(str(export.path)), model, draw(), export.trained).refused
+
+
+def train_in_onnx_runtime(step, weights, batches, lr):
+    """Train with an exported AdamW step: the losses, and the weights afterwards. PyTorch is not used."""
+    session = onnxruntime.InferenceSession(str(step), providers=["CPUExecutionProvider"])
+    outputs = [value.name for value in session.get_outputs()]
+    state = {f"parameter.{fqn}": weight for fqn, weight in weights.items()}
+    for value in session.get_inputs():
+        if value.name.startswith("moment"):
+            state[value.name] = np.zeros(value.shape, np.float32)
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        scalars = {"optimizer.lr": np.array(lr, np.float32), "optimizer.step": np.array(number, np.float32)}
+        values = state | scalars | {f"batch.{name}": value for name, value in batch.items()}
+        inputs = {value.name: values[value.name] for value in session.get_inputs()}
+        results = dict(zip(outputs, session.run(outputs, inputs), strict=True))
+        losses.append(float(results.pop("loss")))
+        state |= {name.removeprefix("new_"): value for name, value in results.items()}
+    return losses, {fqn: state[f"parameter.{fqn}"] for fqn in weights}
+
+
+def train_in_torch(model, trained, batches, lr):
+    """Train the same steps with `torch.optim.AdamW`; returns their losses."""
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if name in trained], lr=lr)
+    losses = []
+    for batch in batches:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.long

@@ -30,7 +30,7 @@ def test_a_second_run_cannot_begin_in_a_folder_where_one_goes_on(tmp_path: Path)
         with pytest.raises(ValueError, match="another process is writing"):
             second.hold()
         first.close()
-        with pytest.raises(ValueError, match=r"another run was begun.*--output"):
+        with pytest.raises(ValueError, match=r"another run has started.*--output"):
             second.write_settings(SETTINGS, {})
     second.hold()
     second.close()

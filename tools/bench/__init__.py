@@ -1,1 +1,1 @@
-"""`gtcompile bench`: steps at several budgets beside what people do today."""
+"""`gtcompile bench`: steps at several budgets, compared with full training and eager freezing."""

@@ -19,7 +19,7 @@ class Subject(Protocol):
     """What candidates train. Each candidate gets its own model."""
 
     def model(self) -> nn.Module:
-        """A model that no other candidate has."""
+        """A new model for one candidate."""
 
     def batch(self) -> Mapping[str, Any]:
         """The batch of every step, labels included."""
@@ -86,7 +86,7 @@ class Candidate:
         self.step()
 
     def forget_moments(self) -> None:
-        """Drop the optimizer's state; the next step makes it anew for the trained parameters."""
+        """Drop the optimizer's state; the next step creates it again for the trained parameters."""
         self._optimizer.state.clear()
 
     @contextlib.contextmanager

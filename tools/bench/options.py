@@ -9,7 +9,7 @@ from gtcompile.tools.runs.settings import Compiler
 DTYPES = ("float32", "bfloat16")
 """Types that weights can be cast to."""
 ROUNDS = 9
-"""Times that every step is timed by default."""
+"""How often every step is timed by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class BenchOptions:
     """gtcompile's compiler; None takes `inductor` on a GPU and `eager` on a CPU. With `inductor`, blocks that
     `torch.compile` alone compiles are a baseline too."""
     rounds: int = ROUNDS
-    """Times that every step is timed."""
+    """How often every step is timed."""
     importances: Path | None = None
     """`selections.json` of a run of this model; None draws importances at random."""
     dtype: str | None = None
@@ -34,20 +34,20 @@ class BenchOptions:
         """Refuse values that make no sense.
 
         Raises:
-            ValueError: naming the option, what was expected and what came.
+            ValueError: names the option, the expected value and the given one.
         """
         check_counts({"rounds": self.rounds})
         expect(self.dtype is None or self.dtype in DTYPES, "dtype", " or ".join(DTYPES), self.dtype)
         wrong = [budget for budget in self.budgets if not 0 < budget < 1]
         if wrong or not self.budgets:
             raise ValueError(
-                f"--budgets: expected shares between 0 and 1 with commas between, such as 0.4,0.5, got "
+                f"--budgets: expected shares between 0 and 1, separated by commas, such as 0.4,0.5, got "
                 f"{', '.join(f'{b:g}' for b in wrong) or 'none'}; everything trained is always measured"
             )
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """Read shares with commas between.
+    """Read shares separated by commas.
 
     Raises:
         ValueError: a part is no number.
@@ -58,4 +58,4 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
     except ValueError:
-        raise ValueError(f"--budgets: expected numbers with commas between, got {text!r}") from None
+        raise ValueError(f"--budgets: expected numbers separated by commas, got {text!r}") from None

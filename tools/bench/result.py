@@ -18,9 +18,9 @@ NAMES = {HOISTED: "gtcompile", EAGER: "eager PyTorch", PLAIN: "torch.compile"}
 SHORT_STEP = 0.02
 """Seconds. Calling operators takes most of a shorter step, and costs the same for every trained set."""
 DISSENT = ROUNDS
-"""One round in so many may contradict before a difference is called a tie (p < 0.05 at nine)."""
+"""In this many rounds, one may contradict the others without making it a tie (p < 0.05 at nine)."""
 DECIDING = 5
-"""Fewer rounds decide nothing, even if all agree."""
+"""Least rounds that can tell what is faster. With fewer, the verdict is `undecided` even if all agree."""
 
 TOO_SHORT = (
     "these steps are short: calling operators takes most of the time, so this says little about larger "
@@ -64,7 +64,7 @@ class Bench:
     compiled: int
     """Graphs that these first steps compiled."""
     timed: bool
-    """Whether seconds are shown: only on a GPU, which nothing else uses meanwhile."""
+    """Whether seconds are shown: only on a GPU, since other work slows steps on a CPU."""
 
     def find(self, candidate: str, budget: float) -> Measured:
         """The measurements of one candidate with one set."""

@@ -1,4 +1,4 @@
-"""The model and batch that `gtcompile bench` measures; candidates train copies that share its memory."""
+"""The model and batch that `gtcompile bench` measures. Candidates train copies that share its memory."""
 
 import copy
 from collections.abc import Mapping

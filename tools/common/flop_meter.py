@@ -19,7 +19,7 @@ def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
         batch: keyword dictionary with labels.
     """
     with restored(unwrap(model)):
-        loss_of(model(**batch)).backward()  # compiles; compilation is no part of a step
+        loss_of(model(**batch)).backward()  # compiles, which is not part of a step
         with count_flops() as counter:
             loss_of(model(**batch)).backward()
     return int(counter.get_total_flops())
@@ -38,7 +38,6 @@ def check_step_flops(
 
     Returns:
         The FLOPs counted.
-
 
     Raises:
         GTCompileError: the prediction is not exact.

@@ -1,4 +1,4 @@
-"""Importances without training: those of an earlier run, or a stand-in."""
+"""Importances without training: those of an earlier run, the number of elements, or random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # torch is not needed to refuse a wrong file
 
 
 def uniform_importance(costs: BackwardCosts) -> dict[str, float]:
-    """A stand-in before any run: the number of elements, since AdamW moves every element about as far."""
+    """The number of elements of every selectable parameter: AdamW moves every element about as far."""
     return {p.fqn: float(p.numel) for p in costs.parameters if p.status == "selectable"}
 
 

@@ -20,8 +20,8 @@ def expect(condition: bool, name: str, expected: str, value: object) -> None:
     Args:
         condition: whether the value is right.
         name: of the field that the option sets.
-        expected: what the value should be, such as "at least 1".
-        value: what came.
+        expected: description of right values, such as "at least 1".
+        value: the given value.
 
     Raises:
         ValueError: the condition does not hold.

@@ -42,7 +42,7 @@ def passes_memory(model: nn.Module, batch: Mapping[str, Any], device: torch.devi
         return loss_of(model(**batch))
 
     with restored(unwrap(model)):
-        forward().backward()  # compiles; compilation is no part of a step
+        forward().backward()  # compiles, which is not part of a step
         unwrap(model).zero_grad()
         saved = saved_bytes(forward, unwrap(model))
         return StepMemory(saved, peak_bytes(lambda: forward().backward(), device))

@@ -17,7 +17,7 @@ END = "</s>"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text with all answers that count as right; training teaches the first one."""
+    """One text with all accepted answers. Training uses the first one."""
 
     source: str
     """The text that the model reads; cut at its end if it is too long."""
@@ -120,9 +120,10 @@ def summarisation(
 
 
 _DEMO_NOTE = (
-    "The demo is generated: short reports and dialogues of a made-up world, each with two events, of which "
-    "the one that was done is to be told in one sentence. Its model was pretrained on other texts of that "
-    "world and has not seen the task. The figures show what a budget costs; of natural text they say nothing."
+    "The demo's texts are generated: short reports and dialogues about a made-up world. Each mentions one "
+    "deed that was done and one that was not; the summary is one sentence about the first. The model was "
+    "pretrained on other texts of that world and has not seen the task. The figures show what a budget "
+    "costs, and say nothing about natural text."
 )
 
 # Hub datasets that are scripts have been converted by the hub, on a revision of this name.

@@ -16,7 +16,7 @@ from gtcompile.tools.models.demo_data import summarisation_examples
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The builder of `datasets` that reads files with a suffix."""
 DEMO_COUNTS = {"train": 1024, "test": 128}
-"""Examples in the demo's splits; they are generated, so the number is a choice."""
+"""Number of examples that are generated for each of the demo's splits."""
 Reader = Callable[[str], tuple[str, list[Record]]]
 """Reads a split by its name: returns the name of the file (or of the split) for messages, and the records."""
 
@@ -30,7 +30,7 @@ class Source:
     format: TaskFormat
     """How its records become examples."""
     splits: tuple[SplitSlice, SplitSlice]
-    """What to learn from and what to answer."""
+    """Splits to train on and to evaluate on."""
     read: Reader
     """Reads one split."""
 

@@ -27,6 +27,6 @@ def main() -> None:
     try:
         runs = compare_with_full(SETTINGS, folder, Reporter(console))
     except KeyboardInterrupt as interrupt:
-        say(console, f"{interrupt or 'interrupted'}; the next make demo starts anew in another folder")
+        say(console, f"{interrupt or 'interrupted'}; make demo starts again, in a new folder")
         raise SystemExit(130) from None
     show(console, runs, folder)

@@ -39,7 +39,7 @@ class Method(Protocol):
 
 
 class AdaptiveMethod:
-    """The best set within the budget, measured anew for every selection."""
+    """The best set within the budget; importance is measured for every selection."""
 
     adapts = True
 
@@ -142,7 +142,7 @@ def last_blocks(model: nn.Module, costs: BackwardCosts, budget: float) -> frozen
     if not chosen:
         least = costs.full_flops, costs.step_flops(blocks[0])
         raise BudgetError(
-            f"--budget {budget!r} does not hold the last block; the smallest that does is "
+            f"--budget {budget!r} is too small for the last block; the smallest that works is "
             f"{written_budget(*least)}",
             smallest_budget(*least),
         )

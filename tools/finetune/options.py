@@ -26,7 +26,7 @@ class RunOptions:
     """`tensorboard`, or None for no trace."""
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit each other.
+        """Refuse options that contradict each other.
 
         Raises:
             ValueError: naming the option.
@@ -36,7 +36,7 @@ class RunOptions:
             raise ValueError("--resume continues the run in --output; pass the folder")
 
     def check_output(self, settings: Settings, *, besides: Collection[str] = ()) -> None:
-        """Refuse an output folder that is taken, or holds no run with these settings to resume.
+        """Refuse an output folder that is not empty, or to resume from one without a run with these settings.
 
         Args:
             settings: of the run.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from gtcompile.distributed.ranks import Ranks
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for the first one, which evaluates alone; torchrun ends all when one fails."""
+"""How long processes wait for the first one, which evaluates alone. If one fails, torchrun ends all."""
 
 
 @contextlib.contextmanager

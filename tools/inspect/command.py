@@ -94,7 +94,7 @@ def inspect_dataset(
 
 
 def inspect_run(path: Path, options: PlanOptions, progress: Console | None = None) -> Inspection:
-    """Show what a run trained and what it cost; with a budget or importances, plan for its model anew.
+    """Show what a run trained and what it cost; with a budget or importances, make a new plan for its model.
 
     Raises:
         ValueError: the folder is of another version, or its model is not the one that is captured now.

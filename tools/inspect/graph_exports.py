@@ -23,7 +23,7 @@ from gtcompile.tools.inspect.options import check_format
 def export_graph(joint: JointGraph, trained: Set[str], path: Path) -> tuple[Path, ...]:
     """Write a joint graph in the format of the path's suffix.
 
-    `.json` is Model Explorer's graph; its node data (FLOPs) is written beside it as `NAME.flops.json`.
+    `.json` is Model Explorer's graph; its node data (FLOPs) goes to `NAME.flops.json` in the same folder.
 
     Args:
         joint: as captured, with every gradient live.
@@ -76,7 +76,7 @@ def attributed_graph(joint: JointGraph, trained: Set[str]) -> "nx.DiGraph[str]":
 
 
 def shape_of(node: fx.Node) -> str:
-    """Type and shape of a node's value; empty for what is not one tensor."""
+    """Type and shape of a node's value; empty if the value is not a single tensor."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ""

@@ -23,7 +23,7 @@ class PlanOptions:
     shape: BatchShape = field(default_factory=BatchShape)
     """Shape of the batch; a run and a factory with a batch have their own."""
     importances: Path | None = None
-    """`selections.json` of a run of this model; None takes the run's own, or a stand-in."""
+    """`selections.json` of a run of this model; None takes the run's own, or the number of elements."""
 
     def __post_init__(self) -> None:
         """Refuse a wrong budget, and a file that holds no importances.
@@ -61,7 +61,7 @@ class Outputs:
         """Refuse files that cannot be written and values that make no sense.
 
         Raises:
-            ValueError: naming the option, what was expected and what came.
+            ValueError: names the option, the expected value and the given one.
         """
         expect(self.top >= 0, "top", "at least 0", self.top)
         check_order(self.order)

@@ -10,14 +10,13 @@ from gtcompile.graph.module_paths import block_of
 from gtcompile.tools.inspect.graph_exports import shape_of
 from gtcompile.tools.inspect.inspection import Inspection
 
-PHASES = ("input", "forward", "backward")
-
 
 def report_data(inspection: Inspection) -> dict[str, Any]:
     """Everything the report shows; names are written once and referred to by number.
 
     A parameter is `[fqn, aliases, shape, elements, dW FLOPs, status, block]`; a node
-    `[name, operator, module, block, phase, FLOPs, shape, inputs, parameter whose gradient it is or -1]`.
+    `[name, operator, module, block, phase, FLOPs, shape, inputs, parameter whose gradient it is or -1]`,
+    where the phase is 0 for inputs, 1 for the forward and 2 for the backward.
     """
     parameters = inspection.costs.parameters
     own, number = inspection.own_flops(), {p.fqn: i for i, p in enumerate(parameters)}

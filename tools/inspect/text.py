@@ -32,7 +32,7 @@ LISTED = 6
 def show(
     console: Console, inspection: Inspection, *, only: str | None, order: str, top: int, blocks: bool = True
 ) -> None:
-    """Print the model, its costs, the plan by block and the parameters worth a row.
+    """Print the model, its costs, the plan by block and the first parameters in the given order.
 
     Args:
         console: where to print.
@@ -211,7 +211,7 @@ def trained_set(inspection: Inspection, text: str) -> frozenset[str]:
 
     Args:
         inspection: of the model.
-        text: `plan`, `all`, `none`, the number of a run's epoch, or FQNs and patterns with commas between.
+        text: `plan`, `all`, `none`, the number of a run's epoch, or FQNs and patterns separated by commas.
 
     Raises:
         ValueError: a pattern matches nothing, or there is no such epoch.

@@ -6,9 +6,9 @@ days and things. Its *summary* follows from it by one rule: what was done, in on
 deed, thing, place and day.
 
 The pretraining corpus tells visits in the same manner, tells each again in short sentences, and asks
-questions about single facts ("Where was Anna? At the harbour."). So a pretrained model has learned to read
-these texts, to copy words and to tell a visit from the remarks around it. What is to be reported, and a
-sentence with all of its facts, it meets in fine-tuning. No corpus text contains a summary; the prompt's
+questions about single facts ("Where was Anna? At the harbour."). Pretraining teaches a model to read these
+texts, to copy words and to distinguish a visit from the remarks around it. Fine-tuning teaches it what to
+report, and to write a sentence with all facts. No corpus text contains a summary; the prompt's
 "TL;DR:" occurs in lists of words to copy alone.
 
 Every visit belongs to exactly one of the pretraining, train, validation and test pools, by a hash of its

@@ -1,8 +1,8 @@
-"""The demo's pretrained decoder: trained by this seeded script, kept beside it, loaded by `load_demo`.
+"""The demo's pretrained decoder in `demo/`: this seeded script trains it, and `load_demo` loads it.
 
     python -m gtcompile.tools.models.demo_model --output DIR
 
-makes the files of `tools/demo` anew, on one core in six to ten minutes. The model is a Llama of 8
+writes the files of `tools/models/demo` again, on one core in six to ten minutes. The model is a Llama of 8
 blocks and one million parameters, pretrained on `pretraining_corpus` from random weights. It has not seen the
 demo's summarisation task.
 """

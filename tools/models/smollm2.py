@@ -60,7 +60,7 @@ def _convert(file: Path, directory: Path) -> None:
         AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(begun)
         try:
             begun.rename(directory)
-        except OSError:  # another process converted it meanwhile
+        except OSError:  # another process has converted it
             if not directory.is_dir():
                 raise
     finally:

@@ -73,7 +73,7 @@ def _of_input(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """The transposed convolution, with the positions at the end that a stride left unread."""
+    """The transposed convolution; output padding restores the last positions that a stride did not read."""
     left = [
         0 if step == 1 else value.shape[2 + d] - ((gradient.shape[2 + d] - 1) * step - 2 * pad + reach + 1)
         for d, (step, pad, reach) in enumerate(zip(stride, padding, _reaches(weight, dilation), strict=True))
@@ -107,5 +107,5 @@ def _of_weight(
         images, gradient.transpose(0, 1), None, dilation, padding, stride, False, zeros, groups
     )
     for d in range(2, weight.dim()):
-        found = found.narrow(d, 0, weight.shape[d])  # a stride may have left positions at the end unread
+        found = found.narrow(d, 0, weight.shape[d])  # drop what the stride did not read
     return found.transpose(0, 1)

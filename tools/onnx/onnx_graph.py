@@ -54,7 +54,6 @@ DECOMPOSED = (
 )
 """Operators that are decomposed before the exporter sees them."""
 NO_LOWERING = re.compile(r"No ONNX function found for <?(?:OpOverload\(op='([^']+)'|([\w:.]+))")
-Sizes = Mapping[str, Sequence[int]]
 
 
 def lower(

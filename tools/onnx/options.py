@@ -18,7 +18,7 @@ class ExportOptions:
     train: tuple[str, ...] | None = None
     """Patterns of parameters to train; None without a budget trains everything, or a run's last set."""
     budget: float | None = None
-    """Share of a full step's FLOPs; every parameter counts as much as it has elements."""
+    """Share of a full step's FLOPs; the importance of a parameter is its number of elements."""
     optimizer: OptimizerName | None = None
     """The optimizer whose update is part of the step."""
     dynamic: bool = False
@@ -30,7 +30,7 @@ class ExportOptions:
         """Refuse values that make no sense and a file that cannot be written.
 
         Raises:
-            ValueError: naming the option, what was expected and what came.
+            ValueError: names the option, the expected value and the given one.
         """
         if self.train is not None and self.budget is not None:
             raise ValueError("expected --train or --budget, got both; leave one out")

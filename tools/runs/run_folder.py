@@ -42,7 +42,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def check_new(self) -> None:
-        """Refuse a path that is taken.
+        """Refuse a path that is not free.
 
         Raises:
             ValueError: the path is a file, or a folder that is not empty.
@@ -121,7 +121,7 @@ class RunFolder:
             )
 
     def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
-        """Begin the folder.
+        """Create the folder and write `run.json`.
 
         Args:
             settings: of the run.
@@ -134,7 +134,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
             if (self.path / "run.json").exists():
-                raise ValueError(f"another run was begun in {self.path} meanwhile; choose another --output")
+                raise ValueError(f"another run has started in {self.path}; choose another --output")
             write_json(self.path / "run.json", {**settings.as_dict(), **batch})
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:

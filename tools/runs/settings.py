@@ -27,7 +27,7 @@ _AT_LEAST_ONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings that repeat a run; the defaults of training are the GreenTrainer paper's."""
+    """The settings from which a run can be repeated; training defaults are the GreenTrainer paper's."""
 
     model: str
     """Hub id, local directory, or `demo`."""
@@ -42,17 +42,17 @@ class Settings:
     target_field: str | None = None
     """Field of a file that holds the answer; None takes `target`."""
     train_split: str | None = None
-    """Split to learn from, or a share such as `valid[:80%]`; None takes the usual one."""
+    """Split to train on, or a share such as `valid[:80%]`; None takes the usual one."""
     eval_split: str | None = None
-    """Split to answer afterwards; None takes the usual one."""
+    """Split to evaluate on; None takes the usual one."""
     max_train_samples: int | None = None
-    """Most examples to learn from."""
+    """Largest number of training examples."""
     max_eval_samples: int | None = None
-    """Most examples to answer."""
+    """Largest number of evaluation examples."""
     max_length: int = 512
-    """Most tokens of a sequence."""
+    """Longest sequence, in tokens."""
     max_new_tokens: int | None = None
-    """Most tokens of an answer; None takes the dataset's."""
+    """Longest answer, in tokens; None takes the dataset's."""
     num_beams: int = 1
     """Beams of generation; 1 is greedy."""
     method: Method = "adaptive"
@@ -62,7 +62,7 @@ class Settings:
     reselect_every: int = 1
     """Epochs between selections."""
     epochs: int = 5
-    """Times every example is seen."""
+    """Passes over the training examples."""
     batch_size: int = 4
     """Examples per step."""
     lr: float = 2e-5
@@ -84,7 +84,7 @@ class Settings:
         """Refuse values that make no sense.
 
         Raises:
-            ValueError: naming the option, what was expected and what came.
+            ValueError: names the option, the expected value and the given one.
         """
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)

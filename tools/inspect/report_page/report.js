@@ -48,7 +48,7 @@ function overview() {
     ["trained", `${trained.size} of ${settled}`, "selectable parameters"], ["smallest budget", percent(t.minimum_budget_fraction, 1), "that trains anything"],
     ["saved for backward", bytes(plan.saved), `${plan.saved_measured == null ? "" : `${bytes(plan.saved_measured)} measured; `}${bytes(t.full_saved_bytes)} when all is trained`],
     ["importance bound", short(plan.bound), "no set within the budget has more"], ["graph", `${N} nodes`, `${D.nodes.filter((_, i) => !runs(i)).length} eliminated`],
-    ["importance", D.run ? "measured" : "stand-in", D.origin],
+    ["importance", D.run ? "measured" : "assumed", D.origin],
   ];
   $("cards").replaceChildren(...cards.map(([name, value, note]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note)))));
   let dw = 0; for (const p of trained) dw += D.parameters[p][4];
