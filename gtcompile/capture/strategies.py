@@ -17,6 +17,7 @@ from gtcompile.capture.rng import random_state, restore_random_state
 from gtcompile.capture.value_tracing import NoMemoryAccess, ValuesMode
 from gtcompile.graph.joint_graph import ONE_BATCH
 from gtcompile.torch_internals import (
+    TRACING_CONTEXT,
     FakeTensor,
     TracingContext,
     captured_as_compiled,
@@ -78,7 +79,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 def _through_dynamo(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     stack.enter_context(_static_and_quiet())
     graph: fx.GraphModule = dynamo_graph_capture_for_export(module)(**batch)
-    context: TracingContext = graph.meta["tracing_context"]
+    context: TracingContext = graph.meta[TRACING_CONTEXT]
     stack.enter_context(tracing(context))
     return graph
 

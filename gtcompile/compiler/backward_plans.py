@@ -25,8 +25,7 @@ from torch import fx
 
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, run_part
-from gtcompile.compiler.operator_program import OperatorProgram
-from gtcompile.compiler.operators import Boxed
+from gtcompile.compiler.operator_program import Boxed, OperatorProgram
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name
 from gtcompile.passes.hoisting import (

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from gtcompile.compiler.boundaries import (
     unwatch_embeddings,
     watch_embeddings,
 )
-from gtcompile.compiler.code_objects import CodeCopies
 from gtcompile.compiler.options import parse_options
 from gtcompile.compiler.self_test import check_contracts
 from gtcompile.errors import CaptureError
@@ -90,6 +90,40 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     trained_set.leave_to_eager(p for p in model.parameters() if p not in inside)
     watch_embeddings(model)
     return model
+
+
+class CodeCopies:
+    """Copies of methods. Methods with the same function share one new code object.
+
+    Dynamo keeps compiled code, and counts recompilations, by code object. All blocks of transformers run one
+    wrapper function around their forward. Without copies, another compiled model in the process would use up
+    the recompile limit of this one, and the blocks of this one would silently run eagerly.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[FunctionType, FunctionType] = {}
+
+    def of(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method bound to this collection's copy of its function.
+
+        Callables that are not Python methods are returned unchanged.
+        """
+        if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+            return method
+        function = method.__func__
+        if function not in self._copies:
+            self._copies[function] = _copy_function(function)
+        return MethodType(self._copies[function], method.__self__)
+
+
+def _copy_function(function: FunctionType) -> FunctionType:
+    code = function.__code__.replace()
+    made = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(made).update(vars(function))
+    return made
 
 
 class Kind:

@@ -1,7 +1,9 @@
 """A graph that Dynamo captured, with everything needed to compile it again for another trained set."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,20 @@ import torch
 from torch import fx, nn
 
 from gtcompile.compiler.options import CompileOptions
-from gtcompile.compiler.region_graph import requires_grad
+from gtcompile.compiler.region_graph import Live, requires_grad
 from gtcompile.passes import onednn_products
 from gtcompile.passes.loss_only import differentiate_loss_only
-from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
+from gtcompile.torch_internals import (
+    FakeTensor,
+    TracingContext,
+    exceptions_allowed_to_be_fallback,
+    tracing,
+)
+
+logger = logging.getLogger(__name__)
+UNTRACEABLE = exceptions_allowed_to_be_fallback
+"""What a tracer raises on a graph that Dynamo could capture: a size that depends on data, an operator without
+a fake kernel. With any backend, `torch.compile` runs such a graph in eager PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +106,28 @@ def _of_backend(value: Any) -> Any:
     carried = mode.from_tensor(value)
     carried.item_memo = value.item_memo
     return carried
+
+
+def run_as_captured(graph: fx.GraphModule, live: Live, reason: Exception) -> Callable[..., Any]:
+    """Make a Dynamo graph a function that eager PyTorch runs and differentiates; warn and say why.
+
+    Args:
+        graph: left as it is.
+        live: positions of the inputs whose gradients are wanted; the others are not differentiated.
+        reason: why the graph was not compiled.
+    """
+    message = str(reason).partition("\n")[0]
+    logger.warning(
+        "a part of the model runs uncompiled, still with the trained gradients alone: %s: %s",
+        type(reason).__name__,
+        message,
+    )
+    return functools.partial(_run, fx.GraphModule(graph, graph.graph), live)
+
+
+def _run(module: fx.GraphModule, live: Live, *inputs: Any) -> Any:
+    return module(*(value if i in live else _without_gradient(value) for i, value in enumerate(inputs)))
+
+
+def _without_gradient(value: Any) -> Any:
+    return value.detach() if requires_grad(value) else value

@@ -17,7 +17,7 @@ from torch import fx
 from gtcompile.compiler.backward_plans import BackwardPlans, PlanOptions
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, resumable_compilation, without_donation
-from gtcompile.compiler.operators import Boxed, boxed, run_operators
+from gtcompile.compiler.operator_program import Boxed, boxed, run_operators
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.region_graph import Live, histories, region_node
 from gtcompile.passes.onednn_products import use_onednn_products

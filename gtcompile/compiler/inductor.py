@@ -33,9 +33,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from gtcompile.compiler.captured_region import CapturedRegion
-from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
-from gtcompile.compiler.operators import Boxed
+from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
+from gtcompile.compiler.operator_program import Boxed
 from gtcompile.errors import GraphContractError
 from gtcompile.passes.hoisting import Part
 from gtcompile.torch_internals import (

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.compiler.operators import Boxed
 from gtcompile.graph.flops import known_flops, output_flops
+from gtcompile.passes.free_strides import free_strides
 from gtcompile.passes.output_masks import MASKED_OPERATORS
+from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 aten = torch.ops.aten
+Boxed = Callable[[list[Any]], Sequence[Any]]
+"""A function from a list of inputs, which it empties, to outputs."""
 Values = list[Any]
 """One value per node of the graph, in the graph's order; None before it is computed and after its last
 use."""
@@ -28,6 +31,31 @@ Call = Callable[..., Any]
 """Computes one node from the values so far; for a masked operator, only the outputs in `read`."""
 Filler = Callable[[Values], Any]
 """Makes an operator's arguments from the values so far."""
+
+
+def boxed(function: Boxed) -> Boxed:
+    """Mark a function as one that takes a list and empties it, as AOTAutograd expects."""
+
+    def call(inputs: list[Any]) -> Sequence[Any]:
+        return function(inputs)
+
+    setattr(call, BOXED_CALL, True)
+    return call
+
+
+def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxed:
+    """Make the graph a function that frees every value after its last use.
+
+    Views may become copies: some operators lay out their results in another way than when they were traced.
+
+    Args:
+        module: changed, and owned by the result from now on.
+        example_inputs: not needed; AOTAutograd gives every compiler both.
+    """
+    module = free_strides(module)
+    module.graph.set_codegen(BoxedCodeGen())
+    module.recompile()
+    return boxed(module.forward)
 
 
 @dataclass(frozen=True, slots=True)

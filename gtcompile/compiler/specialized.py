@@ -3,18 +3,28 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, cast
 
+import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from gtcompile.compiler.captured_region import CapturedRegion
-from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
+from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
 from gtcompile.compiler.hoisted import HoistedVariants
-from gtcompile.compiler.operators import run_operators
+from gtcompile.compiler.operator_program import run_operators
 from gtcompile.compiler.partitioning import partition
-from gtcompile.compiler.region_graph import Live, histories, input_name, region_joint
-from gtcompile.compiler.unused_outputs import UnusedOutputs
+from gtcompile.compiler.region_graph import (
+    DifferentiableFlow,
+    Histories,
+    Live,
+    gradient_positions,
+    histories,
+    input_name,
+    region_joint,
+    region_node,
+)
+from gtcompile.graph.flops import register_missing_formulas
 from gtcompile.passes.effect_tokens import EFFECTS, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.torch_internals import (
@@ -121,3 +131,72 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
             keep_inference_input_mutations=True,
         )(graph, inputs)
     return cast(Compiled, code)
+
+
+class UnusedOutputs:
+    """Learns from the first backward of a region whether it sends zeros through products of matrices.
+
+    Args:
+        graph: of the region, as Dynamo captured it.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        outputs: Any = graph.graph.output_node().args[0]
+        self.unknown = len(outputs) > 1
+        """Whether no backward has run yet that could show it."""
+        self.costly = False
+        """Whether zeros for outputs that nobody differentiates cost FLOPs."""
+
+    def watch(self, outputs: Sequence[Any], before: Histories) -> None:
+        """Learn from the backward of this call.
+
+        Args:
+            outputs: of the call.
+            before: the histories of its inputs before the call.
+        """
+        node = region_node(outputs, before)
+        if node is None:
+            return
+        positions = gradient_positions(outputs, node)
+
+        def note(gradients: Sequence[torch.Tensor | None]) -> None:
+            if self.unknown:
+                self.unknown = False
+                used = {i for i, position in positions.items() if gradients[position] is not None}
+                self.costly = costs_flops_beside(self._graph, used)
+
+        node.register_prehook(note)
+
+
+def costs_flops_beside(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
+    """Whether zero gradients of the other outputs would run back through matrix products.
+
+    Args:
+        graph: as Dynamo captured it, with an `example_value` at every node.
+        differentiated: positions of the outputs for which a backward has gradients.
+    """
+    outputs: Any = graph.graph.output_node().args[0]
+    flow = DifferentiableFlow(graph.graph)
+    used = flow.ancestors(outputs[i] for i in differentiated)
+    unused = flow.ancestors(node for node in outputs if isinstance(node, fx.Node)) - used
+    register_missing_formulas()
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            for node in (n for n in graph.graph.nodes if n in unused and n.op.startswith("call_")):
+                _call(graph, node)
+    except Exception as error:  # an operator that cannot be called by itself may cost something
+        logger.info("unused outputs of a region need %s, of unknown cost: %s", node.target, error)
+        return True
+    return counter.get_total_flops() > 0
+
+
+def _call(graph: fx.GraphModule, node: fx.Node) -> None:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["example_value"])
+    if node.op == "call_method":
+        getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    elif callable(node.target):
+        node.target(*args, **kwargs)
+    else:
+        graph.get_submodule(str(node.target))(*args, **kwargs)
