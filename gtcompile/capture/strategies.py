@@ -20,14 +20,14 @@ from gtcompile.torch_internals import (
     TRACING_CONTEXT,
     FakeTensor,
     TracingContext,
+    as_if_compiling,
     captured_as_compiled,
     dynamo_config,
     dynamo_graph_capture_for_export,
+    eager_lstm_kernels,
     is_traceable_wrapper_subclass,
-    lstm_kernels_of_eager,
-    reentrant_checkpoints_passed_over,
+    reentrant_checkpoints_as_calls,
     settings_not_logged,
-    told_to_be_compiled,
     tracing,
 )
 
@@ -98,13 +98,13 @@ def _refuse_cache(
 
 
 def _as_compiled(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
-    stack.enter_context(told_to_be_compiled())
+    stack.enter_context(as_if_compiling())
     return _as_eager(module, batch, stack)
 
 
 def _as_eager(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
-    stack.enter_context(reentrant_checkpoints_passed_over())
-    stack.enter_context(lstm_kernels_of_eager())
+    stack.enter_context(reentrant_checkpoints_as_calls())
+    stack.enter_context(eager_lstm_kernels())
     return _every_run_alike(trace_forced_gradients(module))
 
 

@@ -23,8 +23,8 @@ from gtcompile.torch_internals import (
 
 logger = logging.getLogger(__name__)
 UNTRACEABLE = exceptions_allowed_to_be_fallback
-"""What a tracer raises on a graph that Dynamo could capture: a size that depends on data, an operator without
-a fake kernel. With any backend, `torch.compile` runs such a graph in eager PyTorch."""
+"""Errors of a tracer on a graph that Dynamo could capture, for example because a size depends on data or an
+operator has no fake kernel. With any backend, `torch.compile` runs such a graph in eager PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class CapturedRegion:
     differentiable: bool
     """Whether gradients were enabled at the capture and any input required one."""
     context: TracingContext
-    """Dynamo's compilation of this graph."""
+    """Dynamo's state of the compilation of this graph."""
     options: CompileOptions
     """How to compile it."""
 
@@ -86,7 +86,7 @@ def captured_region(
 
 
 def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """What Dynamo traced with: later variants are compiled when the first example inputs are long gone."""
+    """The fake tensors that Dynamo traced with: the real inputs may be gone when a variant is compiled."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
         _of_backend(node.meta.get("example_value", value))
@@ -97,7 +97,7 @@ def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[A
 def _of_backend(value: Any) -> Any:
     """Keep the symbol of a Python number that Dynamo turned into a tensor.
 
-    Backends trace in a fake mode of their own, and a fake tensor that is moved there forgets which symbol its
+    Backends trace in a fake mode of their own. A fake tensor that is moved there forgets which symbol its
     `.item()` stands for.
     """
     mode = TracingContext.get().fake_mode
@@ -109,16 +109,16 @@ def _of_backend(value: Any) -> Any:
 
 
 def run_as_captured(graph: fx.GraphModule, live: Live, reason: Exception) -> Callable[..., Any]:
-    """Make a Dynamo graph a function that eager PyTorch runs and differentiates; warn and say why.
+    """Return a function that runs a Dynamo graph in eager PyTorch; log a warning with the reason.
 
     Args:
-        graph: left as it is.
+        graph: not changed.
         live: positions of the inputs whose gradients are wanted; the others are not differentiated.
         reason: why the graph was not compiled.
     """
     message = str(reason).partition("\n")[0]
     logger.warning(
-        "a part of the model runs uncompiled, still with the trained gradients alone: %s: %s",
+        "a part of the model runs uncompiled; only trained gradients are computed all the same: %s: %s",
         type(reason).__name__,
         message,
     )

@@ -1,4 +1,6 @@
-"""A backward graph as a list of operator calls, of which any part can be run without making another graph.
+"""Graphs that run operator by operator, without generated kernels.
+
+An `OperatorProgram` is a backward graph as a list of operator calls, any part of which can run.
 
 The block in which the backward ends needs another part of its backward for almost every trained set. For a
 transformer block of 71 nodes, choosing among calls that were prepared once takes 0.05 ms, and making an FX
@@ -46,11 +48,11 @@ def boxed(function: Boxed) -> Boxed:
 def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxed:
     """Make the graph a function that frees every value after its last use.
 
-    Views may become copies: some operators lay out their results in another way than when they were traced.
+    Views may become copies: at run time some operators return other strides than when they were traced.
 
     Args:
         module: changed, and owned by the result from now on.
-        example_inputs: not needed; AOTAutograd gives every compiler both.
+        example_inputs: not used; AOTAutograd passes them to every compiler.
     """
     module = free_strides(module)
     module.graph.set_codegen(BoxedCodeGen())
@@ -80,14 +82,14 @@ class Excerpt:
     inputs: tuple[int, ...]
     """Positions, among the graph's inputs, of those that are read."""
     run: Boxed
-    """From those inputs to all outputs of the graph, None for outputs that were not requested."""
+    """Takes those inputs and returns all outputs of the graph, None for those that were not requested."""
 
 
 class OperatorProgram:
     """A graph's operator calls, and what each of its outputs needs.
 
     Args:
-        graph: without side effects; left as it is. Views become copies where the strides of a result require
+        graph: without side effects; not changed. Views become copies where the strides of a result require
         it.
     """
 
@@ -152,7 +154,7 @@ class OperatorProgram:
         return {position: reach[position] for position in self._outputs if position is not None}
 
     def _count_flops(self, nodes: Iterable[fx.Node]) -> dict[int, int]:
-        """FLOPs by position of node; those of a convolution's backward stand at its outputs."""
+        """FLOPs by position of node; those of a convolution's backward are counted at its outputs."""
         work: dict[int, int] = {}
         for node in (node for node in nodes if node.op == "call_function"):
             if by_output := output_flops(node):
@@ -185,7 +187,7 @@ def _run(
     results: Sequence[int | None],
     inputs: list[Any],
 ) -> Sequence[Any]:
-    """Run the calls on the inputs; let go of every input and value after its last use."""
+    """Run the calls on the inputs; free every input and value after its last use."""
     values = empty()
     for position in reversed(positions):
         values[position] = inputs.pop()

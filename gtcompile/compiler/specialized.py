@@ -41,9 +41,8 @@ Compiled = Callable[..., Any]
 class SpecializedVariants:
     """Compiles a region anew for every set of live gradients and keeps the most recently used variants.
 
-    A specialized backward runs zeros back through outputs that nobody differentiates. Where the first
-    backward shows that this costs FLOPs, a hoisted variant takes over: it sees at every backward which
-    outputs are differentiated.
+    A specialized backward computes with zero gradients for outputs that the loss does not use. If the first
+    backward shows that this costs FLOPs, a hoisted variant takes over, which leaves out zero gradients.
     """
 
     def __init__(self, region: CapturedRegion) -> None:
@@ -63,7 +62,7 @@ class SpecializedVariants:
         return outputs
 
     def prepare(self, live: Live) -> None:
-        """Compile the variant for these gradients, unless it is there."""
+        """Compile the variant for these gradients, unless it is kept."""
         self._variant(live)
 
     @property
@@ -107,7 +106,7 @@ class TrainedSetPartitioner(CustomPartitionerFn):
         return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
 
     def uuid(self) -> tuple[bytes, tuple[int, ...], float]:
-        """Return all that the result depends on apart from the graph: this code, the set and the budget."""
+        """Return what the result depends on apart from the graph: this code, the set and the budget."""
         return get_hash_for_files((__file__,)), tuple(sorted(self.live)), self.memory_budget
 
 
@@ -116,7 +115,7 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
 
     Args:
         region: what to compile, and how.
-        partitioner: knows the inputs whose gradients are wanted.
+        partitioner: of the live gradients.
     """
     graph, inputs = copy.copy(region.graph), list(region.example_inputs)
     code: Any
@@ -134,7 +133,11 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
 
 
 class UnusedOutputs:
-    """Learns from the first backward of a region whether it sends zeros through products of matrices.
+    """Learns from the first backward of a region whether zero gradients cost FLOPs.
+
+    AOTAutograd's backward takes a gradient for every output, zeros for outputs that the loss does not use. If
+    a block returns a state that nobody reads, its zeros run back through matrix products. Only a backward
+    shows which outputs are used.
 
     Args:
         graph: of the region, as Dynamo captured it.
@@ -144,9 +147,9 @@ class UnusedOutputs:
         self._graph = graph
         outputs: Any = graph.graph.output_node().args[0]
         self.unknown = len(outputs) > 1
-        """Whether no backward has run yet that could show it."""
+        """Whether no backward has run yet."""
         self.costly = False
-        """Whether zeros for outputs that nobody differentiates cost FLOPs."""
+        """Whether zero gradients for unused outputs cost FLOPs."""
 
     def watch(self, outputs: Sequence[Any], before: Histories) -> None:
         """Learn from the backward of this call.
@@ -164,13 +167,13 @@ class UnusedOutputs:
             if self.unknown:
                 self.unknown = False
                 used = {i for i, position in positions.items() if gradients[position] is not None}
-                self.costly = costs_flops_beside(self._graph, used)
+                self.costly = zeros_cost_flops(self._graph, used)
 
         node.register_prehook(note)
 
 
-def costs_flops_beside(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
-    """Whether zero gradients of the other outputs would run back through matrix products.
+def zeros_cost_flops(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
+    """Whether zero gradients for the unused outputs of a graph would run back through matrix products.
 
     Args:
         graph: as Dynamo captured it, with an `example_value` at every node.
@@ -187,7 +190,7 @@ def costs_flops_beside(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
             for node in (n for n in graph.graph.nodes if n in unused and n.op.startswith("call_")):
                 _call(graph, node)
     except Exception as error:  # an operator that cannot be called by itself may cost something
-        logger.info("unused outputs of a region need %s, of unknown cost: %s", node.target, error)
+        logger.info("unused outputs of a region depend on %s, of unknown cost: %s", node.target, error)
         return True
     return counter.get_total_flops() > 0
 

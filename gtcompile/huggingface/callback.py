@@ -162,7 +162,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Compile the blocks; continue with a checkpoint's trained set if there is one.
 
-        With `auto_find_batch_size` this event comes again, without an end of the training before.
+        With `auto_find_batch_size` this event comes again, without `on_train_end` in between.
         """
         self._release()
         trainer = self._trainer_of(state)
@@ -189,7 +189,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the first step of an epoch select a new set, except in the epoch a training resumes in."""
+        """Make the first step of an epoch select a new set, except in the epoch a training resumes in."""
         starts = self._options.every == "epoch" and not self._progress.mid_epoch
         self._change(due=self._progress.due or starts, mid_epoch=False)
 
@@ -224,7 +224,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._release()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON types."""
+        """The state that a checkpoint keeps, as JSON types."""
         selected = self._adaptive is not None and self._progress.selected_at >= 0
         progress = {
             "torch": torch.__version__,
@@ -239,8 +239,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _parameters_with_state(self) -> list[str] | None:
         """FQNs of the parameters with optimizer state; None if checkpoints hold it as it is.
 
-        The saved optimizer state of a sharded model is completed, so a checkpoint must say which part of it
-        was there before.
+        For a sharded model, missing optimizer state is filled in when it is saved, so a checkpoint must name
+        the parameters that had state before.
         """
         if self._training is None or self._training.completion is None:
             return None
@@ -283,7 +283,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         trainer.log(self._numbers(selection))
 
     def _numbers(self, selection: Selection) -> dict[str, float]:
-        """What is logged of a selection."""
+        """The numbers that are logged for a selection."""
         importance = self.adaptive.importance
         numbers = {
             "adaptive/trained_parameters": len(selection.trained),
@@ -345,7 +345,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _release_after_failures_of(self, trainer: Trainer) -> None:
         """Wrap `trainer.train` so that a training that fails leaves the model as one that ends does.
 
-        transformers has no event for a failure or an interruption, so nothing else would tell us.
+        transformers has no event for a failure or an interruption.
         """
         train = trainer.train
 

@@ -1,4 +1,4 @@
-"""What the user of the callback may set, and what one training has done so far: two frozen values."""
+"""Options of the callback, and the progress of one training, as frozen values."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ from gtcompile.selection import policies
 from gtcompile.state.optimizer_state import Setting, check_setting
 
 Every = int | Literal["epoch"]
-"""How often a new set is selected: at each pass over the data, or after so many optimizer steps."""
+"""When a new set is selected: at each "epoch", a pass over the data, or after this many optimizer steps."""
 
 Policy = str | policies.Policy | policies.Choose
 """A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
@@ -96,7 +96,7 @@ class CallbackOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What one training has done so far."""
+    """How far one training has come."""
 
     steps: int = 0
     """Optimizer steps taken."""
@@ -110,7 +110,7 @@ class Progress:
     """Whether the training was resumed inside an epoch: the next epoch event then starts no new epoch."""
 
     def after_step(self, fraction: float) -> Self:
-        """The progress after a step that took this share of a full step's FLOPs."""
+        """Return the progress after a step that took this share of a full step's FLOPs."""
         return dataclasses.replace(self, steps=self.steps + 1, spent=self.spent + fraction)
 
     @property
@@ -120,7 +120,7 @@ class Progress:
 
 
 def policy_name(policy: Policy) -> str:
-    """A policy as checkpoints name it.
+    """The text that stands for a policy in checkpoints.
 
     >>> policy_name("best"), policy_name(len)
     ('best', 'builtins.len')
