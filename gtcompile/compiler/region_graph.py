@@ -147,7 +147,7 @@ def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def histories(inputs: Iterable[object]) -> Histories:
-    """The autograd nodes that computed the inputs of a call; to be taken before the call, which may write to them."""
+    """The autograd nodes that computed the inputs of a call; taken before the call, which may change them."""
     return frozenset(value.grad_fn for value in inputs if isinstance(value, torch.Tensor))
 
 

@@ -288,7 +288,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         numbers = {
             "adaptive/trained_parameters": len(selection.trained),
             "adaptive/selectable_parameters": selection.selectable,
-            "adaptive/flops_fraction": selection.step_flops / selection.full_flops,
+            "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
         }
         measured = sorted(selection.trained & importance.keys())

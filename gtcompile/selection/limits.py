@@ -40,19 +40,13 @@ class Limits:
     """FQNs not to train."""
     undecided: frozenset[str]
     """FQNs in neither of them that the budget can train together with `always`."""
+    cheapest_flops: int
+    """FLOPs of the cheapest step that trains something, and `always` with it."""
 
     @property
     def trainable(self) -> frozenset[str]:
         """Every FQN that may be trained, whatever it costs."""
         return self.costs.fqns - self.never
-
-    @property
-    def cheapest_flops(self) -> int:
-        """FLOPs of the cheapest step that trains something, and `always` with it."""
-        costs = self.costs
-        if self.always:
-            return costs.step_flops(self.always)
-        return min(flops_with_each(costs, self.undecided, self.always).values())
 
 
 def make_terms(budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
@@ -98,9 +92,9 @@ def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
     step_flops = flops_with_each(costs, costs.fqns - always - never, always)
     if not always and not step_flops:
         raise ValueError("never leaves no parameter to train; expected at least one that it does not match")
-    minimum = costs.step_flops(always) if always else min(step_flops.values())
-    if budget < minimum:
-        raise _too_small(costs, terms.budget_fraction, minimum, always)
+    cheapest = costs.step_flops(always) if always else min(step_flops.values())
+    if budget < cheapest:
+        raise _too_small(costs, terms.budget_fraction, cheapest, always)
     return Limits(
         costs=costs,
         budget_fraction=terms.budget_fraction,
@@ -108,6 +102,7 @@ def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
         always=always,
         never=never,
         undecided=frozenset(fqn for fqn, flops in step_flops.items() if flops <= budget),
+        cheapest_flops=cheapest,
     )
 
 

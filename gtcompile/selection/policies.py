@@ -9,7 +9,7 @@ step: cheap steps save FLOPs for costly ones.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, cast
 
 import torch
 
@@ -305,6 +305,6 @@ def _shallow(limits: Limits) -> frozenset[str]:
     return last_layers(limits.costs, limits.trainable, limit, limits.always)
 
 
-def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, Any]:
+def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, float]:
     """A random number in (0, 1) per name."""
     return {name: 1 - float(torch.rand((), generator=generator)) for name in names}

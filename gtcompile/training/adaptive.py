@@ -330,16 +330,17 @@ class AdaptiveBackprop:
 
         If the plan trains nothing, the former plan goes on.
         """
-        former = self._schedule
+        former, costs = self._schedule, limits.costs
         if stays := _trains_nothing(plan):
             if former is None:
                 raise GTCompileError(
                     f"{_reason(limits)}; measure on more batches, or lower the learning rate"
                 )
             logger.warning("%s: the former selection stays", _reason(limits))
+            plan, costs = former.plan, former.costs
         schedule = Schedule(
-            former.plan if former and stays else plan,
-            former.costs if former and stays else limits.costs,
+            plan,
+            costs,
             limits.budget_fraction,
             seed=self._seed,
             number=len(self._history),
