@@ -142,7 +142,7 @@ try:
     # Recognises symbols for floating-point numbers, which are no sizes.
     from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-    # Runs code without the dispatch modes around it, such as a FLOP counter of the user's.
+    # Runs code without the dispatch modes around it, such as a FLOP counter.
     from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 
     # Recognises tensors made of other tensors, which AOTAutograd flattens into several inputs.
@@ -323,7 +323,7 @@ def settings_not_logged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def separate_compilation_log() -> Iterator[None]:
-    """Give a compilation that runs inside another one a log of its own.
+    """Give a compilation that runs inside another one a separate log.
 
     Dynamo's log has room for one forward and one backward of each compilation, and refuses a second.
     """

@@ -14,7 +14,7 @@ from gtcompile.torch_internals import ShortenTraceback
 
 
 class RefusedOptionError(ShortenTraceback, ValueError):
-    """A `ValueError` that Dynamo raises as it is, instead of wrapping it in an error of its own."""
+    """A `ValueError` that Dynamo raises unchanged instead of wrapping it in another error."""
 
     def __init__(self, message: str, frame: FrameType | None) -> None:
         super().__init__(message, first_useful_frame=frame)

@@ -1,4 +1,4 @@
-"""How a hoisted region runs its backward for each set of live gradients.
+"""Backward plans of a hoisted region: how it computes each set of live gradients.
 
 Three strategies run a part of the backward graph. All compute exactly the live gradients; they differ in what
 they need compiled, and in the extra work they do:
@@ -47,7 +47,7 @@ code in Inductor's cache."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What all plans of a region have in common."""
+    """Options and names that all plans of a region share."""
 
     parts: InductorParts | None
     """How Inductor compiles parts of the backward; None where no code is generated."""
@@ -84,7 +84,7 @@ class Chain:
     """The backward of a region, split into chain and leaves, with the chain compiled."""
 
     activation: Slots
-    """The slot of the activation gradient that the chain computes; empty where there is none."""
+    """The slot of the activation gradient that the chain computes; empty if there is none."""
     hoisted: HoistedBackward
     """The chain and the leaves as graphs."""
     run: Boxed
@@ -239,7 +239,7 @@ class BackwardGraph:
         return Chain(activation, hoisted, parts.compile(hoisted.chain), hoisted.chain.flops)
 
     def _costliest(self, slots: Iterable[int]) -> Slots:
-        """The slot whose gradient takes most FLOPs by itself; empty where there are no slots."""
+        """The slot whose gradient alone takes most FLOPs; empty if there are no slots."""
         costs = {slot: self._program.flops({slot}) for slot in slots}
         return frozenset({max(costs, key=costs.__getitem__)} if costs else ())
 

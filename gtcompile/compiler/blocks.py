@@ -62,8 +62,10 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
         The same model.
 
     Raises:
-        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled
-        already.
+        ValueError: there is no repeated block, a name in `blocks` is not a module, the model is compiled
+            already, or an option or its value is unknown.
+        TypeError: `blocks` is a single string.
+        GraphContractError: this torch fails the self-test.
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
@@ -124,10 +126,10 @@ def _copy_function(function: FunctionType) -> FunctionType:
 
 
 class Kind:
-    """What the compiled blocks of one class share.
+    """State that the compiled blocks of one class share.
 
     Args:
-        block_class: the class.
+        block_class: their class.
         backend: compiles the graphs that Dynamo captures.
     """
 

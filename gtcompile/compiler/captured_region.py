@@ -29,7 +29,7 @@ operator has no fake kernel. With any backend, `torch.compile` runs such a graph
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedRegion:
-    """What Dynamo handed to the backend, kept because later variants are compiled when Dynamo is done."""
+    """The arguments and the state of Dynamo's call of the backend; later variants are compiled from them."""
 
     graph: fx.GraphModule
     """As Dynamo captured it; a compilation works on a copy."""
@@ -62,7 +62,7 @@ class CapturedRegion:
 def captured_region(
     graph: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
 ) -> CapturedRegion:
-    """Keep what Dynamo hands to a backend.
+    """Make the captured region of a call of the backend.
 
     Args:
         graph: with parameters among its inputs.

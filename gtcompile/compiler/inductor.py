@@ -82,7 +82,7 @@ def _writable(output: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class InductorParts:
-    """How Inductor compiles parts of one backward graph, whenever they are needed."""
+    """Compiles parts of one backward graph with Inductor, at any later time."""
 
     example_inputs: Sequence[Any]
     """Fake tensors and numbers, one per input of the whole backward graph."""

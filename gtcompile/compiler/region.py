@@ -33,7 +33,7 @@ class Variants(Protocol):
         """Run the region so that its backward computes the live gradients alone."""
 
     def prepare(self, live: Live) -> None:
-        """Compile now whatever these gradients need."""
+        """Compile all code that these gradients need."""
 
 
 class Region:
@@ -141,7 +141,7 @@ class Region:
 
 
 def make_variants(region: CapturedRegion) -> Variants:
-    """Make hoisted variants where the options ask for them and there is a backward, else specialized ones."""
+    """Make hoisted variants if the options say so and there is a backward, else specialized ones."""
     if region.options.variants == "hoisted" and region.differentiable:
         with contextlib.suppress(NoBackwardError):
             return HoistedVariants(region)

@@ -68,7 +68,7 @@ WIDTH = 4
 def check_contracts() -> None:
     """Run the self-test, unless this torch has passed it on this machine.
 
-    The test may run inside a compilation of the user's. It changes neither random states nor Dynamo's
+    The test may run inside another compilation. It changes neither random states nor Dynamo's
     counters nor the count of a FLOP counter around it.
 
     Raises:
@@ -126,7 +126,7 @@ def _broken(contract: str) -> GraphContractError:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Run the test as in a fresh process, whatever modes the user's code has entered."""
+    """Run the test as in a fresh process, without the modes that the caller has entered."""
     counted = copy.deepcopy(dict(dynamo_counters))
     with (
         tracing(None),

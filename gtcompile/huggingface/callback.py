@@ -63,17 +63,18 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     Args:
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
-        policy: how the set is selected: the name of a policy, or a function.
+        policy: how the set is selected, as for `AdaptiveBackprop`.
         every: select at each "epoch", a pass over the data, or after this many optimizer steps.
         batches: number of batches of the trainer's size that importance is measured on, at least 2 (1 with
             `two_pass`). They are drawn anew each time, and depend on the trainer's seed and the step alone; a
             data set without a length gives its first examples.
         compiled: whether to compile; without it, parameters are frozen by `requires_grad_`.
-        compiler: what compiles a block's graphs, "inductor" or "eager".
+        compiler: of the blocks' graphs, "inductor" or "eager".
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance within each batch, as the paper does, instead of across batches.
-        frozen_state: what becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop".
+        frozen_state: where a frozen parameter's optimizer state goes: "keep" it, move it to host memory
+            ("cpu"), or "drop" it.
 
     Raises:
         ValueError, TypeError: for arguments outside these ranges. `Trainer(...)` and `.train()` raise

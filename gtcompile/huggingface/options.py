@@ -16,7 +16,7 @@ Every = int | Literal["epoch"]
 """When a new set is selected: at each "epoch", a pass over the data, or after this many optimizer steps."""
 
 Policy = str | policies.Policy | policies.Choose
-"""A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
+"""A selection policy: a name, a description from `gtcompile.policies`, or a user's function."""
 
 MAY_CHANGE = frozenset({"compiled", "compiler"})
 """Options that a resumed training may set differently: they do not change what is trained."""
@@ -42,7 +42,7 @@ class CallbackOptions:
     compiled: bool = True
     """Whether the model's repeated blocks are compiled."""
     compiler: str = "inductor"
-    """What compiles them: "inductor" or "eager"."""
+    """Compiler of their graphs: "inductor" or "eager"."""
     always: tuple[str, ...] = ()
     """Patterns of parameters that are always trained."""
     never: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallbackOptions:
     two_pass: bool = False
     """Whether importance is measured within each batch, as the paper does."""
     frozen_state: Setting = "keep"
-    """What becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop"."""
+    """Where a frozen parameter's optimizer state goes: "keep", "cpu" or "drop"."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
@@ -105,7 +105,7 @@ class Progress:
     selected_at: int = -1
     """The trainer's step before which the present set was selected; -1 before the first selection."""
     due: bool = True
-    """Whether the next step selects a new set, whatever its number."""
+    """Whether the next step selects a new set, independent of `every`."""
     mid_epoch: bool = False
     """Whether the training was resumed inside an epoch: the next epoch event then starts no new epoch."""
 

@@ -99,7 +99,7 @@ def check_batches(
         The batches.
 
     Raises:
-        TypeError: for a single batch, or one that is no keyword dictionary although there is no `loss_fn`.
+        TypeError: for a single batch, or without `loss_fn` for a batch that is not a keyword dictionary.
         ValueError: for too few batches, or keys that the model's forward does not take.
     """
     if isinstance(batches, Mapping | torch.Tensor):

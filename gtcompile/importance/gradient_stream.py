@@ -1,4 +1,4 @@
-"""Gradients, handed over one at a time as a backward completes them and then freed."""
+"""A stream of gradients: each is consumed as soon as the backward completes it, and then freed."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping

@@ -45,7 +45,7 @@ class Limits:
 
     @property
     def trainable(self) -> frozenset[str]:
-        """Every FQN that may be trained, whatever it costs."""
+        """Every FQN that may be trained, at any cost."""
         return self.costs.fqns - self.never
 
 

@@ -1,7 +1,7 @@
-"""Policies: what is trained at every step within a budget. Public as `gtcompile.policies`.
+"""Policies decide which parameters each step trains within a budget. Public as `gtcompile.policies`.
 
 A policy is given to `AdaptiveBackprop(..., policy=...)` by name (`"sampled"`), as a description
-(`policies.Sampled(exploration=0.5)`), or as a function of the user's own. Some policies train one set until
+(`policies.Sampled(exploration=0.5)`), or as your own function. Some policies train one set until
 the next selection. Others change the set at every step; the budget is then a mean that holds after every
 step: cheap steps save FLOPs for costly ones.
 """
@@ -39,9 +39,9 @@ __all__ = [
 ]
 
 Measured = Literal["affordable", "everything", "nothing"]
-"""Which importances a policy needs: of what one step's budget can train, of every parameter, or none."""
+"""The importances that a policy needs: of parameters that a step can afford, of every parameter, or none."""
 Choose = Callable[["BackwardCosts", Mapping[str, float], float, torch.Generator], Iterable[str]]
-"""A policy of the user's own: takes costs, importance by FQN, the budget as a share of a full step's FLOPs in
+"""A user's policy function: takes costs, importance by FQN, the budget as a share of a full step's FLOPs in
 (0, 1], and a generator on the CPU seeded for this step; returns the FQNs to train in it."""
 
 _DRAWN = 16
@@ -244,7 +244,7 @@ class Paper:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A policy of the user's own, called for every step; see `Choose`."""
+    """A user's policy function, called for every step; see `Choose`."""
 
     choose: Choose
     measured: ClassVar[Measured] = "everything"

@@ -1,4 +1,4 @@
-"""Which set to train at every step, so that the mean cost stays within the budget at every moment."""
+"""The schedule of trained sets, one per step, whose mean cost is within the budget after every step."""
 
 import hashlib
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Progress:
     """How far a schedule has come since the selection."""
 
     steps: int = 0
-    """Optimizer steps for which a set was handed out, the one under way included."""
+    """Optimizer steps so far, the one under way included."""
     spent_flops: int = 0
     """FLOPs of these steps together."""
     drawn: int = 0

@@ -1,4 +1,4 @@
-"""Which parameters to train: the most important that fit the budget, with the bound that proves it."""
+"""Select the most important parameters that fit the budget, with a bound that proves the optimum."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -40,7 +40,7 @@ class AdaptiveBackprop:
 
     The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have compiled
     blocks; a new set compiles nothing. Inside `DistributedDataParallel(model, find_unused_parameters=True)`
-    every rank calls `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides
+    every rank calls `reselect` with its own batches: importance is averaged over the ranks, rank 0 decides
     for all, and only trained gradients are sent. An error on one rank is raised on all. A model sharded
     with `fully_shard` behaves alike; its importance is that of all ranks' batches together.
 
@@ -48,15 +48,15 @@ class AdaptiveBackprop:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
-        policy: what to train within the budget: a name or a description from `gtcompile.policies`, or a
-            function of your own, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
+        policy: decides what to train within the budget: a name or a description from `gtcompile.policies`, or
+            your own function, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
             for every step.
         loss_fn: takes the model and a batch of any structure and returns the scalar loss.
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
-        frozen_state: what becomes of the optimizer's state of a parameter while it is frozen: "keep" it, move
-            it to host memory ("cpu"), or "drop" it and start anew.
+        frozen_state: where the optimizer's state of a frozen parameter goes: "keep" it, move it to host
+            memory ("cpu"), or "drop" it and start anew.
         loss_module: computes the loss that training really uses, with the model's parameters under the
             model's names. Importance is measured through it; costs are those of the model's own loss, so
             batches must contain its labels.
@@ -107,7 +107,7 @@ class AdaptiveBackprop:
 
     @property
     def policy(self) -> Policy:
-        """What is trained within the budget."""
+        """The policy that decides which parameters to train within the budget."""
         return self._policy
 
     @property
@@ -220,7 +220,7 @@ class AdaptiveBackprop:
         """Continue from a state that `state_dict` returned, in the middle of an epoch or not.
 
         Budget, patterns, seed and history become those of the state, and its trained set is trained from now
-        on. The next calls of `step` hand out the sets that would have come next.
+        on. The next calls of `step` return the sets that would have come next.
 
         Raises:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
@@ -271,7 +271,7 @@ class AdaptiveBackprop:
         return self._known_costs[key]
 
     def _common_ground(self) -> dict[str, Any]:
-        """What must be equal on all ranks."""
+        """Values that must be equal on all ranks, by their name in messages."""
         return {
             "the budget": self._terms.budget_fraction,
             "the patterns in always": self._terms.always,
