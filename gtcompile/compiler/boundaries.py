@@ -62,7 +62,7 @@ def end_backward(tensor: torch.Tensor) -> torch.Tensor:
 def needs_gradient(value: object) -> bool:
     """Whether the gradient of a value reaches a trained parameter or a leaf that the user differentiates.
 
-    True also where the history does not show it.
+    In doubt the answer is True: some autograd functions hide parts of the history.
 
     Args:
         value: anything; the history of a tensor is searched up to the first node that needs a gradient.

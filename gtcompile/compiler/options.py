@@ -18,8 +18,8 @@ class CompileOptions:
     variants_kept: int = 16
     """How many specialized variants of a graph are kept; the least recently used is dropped."""
     cut_chains: Literal["run", "compile"] = "compile"
-    """How the graph in which a hoisted backward ends runs the part that it needs. `compile` compiles the part;
-    `run` calls its operators one by one."""
+    """How the graph in which a hoisted backward ends runs its part: `compile` compiles the part, `run` calls
+    its operators one by one."""
     differentiate: Literal["everything", "loss"] = "everything"
     """`loss` promises that only scalar outputs are differentiated: the backward then needs no memory for
     zero gradients of the logits."""
