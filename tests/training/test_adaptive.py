@@ -179,7 +179,12 @@ def test_costs_are_captured_once_per_shape(monkeypatch):
     import gtcompile.training.adaptive as module
 
     captured = []
-    monkeypatch.setattr(module, "backward_costs", lambda *args: captured.append(1) or backward_costs(*args))
+
+    def count(*args, **options):
+        captured.append(1)
+        return backward_costs(*args, **options)
+
+    monkeypatch.setattr(module, "backward_costs", count)
     _, _, adaptive = make_regression()
     adaptive.reselect(make_batches())
     adaptive.reselect(make_batches(seed=4))
