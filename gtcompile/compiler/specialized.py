@@ -24,7 +24,7 @@ from gtcompile.compiler.region_graph import (
     region_joint,
     region_node,
 )
-from gtcompile.graph.flops import register_missing_formulas
+from gtcompile.graph.flop_registry import register_missing_formulas
 from gtcompile.passes.effect_tokens import EFFECTS, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.torch_internals import (
