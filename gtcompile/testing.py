@@ -1,4 +1,4 @@
-"""The oracles that gtcompile is tested with, for your own tests: reference gradients and a comparison."""
+"""Helpers for your own tests: reference gradients by eager autograd, and a comparison with them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -26,13 +26,14 @@ def reference_gradients(
     Args:
         model: compiled or not; it runs eagerly here.
         batch: keyword dictionary of the model's forward, labels included.
-        trained: FQNs of the trained parameters, tied ones under their first name; None for the present set.
+        trained: FQNs of the trained parameters, tied ones under their first name; None for the current
+            trained set.
 
     Returns:
         FQN -> gradient, of the parameter's shape, for the trained parameters that the loss depends on.
 
     Raises:
-        ValueError: a name in `trained` is no parameter of the model.
+        ValueError: a name in `trained` is not a parameter of the model.
     """
     chosen = trained_parameters(model) if trained is None else frozenset(trained)
     inner = unwrap(model)
@@ -56,7 +57,7 @@ def _eager_step(
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         loss = loss_of(model(**batch))
-        if not loss.requires_grad:  # none of them was used
+        if not loss.requires_grad:  # the loss depends on none of them
             return [None] * len(wanted)
         differentiate = _by_backward if _is_checkpointed_reentrantly(loss) else _by_grad
         return differentiate(loss, list(wanted.values()))
@@ -113,16 +114,8 @@ def assert_same_gradients(
         raise AssertionError(f"gradients of the wrong parameters: unexpected {extra}, missing {missing}")
     for fqn, gradient in expected.items():
         torch.testing.assert_close(
-            gradients[fqn],
-            gradient,
-            rtol=rtol,
-            atol=atol,
-            msg=partial(_name_gradient, fqn),
+            gradients[fqn], gradient, rtol=rtol, atol=atol, msg=partial("gradient of {}: {}".format, fqn)
         )
-
-
-def _name_gradient(fqn: str, text: str) -> str:
-    return f"gradient of {fqn}: {text}"
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Every private torch name that gtcompile uses, with the reason; read at torch 2.11, 2.13, 2.14 and 2.15.
 
-Nothing else in the project imports from a `torch._*` module, and the strings that torch may change (names of
-nodes, keys, prefixes) are constants here: this is the one file to touch for a new torch. A torch that is too
+No other module imports from a `torch._*` module, and the strings that torch may change (names of nodes, keys,
+prefixes) are constants here: this is the one file to touch for a new torch. A torch that is too
 old, or that lacks one of the names, is refused here in one sentence. `gtcompile.compiler.self_test` checks,
 before the first compilation, that the names still do what they did.
 """
@@ -125,13 +125,13 @@ try:
     # The memory behind a tensor inside `vmap`, which has none of its own, and whether a transform is running.
     from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level
 
-    # Tensors with shapes but without values. What is copied within their mode would be fake too.
+    # Tensors with shapes but without values, and their mode. Copies made inside the mode would be fake too.
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
     # The class of the tensors that AOTAutograd traces with.
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    # Symbols for sizes; which of them only a run tells, and what is known about them.
+    # Symbolic sizes: their environment; whether one depends on data; whether an equation is known to hold.
     from torch.fx.experimental.symbolic_shapes import (
         ShapeEnv,
         has_free_unbacked_symbols,
@@ -142,7 +142,7 @@ try:
     # Recognises symbols for floating-point numbers, which are no sizes.
     from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-    # Runs code without the dispatch modes around it, such as a FLOP counter of the user's.
+    # Runs code without the dispatch modes around it, such as a FLOP counter.
     from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 
     # Recognises tensors made of other tensors, which AOTAutograd flattens into several inputs.
@@ -152,8 +152,6 @@ try:
 
     # Rewrites operators that ONNX lacks into others.
     from torch._decomp import get_decompositions
-
-    # AOTAutograd wraps this operator around one with a side effect.
 
     # Operators of aten, all overloads of one, and operators that call other operators.
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -169,7 +167,7 @@ try:
 
     # --- Autograd at run time ---
 
-    # The autograd node whose backward is running: it tells which trained set its forward ran with.
+    # The autograd node whose backward is running: its metadata holds the trained set of the forward.
     current_autograd_node = torch._C._current_autograd_node
 
     # The autograd function of reentrant checkpoints.
@@ -212,7 +210,7 @@ TRACING_CONTEXT = "tracing_context"
 """Key in the metadata of a graph that `dynamo_graph_capture_for_export` captured."""
 
 RECOMPUTE = "recompute"
-"""Key in a node's metadata by which the partitioner is told to save or to recompute its value."""
+"""Key in a node's metadata that makes the partitioner save or recompute its value."""
 
 SAVED_RANDOM_STATE = "rng_state_output"
 """Prefix of the nodes that the partitioner adds to save a random state for recomputation."""
@@ -264,11 +262,11 @@ ATTRIBUTES = (
 
 
 def dense_kernel(operator: HigherOrderOperator) -> Callable[..., Any] | None:
-    """What a higher-order operator runs on ordinary tensors: its subgraphs, operator by operator."""
+    """The kernel by which a higher-order operator runs its subgraphs on ordinary tensors, or None."""
     return operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
 
 
-def compiled_code_stands_aside() -> bool:
+def compiled_code_is_off() -> bool:
     """Whether calls of compiled code run eagerly for now.
 
     They do under `torch.compiler.set_stance("force_eager")`, and inside the transforms of `torch.func`, whose
@@ -324,8 +322,8 @@ def settings_not_logged() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logged_apart() -> Iterator[None]:
-    """Give a compilation that runs inside another one a log of its own.
+def separate_compilation_log() -> Iterator[None]:
+    """Give a compilation that runs inside another one a separate log.
 
     Dynamo's log has room for one forward and one backward of each compilation, and refuses a second.
     """
@@ -335,14 +333,14 @@ def logged_apart() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_to_be_compiled() -> Iterator[None]:
+def as_if_compiling() -> Iterator[None]:
     """Make `torch.compiler.is_compiling()` true while a model is traced without Dynamo."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", new=True):
         yield
 
 
 @contextlib.contextmanager
-def reentrant_checkpoints_passed_over() -> Iterator[None]:
+def reentrant_checkpoints_as_calls() -> Iterator[None]:
     """Replace reentrant checkpoints by plain calls while a model is traced, as Dynamo does.
 
     Tracing cannot go through a reentrant checkpoint: it builds its graph only in a real backward.
@@ -356,105 +354,16 @@ def reentrant_checkpoints_passed_over() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lstm_kernels_of_eager() -> Iterator[None]:
+def eager_lstm_kernels() -> Iterator[None]:
     """Trace LSTMs as the kernels that eager PyTorch calls: oneDNN's or cuDNN's, with one fused backward.
 
-    Tracers replace an LSTM by products of matrices, by a kernel in Python that its operator is given. But
-    Dynamo breaks the graph at `nn.LSTM`, so that what runs is the eager kernel.
+    A Python kernel of the operator makes tracers decompose an LSTM into matrix products. But Dynamo breaks
+    the graph at `nn.LSTM`, so the eager kernel is the one that runs.
     """
     lstm = torch.ops.aten.lstm.input
     with mock.patch.dict(lstm.py_kernels, clear=True):
-        lstm._dispatch_cache.clear()  # it remembers which kernel a key led to
+        lstm._dispatch_cache.clear()  # forget the Python kernel
         try:
             yield
         finally:
             lstm._dispatch_cache.clear()
-
-
-__all__ = [
-    "ATTRIBUTES",
-    "BACKWARD_HOOKS",
-    "BOXED_CALL",
-    "COMPILED_REGION",
-    "DESCRIPTOR",
-    "DONATED_INPUTS",
-    "EMBEDDING_HOOK",
-    "EXAMPLE_VALUE",
-    "FSDP_POST_BACKWARD_NODE",
-    "INDUCTOR_RANDOM",
-    "IS_BACKWARD",
-    "RECOMPUTE",
-    "REENTRANT_CHECKPOINT_NODE",
-    "SAVED_RANDOM_STATE",
-    "SETTINGS",
-    "STATIC_INPUTS",
-    "SUPPORTED",
-    "TESTED",
-    "TRACING_CONTEXT",
-    "VALUE",
-    "VISIBLE_OUTPUTS",
-    "BackwardTokenAOTOutput",
-    "BoxedCodeGen",
-    "BufferAOTInput",
-    "CountingMode",
-    "CustomGraphPass",
-    "CustomPartitionerFn",
-    "FakeTensor",
-    "FakeTensorMode",
-    "FunctionalTensor",
-    "GradAOTOutput",
-    "HigherOrderOperator",
-    "InputMutationAOTOutput",
-    "OpOverload",
-    "OpOverloadPacket",
-    "ParamAOTInput",
-    "PlainAOTInput",
-    "ShapeEnv",
-    "ShortenTraceback",
-    "TangentAOTInput",
-    "TorchDynamoException",
-    "TracingContext",
-    "aot_autograd",
-    "aot_export_joint_with_descriptors",
-    "cache_dir",
-    "captured_as_compiled",
-    "check_version",
-    "compile_fx",
-    "compile_fx_inner",
-    "compiled_code_stands_aside",
-    "current_autograd_node",
-    "dense_kernel",
-    "dynamo_config",
-    "dynamo_counters",
-    "dynamo_graph_capture_for_export",
-    "exceptions_allowed_to_be_fallback",
-    "functorch_config",
-    "get_decompositions",
-    "get_hash_for_files",
-    "get_unwrapped",
-    "has_free_unbacked_symbols",
-    "has_symbolic_numbers",
-    "inductor_config",
-    "inductor_state",
-    "innermost_fn",
-    "is_functorch_wrapped_tensor",
-    "is_traceable_wrapper_subclass",
-    "logged_apart",
-    "lstm_kernels_of_eager",
-    "mark_dynamic",
-    "merge_equal_nodes",
-    "min_cut_rematerialization_partition",
-    "no_autocast",
-    "no_dispatch_modes",
-    "pack_padded_sequence",
-    "pad_packed_sequence",
-    "reentrant_checkpoints_passed_over",
-    "settings_not_logged",
-    "statically_known_true",
-    "sym_eq",
-    "told_to_be_compiled",
-    "tracing",
-    "tree_map",
-    "unset_fake_temporarily",
-    "with_effects",
-]

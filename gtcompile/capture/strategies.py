@@ -17,16 +17,17 @@ from gtcompile.capture.rng import random_state, restore_random_state
 from gtcompile.capture.value_tracing import NoMemoryAccess, ValuesMode
 from gtcompile.graph.joint_graph import ONE_BATCH
 from gtcompile.torch_internals import (
+    TRACING_CONTEXT,
     FakeTensor,
     TracingContext,
+    as_if_compiling,
     captured_as_compiled,
     dynamo_config,
     dynamo_graph_capture_for_export,
+    eager_lstm_kernels,
     is_traceable_wrapper_subclass,
-    lstm_kernels_of_eager,
-    reentrant_checkpoints_passed_over,
+    reentrant_checkpoints_as_calls,
     settings_not_logged,
-    told_to_be_compiled,
     tracing,
 )
 
@@ -72,7 +73,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 def _through_dynamo(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     stack.enter_context(_static_and_quiet())
     graph: fx.GraphModule = dynamo_graph_capture_for_export(module)(**batch)
-    context: TracingContext = graph.meta["tracing_context"]
+    context: TracingContext = graph.meta[TRACING_CONTEXT]
     stack.enter_context(tracing(context))
     return graph
 
@@ -91,13 +92,13 @@ def _refuse_cache(
 
 
 def _as_compiled(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
-    stack.enter_context(told_to_be_compiled())
+    stack.enter_context(as_if_compiling())
     return _as_eager(module, batch, stack)
 
 
 def _as_eager(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
-    stack.enter_context(reentrant_checkpoints_passed_over())
-    stack.enter_context(lstm_kernels_of_eager())
+    stack.enter_context(reentrant_checkpoints_as_calls())
+    stack.enter_context(eager_lstm_kernels())
     return _every_run_alike(trace_forced_gradients(module))
 
 

@@ -14,7 +14,7 @@ from gtcompile.torch_internals import ShortenTraceback
 
 
 class RefusedOptionError(ShortenTraceback, ValueError):
-    """A `ValueError` that Dynamo raises as it is, instead of wrapping it in an error of its own."""
+    """A `ValueError` that Dynamo raises unchanged instead of wrapping it in another error."""
 
     def __init__(self, message: str, frame: FrameType | None) -> None:
         super().__init__(message, first_useful_frame=frame)
@@ -35,10 +35,13 @@ def gtcompile(
         graph: as Dynamo captured it; parameters are among its inputs.
         example_inputs: one per input of the graph.
         options: fields of `CompileOptions`, as given to `torch.compile(options=...)`.
-        **others: what else `torch.compile` was given for its backend, such as `mode`.
+        **others: further arguments of `torch.compile` for its backend, such as `mode`; all are refused.
+
+    Returns:
+        A function that takes and returns what the graph does.
 
     Raises:
-        ValueError: for an unknown option or value, listing the known ones, and for anything in `others`.
+        ValueError: for an unknown option or value (lists the known ones), and for anything in `others`.
     """
     try:
         parsed = parse_options(options or {})
@@ -59,7 +62,7 @@ def make_backend(options: CompileOptions) -> Callable[[fx.GraphModule, Sequence[
 
 
 def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Refuse what only other backends understand.
+    """Refuse arguments that only other backends understand.
 
     Raises:
         ValueError: naming what was given and what to use instead.

@@ -1,18 +1,18 @@
-"""How a hoisted region runs its backward for each set of live gradients.
+"""Backward plans of a hoisted region: how it computes each set of live gradients.
 
 Three strategies run a part of the backward graph. All compute exactly the live gradients; they differ in what
-they need compiled, and in the work they do besides:
+they need compiled, and in the extra work they do:
 
 * *chain and leaves*: the chain of activation gradients, compiled once, then the leaves of the live gradients,
-  one by one (`passes/hoisting.py`). Leaves are weight gradients, and gradients of whatever else a block is
-  given, such as the encoder's output in a decoder. No set compiles anything, but the whole chain runs.
+  one by one (`passes/hoisting.py`). Leaves are weight gradients, and gradients of further inputs, such as
+  the encoder's output in a decoder. A new set compiles nothing, but the whole chain runs.
 * *operator program*: the operators that the live gradients need, called one by one (`operator_program.py`).
-  It compiles nothing and does no other work.
+  It compiles nothing and does no extra work.
 * *compiled excerpt*: the same operators, compiled for this one set.
 
 A *plan* is the cheapest strategy for one set. Where chain and leaves do no more work than the live gradients
-need, they win. Otherwise the backward ends inside this graph, which happens in one block of many: that block
-runs the operator program, or the compiled excerpt if the options ask for it (`cut_chains="compile"`) or only
+need, they are the cheapest. Otherwise the backward ends inside this graph, as it does in one block of the
+model. That block runs the operator program, or the compiled excerpt with `cut_chains="compile"` or where only
 compiled code can run it.
 """
 
@@ -25,8 +25,7 @@ from torch import fx
 
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, run_part
-from gtcompile.compiler.operator_program import OperatorProgram
-from gtcompile.compiler.operators import Boxed
+from gtcompile.compiler.operator_program import Boxed, OperatorProgram
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name
 from gtcompile.passes.hoisting import (
@@ -48,7 +47,7 @@ code in Inductor's cache."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What all plans of a region have in common."""
+    """Options and names that all plans of a region share."""
 
     parts: InductorParts | None
     """How Inductor compiles parts of the backward; None where no code is generated."""
@@ -57,7 +56,7 @@ class PlanOptions:
     inputs: frozenset[str]
     """Names of all of the region's inputs."""
     cut_chains: Literal["run", "compile"]
-    """Whether what is needed of a chain runs operator by operator or is compiled."""
+    """Whether an excerpt of a chain runs operator by operator or is compiled."""
 
     @classmethod
     def of(cls, region: CapturedRegion, parts: InductorParts | None) -> "PlanOptions":
@@ -85,7 +84,7 @@ class Chain:
     """The backward of a region, split into chain and leaves, with the chain compiled."""
 
     activation: Slots
-    """The slot of the activation gradient that the chain computes; empty where there is none."""
+    """The slot of the activation gradient that the chain computes; empty if there is none."""
     hoisted: HoistedBackward
     """The chain and the leaves as graphs."""
     run: Boxed
@@ -97,8 +96,8 @@ class Chain:
 class BackwardPlans:
     """The plans of a region, each made when it is first needed.
 
-    The backward graph of a region is known at its compilation. More of them appear at run time, for backwards
-    in which some tangents are zero because nothing was differentiated through their outputs.
+    The full backward graph of a region is known at its compilation. Smaller ones are made at run time, for
+    backwards in which some tangents are zero because nothing was differentiated through their outputs.
 
     Args:
         partition: of the region.
@@ -115,7 +114,7 @@ class BackwardPlans:
         """By live gradients and graph, the plan."""
 
     def released(self, live: Live) -> frozenset[int]:
-        """Which saved values a forward may release: those that no backward seen so far would read.
+        """The saved values that a forward may release: those that no backward graph known so far would read.
 
         Args:
             live: positions of the region's inputs whose gradients are live.
@@ -182,11 +181,11 @@ class BackwardGraph:
             self._chain  # noqa: B018
 
     def cheapest(self, live: Slots) -> Plan:
-        """The plan that does the least work, chain and leaves if all do the same."""
+        """The plan that does the least work; chain and leaves in case of a tie."""
         return self.chain_and_leaves(live) or self.least(live)
 
     def least(self, live: Slots) -> Plan:
-        """The plan that does no work but what these gradients need, and reads no more than any other plan."""
+        """The plan that does only the work that these gradients need, and reads the fewest saved values."""
         return self.compiled_excerpt(live) if self._must_compile(live) else self.operator_program(live)
 
     def _must_compile(self, live: Slots) -> bool:
@@ -211,13 +210,13 @@ class BackwardGraph:
         return Plan(self._partition.released(read), backward)
 
     def operator_program(self, live: Slots) -> Plan:
-        """Call the operators that are needed one by one."""
+        """Call the operators that these gradients need one by one."""
         excerpt = self._program.excerpt(live)
         backward = functools.partial(run_part, excerpt.inputs, excerpt.run)
         return Plan(self._partition.released(set(excerpt.inputs)), backward)
 
     def compiled_excerpt(self, live: Slots) -> Plan:
-        """Compile what is needed for this set alone."""
+        """Compile the operators that these gradients need, for this set alone."""
         assert self._options.parts is not None
         excerpt = self._excerpt(live)
         backward = functools.partial(run_part, excerpt.inputs, self._options.parts.compile(excerpt))
@@ -240,13 +239,13 @@ class BackwardGraph:
         return Chain(activation, hoisted, parts.compile(hoisted.chain), hoisted.chain.flops)
 
     def _costliest(self, slots: Iterable[int]) -> Slots:
-        """The slot whose gradient takes most FLOPs by itself; empty where there are no slots."""
+        """The slot whose gradient alone takes most FLOPs; empty if there are no slots."""
         costs = {slot: self._program.flops({slot}) for slot in slots}
         return frozenset({max(costs, key=costs.__getitem__)} if costs else ())
 
 
 def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
-    """Each leaf, and those of its operands that no later leaf reads."""
+    """Pair each leaf with those of its operands that no later leaf reads."""
     last = {operand: i for i, leaf in enumerate(leaves) for operand in leaf.operands}
     return tuple((leaf, tuple(o for o in leaf.operands if last[o] == i)) for i, leaf in enumerate(leaves))
 
@@ -258,7 +257,7 @@ def run_chain(
     slots: int,
     inputs: list[Any],
 ) -> Sequence[Any]:
-    """Run the chain, then the leaves one by one, letting go of every value that no later leaf reads."""
+    """Run the chain, then the leaves one by one, and free every value that no later leaf reads."""
     hoisted = chain.hoisted
     saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
     computed = [*run_part(hoisted.chain.inputs, chain.run, inputs), *[None] * hoisted.handed_on]
@@ -280,5 +279,5 @@ def run_chain(
 
 
 def recomputes_random_numbers(module: fx.GraphModule) -> bool:
-    """Whether a backward draws random numbers again, which only compiled code can do."""
+    """Whether a backward graph draws random numbers again, which only compiled code can do."""
     return any(INDUCTOR_RANDOM in str(node.target) for node in module.graph.nodes)

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,27 +23,26 @@ from gtcompile.compiler.boundaries import (
     unwatch_embeddings,
     watch_embeddings,
 )
-from gtcompile.compiler.code_objects import CodeCopies
 from gtcompile.compiler.options import parse_options
 from gtcompile.compiler.self_test import check_contracts
 from gtcompile.errors import CaptureError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.state import trained_set
-from gtcompile.torch_internals import compiled_code_stands_aside, dynamo_config
+from gtcompile.torch_internals import compiled_code_is_off, dynamo_config
 
 logger = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 BLOCK_DEFAULTS = {"variants": "hoisted", "cut_chains": "run"}
 """Defaults of `compile_blocks` that differ from `CompileOptions`: a new trained set compiles nothing."""
 CAPTURES = 64
-"""How many graphs of one class may be captured. More is an error: something differs at every call."""
+"""How often Dynamo may capture blocks of one class. More is an error: something differs at every call."""
 _MORE = 4 * CAPTURES
 """Dynamo's own limit. Beyond it Dynamo silently runs eagerly, so our limit must be reached first."""
 _LIMIT: dict[str, Any] = {}
 _RAISED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
     _LIMIT = {"recompile_limit": _MORE}
-else:  # avoided where possible: patching the settings at every call takes longer than the rest of a dispatch
+else:  # older torch: patch the setting at every call, which takes longer than the rest of a dispatch
     _RAISED = dynamo_config.patch(recompile_limit=_MORE)
 
 
@@ -62,8 +62,10 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
         The same model.
 
     Raises:
-        ValueError: when there is no repeated block, a name in `blocks` is no module, or the model is compiled
-        already.
+        ValueError: there is no repeated block, a name in `blocks` is not a module, the model is compiled
+            already, or an option or its value is unknown.
+        TypeError: `blocks` is a single string.
+        GraphContractError: this torch fails the self-test.
     """
     model = unwrap(model)
     parsed = parse_options(BLOCK_DEFAULTS | options)
@@ -92,17 +94,48 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     return model
 
 
+class CodeCopies:
+    """Copies of methods. Methods with the same function share one new code object.
+
+    Dynamo keeps compiled code, and counts recompilations, by code object. All blocks of transformers run one
+    wrapper function around their forward. Without copies, another compiled model in the process would use up
+    the recompile limit of this one, and the blocks of this one would silently run eagerly.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[FunctionType, FunctionType] = {}
+
+    def of(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the method with its function replaced by a copy; other callables are returned unchanged."""
+        if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+            return method
+        function = method.__func__
+        if function not in self._copies:
+            self._copies[function] = _copy_function(function)
+        return MethodType(self._copies[function], method.__self__)
+
+
+def _copy_function(function: FunctionType) -> FunctionType:
+    code = function.__code__.replace()
+    made = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(made).update(vars(function))
+    return made
+
+
 class Kind:
-    """What the compiled blocks of one class share.
+    """State that the compiled blocks of one class share.
 
     Args:
-        block_class: the class.
+        block_class: their class.
         backend: compiles the graphs that Dynamo captures.
     """
 
     def __init__(self, block_class: type[nn.Module], backend: Backend) -> None:
         self.differentiable: set[int | str] = set()
-        """Inputs, by position or name, that have required grad once."""
+        """Inputs, by position or name, that required grad in any call so far."""
         self._class, self._backend = block_class, backend
         self.__name__ = "gtcompile"  # what Dynamo calls this backend in the errors it raises
         self._captures, self._calls = 0, 0
@@ -118,7 +151,7 @@ class Kind:
         if self._captures > CAPTURES:
             raise CaptureError(
                 f"Dynamo captured {self._class.__name__} {CAPTURES} times and needs to again: something is "
-                f'different at every call, often a shape or a number. TORCH_LOGS="recompiles" says what.'
+                f'different at every call, often a shape or a number. TORCH_LOGS="recompiles" shows it.'
             )
         return self._backend(graph, example_inputs)
 
@@ -159,10 +192,13 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> Iterator[str]:
-    """FQNs of the repeated blocks: members of a container that share a class, outermost first.
+    """Find the repeated blocks: sibling modules of one class that have parameters and submodules.
 
-    A container is any module. A block is a member that has parameters and submodules. So the linear layers of
-    a multi-layer perceptron are no blocks, and the experts inside a transformer block belong to that block.
+    The linear layers of a multi-layer perceptron are no blocks, because they have no submodules. The experts
+    inside a transformer block belong to that block, because only outermost blocks are found.
+
+    Yields:
+        The FQN of each block, in the order of registration.
     """
     yield from _blocks_below(model, "")
 
@@ -187,8 +223,8 @@ def _could_be_block(module: nn.Module) -> bool:
 def _is_stack(module: nn.Module, *, in_list: bool) -> bool:
     """Whether a module holds a list of repeated blocks, as an encoder or a decoder does.
 
-    A member of a list may be a stage of blocks, or a block with a list of experts. Experts consist of single
-    operators, whereas blocks contain modules with modules of their own.
+    A member of a list may be a stage of blocks, or a block with a list of experts. The difference: experts
+    have only leaf modules as children, whereas blocks have children with modules of their own.
     """
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
     return any(_is_list_of_blocks(members, nested=in_list) for members in lists)
@@ -218,9 +254,9 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 class BlockForward:
     """A block's forward: compiled while gradients are enabled, eager otherwise.
 
-    Inputs always look the same to Dynamo, so that no guard fails. An input that has required grad once, and
-    does not now because only frozen parameters are upstream, is replaced by an autograd boundary, which
-    requires grad. So is an input that requires grad though nothing trained is upstream (`boundaries.py`).
+    Dynamo guards on the `requires_grad` of every input. So that no guard fails, an input that required grad
+    in an earlier call is replaced by an autograd boundary, which requires grad, where only frozen parameters
+    are upstream of it (`boundaries.py`).
 
     Copies of the block, deep or pickled, have the eager forward, because compiled code is bound to the
     parameters of this block.
@@ -245,7 +281,7 @@ class BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        if self.retired or not torch.is_grad_enabled() or compiled_code_stands_aside():
+        if self.retired or not torch.is_grad_enabled() or compiled_code_is_off():
             return self.eager(*args, **kwargs)
         args = tuple(self._steady(position, value) for position, value in enumerate(args))
         kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
@@ -256,11 +292,11 @@ class BlockForward:
         return output
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        """Have copies and pickles hold the eager forward."""
+        """Make copies and pickles hold the eager forward."""
         return _itself, (self.eager,)
 
     def _steady(self, key: int | str, value: Any) -> Any:
-        """The input as Dynamo has seen it before: requiring grad, if it ever did."""
+        """Return the input, or a boundary in its place, so that it requires grad if it ever did."""
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         if value.requires_grad:
@@ -269,9 +305,9 @@ class BlockForward:
         return boundary(value) if self._must_require_grad(key) else value
 
     def _must_require_grad(self, key: int | str) -> bool:
-        """Whether an input that does not require grad must look as if it did.
+        """Whether an input that does not require grad must be replaced by a boundary, which does.
 
-        Decided once per trained set: a checkpointed block that is recomputed must see the same inputs.
+        Decided once per trained set: when checkpointing recomputes a block, its inputs must be as before.
         """
         if self._generation != trained_set.generation():
             self._generation = trained_set.generation()

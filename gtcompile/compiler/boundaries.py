@@ -1,14 +1,13 @@
 """Autograd boundaries: where a backward ends because nothing upstream is trained.
 
-Compiled blocks and regions have one question about each of their inputs, `needs_gradient`: would a gradient
-of it reach anything that is trained? Autograd's own answer, `requires_grad`, is yes too often:
+For each of their inputs, compiled blocks and regions must know whether its gradient reaches a trained
+parameter: `needs_gradient` finds out. Autograd's own flag, `requires_grad`, is true too often:
 
 * Activation checkpointing, as transformers and PEFT enable it, makes the outputs of embeddings require grad,
   frozen or not. The backward would run down to them through every frozen block.
 * Dynamo guards on `requires_grad`, so a block's inputs keep the flag when the blocks before it are frozen.
 
-Where the answer is no, a `boundary` takes the place of the input: it requires grad, and the backward ends
-there.
+Where an input needs no gradient, a `boundary` replaces it: it requires grad, and the backward ends there.
 """
 
 import threading
@@ -22,14 +21,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtcompile.capture.pristine_model import is_compiled
 from gtcompile.state import trained_set
-from gtcompile.torch_internals import FSDP_POST_BACKWARD_NODE, compiled_code_stands_aside, tree_map
+from gtcompile.torch_internals import FSDP_POST_BACKWARD_NODE, compiled_code_is_off, tree_map
 
 _NEEDED = "gtcompile.needed"  # in an autograd node's metadata: what `needs_gradient` found
 _embedded = WeakTensorKeyDictionary()  # the keys: outputs of watched embeddings that had no history
 
 
 class _Boundary(torch.autograd.Function):
-    """Hands on a leaf's memory under a history of its own, since a leaf could not be written into."""
+    """Returns a leaf's memory as a tensor with a history, because autograd refuses writes into a leaf."""
 
     @staticmethod
     def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
@@ -44,27 +43,29 @@ _BOUNDARY_NODE = f"{_Boundary.__name__}Backward"  # as autograd names the nodes 
 
 
 def boundary(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, requiring grad, from which no backward runs on; shares memory with `tensor`."""
+    """Return a tensor that shares the memory of `tensor` and requires grad, and where a backward ends."""
     leaf = tensor.detach().requires_grad_()
     passed: torch.Tensor = _Boundary.apply(leaf)  # type: ignore[no-untyped-call]
     return passed
 
 
 def boundary_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A boundary with memory of its own, for eager code that may write into it."""
+    """Return a boundary with memory of its own, for eager code that may write into it."""
     return boundary(tensor).clone()
 
 
 def end_backward(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values without history; during a calibration they still require grad."""
+    """Detach a tensor from its history; during a calibration the result still requires grad."""
     return boundary_copy(tensor) if calibrating() else tensor.detach()
 
 
 def needs_gradient(value: object) -> bool:
-    """Whether a gradient of this value reaches something trained, or may do so for all we can see.
+    """Whether the gradient of a value reaches a trained parameter or a leaf that the user differentiates.
+
+    In doubt the answer is True: some autograd functions hide parts of the history.
 
     Args:
-        value: anything; the history of a tensor is searched up to the first thing that wants a gradient.
+        value: anything; the history of a tensor is searched up to the first node that needs a gradient.
     """
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return False
@@ -73,7 +74,7 @@ def needs_gradient(value: object) -> bool:
         return _leaf_needs_gradient(value)
     known = _known(start)
     if known is None:
-        # kept, because a checkpointed block asks again when it is recomputed
+        # kept, because the recomputation of a checkpointed block searches again
         known = _metadata(start)[_NEEDED] = _search(start)
     return known
 
@@ -93,7 +94,7 @@ def _search(start: torch.autograd.graph.Node) -> bool:
 
 
 def _known(node: torch.autograd.graph.Node) -> bool | None:
-    """What one node tells: yes, no, or None if its parents must be asked."""
+    """Whether one node needs a gradient; None if that depends on its parents."""
     if isinstance(node, BackwardCFunction):
         return _known_of_python(node.name())
     leaf = getattr(node, "variable", None)
@@ -104,11 +105,11 @@ def _known(node: torch.autograd.graph.Node) -> bool | None:
 
 
 def _known_of_python(name: str) -> bool | None:
-    """What the node of an `autograd.Function` tells.
+    """Whether the node of an `autograd.Function` needs a gradient; None if that depends on its parents.
 
-    Its parents are not asked, because its backward may differentiate what it does not show: a reentrant
-    checkpoint keeps the parameters of its block out of the history. Compiled regions are such functions
-    too, and there yes is exact: an output that depends on nothing trained left its region without history.
+    Searching the parents is not enough, because the history may lack parameters that the backward
+    differentiates: those of the block in a reentrant checkpoint, for example. So the answer is True. It is
+    exact for compiled regions, whose outputs have no history if they depend on nothing trained.
     """
     if name == FSDP_POST_BACKWARD_NODE:
         return None
@@ -116,7 +117,7 @@ def _known_of_python(name: str) -> bool | None:
 
 
 def _leaf_needs_gradient(leaf: torch.Tensor) -> bool:
-    """A parameter if it is trained; any other leaf if the user wants its gradient, not a checkpoint."""
+    """Whether a leaf is a trained parameter, or requires grad for another reason than checkpointing."""
     if isinstance(leaf, nn.Parameter):
         return trained_set.is_trained(leaf)
     return leaf not in _embedded
@@ -128,9 +129,9 @@ def _metadata(node: torch.autograd.graph.Node) -> dict[str, Any]:
 
 
 def watch_embeddings(model: nn.Module) -> None:
-    """Have `needs_gradient` know the outputs of the model's embeddings, which checkpointing may have changed.
+    """Record the outputs of frozen embeddings, which checkpointing makes require grad, for `needs_gradient`.
 
-    Watching a model twice does no harm.
+    A second call for the same model does nothing.
     """
     for module in _embeddings(model):
         if _note_output not in module._forward_hooks.values():
@@ -170,21 +171,21 @@ def _note_output(_module: nn.Module, _inputs: object, output: object) -> None:
 
 
 class _Active(threading.local):
-    """The calibrations that go on in this thread."""
+    """The calibrations under way in this thread."""
 
     def __init__(self) -> None:
         self.calibrations: set[Calibration] = set()
 
 
 class Calibration:
-    """The first forward of compiled blocks, in which they see which of their inputs may ever need a gradient.
+    """The first forward of compiled blocks, which shows which inputs may ever need a gradient.
 
     Dynamo captures a block for inputs that require grad, or for inputs that do not. If the first trained set
     left a prefix of blocks frozen, the first set that reaches deeper would need a second capture. So until
-    every block was called once, outputs of frozen modules and blocks require grad, as boundaries.
+    every block was called once, boundaries replace the outputs of frozen modules and blocks.
 
     Args:
-        model: it has hooks until its first forward with gradients enabled is over.
+        model: has hooks until its first forward with gradients enabled is over.
         blocks: the compiled modules in it.
     """
 
@@ -208,7 +209,7 @@ class Calibration:
 
     def _begin(self, model: nn.Module, _inputs: object) -> None:
         compiled = all(map(is_compiled, self._blocks))
-        eager = torch.compiler.is_compiling() or compiled_code_stands_aside()
+        eager = torch.compiler.is_compiling() or compiled_code_is_off()
         if not compiled or eager or not torch.is_grad_enabled():
             return  # the blocks run eagerly this time
         self._began, self._waiting = True, set(self._blocks)

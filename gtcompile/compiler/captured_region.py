@@ -1,7 +1,9 @@
 """A graph that Dynamo captured, with everything needed to compile it again for another trained set."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +11,25 @@ import torch
 from torch import fx, nn
 
 from gtcompile.compiler.options import CompileOptions
-from gtcompile.compiler.region_graph import requires_grad
+from gtcompile.compiler.region_graph import Live, requires_grad
 from gtcompile.passes import onednn_products
 from gtcompile.passes.loss_only import differentiate_loss_only
-from gtcompile.torch_internals import FakeTensor, TracingContext, tracing
+from gtcompile.torch_internals import (
+    FakeTensor,
+    TracingContext,
+    exceptions_allowed_to_be_fallback,
+    tracing,
+)
+
+logger = logging.getLogger(__name__)
+UNTRACEABLE = exceptions_allowed_to_be_fallback
+"""Errors of a tracer on a graph that Dynamo could capture, for example because a size depends on data or an
+operator has no fake kernel. With any backend, `torch.compile` runs such a graph in eager PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedRegion:
-    """What Dynamo handed to the backend, kept because later variants are compiled when Dynamo is done."""
+    """The arguments and the state of Dynamo's call of the backend; later variants are compiled from them."""
 
     graph: fx.GraphModule
     """As Dynamo captured it; a compilation works on a copy."""
@@ -30,7 +42,7 @@ class CapturedRegion:
     differentiable: bool
     """Whether gradients were enabled at the capture and any input required one."""
     context: TracingContext
-    """Dynamo's compilation of this graph."""
+    """Dynamo's state of the compilation of this graph."""
     options: CompileOptions
     """How to compile it."""
 
@@ -50,7 +62,7 @@ class CapturedRegion:
 def captured_region(
     graph: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
 ) -> CapturedRegion:
-    """Keep what Dynamo hands to a backend.
+    """Make the captured region of a call of the backend.
 
     Args:
         graph: with parameters among its inputs.
@@ -74,7 +86,7 @@ def captured_region(
 
 
 def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """What Dynamo traced with: later variants are compiled when the first example inputs are long gone."""
+    """The fake tensors that Dynamo traced with: the real inputs may be gone when a variant is compiled."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
         _of_backend(node.meta.get("example_value", value))
@@ -85,7 +97,7 @@ def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[A
 def _of_backend(value: Any) -> Any:
     """Keep the symbol of a Python number that Dynamo turned into a tensor.
 
-    Backends trace in a fake mode of their own, and a fake tensor that is moved there forgets which symbol its
+    Backends trace in a fake mode of their own. A fake tensor that is moved there forgets which symbol its
     `.item()` stands for.
     """
     mode = TracingContext.get().fake_mode
@@ -94,3 +106,28 @@ def _of_backend(value: Any) -> Any:
     carried = mode.from_tensor(value)
     carried.item_memo = value.item_memo
     return carried
+
+
+def run_as_captured(graph: fx.GraphModule, live: Live, reason: Exception) -> Callable[..., Any]:
+    """Return a function that runs a Dynamo graph in eager PyTorch; log a warning with the reason.
+
+    Args:
+        graph: not changed.
+        live: positions of the inputs whose gradients are wanted; the others are not differentiated.
+        reason: why the graph was not compiled.
+    """
+    message = str(reason).partition("\n")[0]
+    logger.warning(
+        "a part of the model runs uncompiled; only trained gradients are computed all the same: %s: %s",
+        type(reason).__name__,
+        message,
+    )
+    return functools.partial(_run, fx.GraphModule(graph, graph.graph), live)
+
+
+def _run(module: fx.GraphModule, live: Live, *inputs: Any) -> Any:
+    return module(*(value if i in live else _without_gradient(value) for i, value in enumerate(inputs)))
+
+
+def _without_gradient(value: Any) -> Any:
+    return value.detach() if requires_grad(value) else value

@@ -17,7 +17,7 @@ from torch import fx
 from gtcompile.compiler.backward_plans import BackwardPlans, PlanOptions
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, resumable_compilation, without_donation
-from gtcompile.compiler.operators import Boxed, boxed, run_operators
+from gtcompile.compiler.operator_program import Boxed, boxed, run_operators
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.region_graph import Live, histories, region_node
 from gtcompile.passes.onednn_products import use_onednn_products
@@ -30,7 +30,7 @@ from gtcompile.torch_internals import (
     innermost_fn,
 )
 
-# Keys in the metadata of the autograd node of a region's call. A call leaves there what its own backward
+# Keys in the metadata of the autograd node of a region's call. Each call stores there what its own backward
 # needs: several calls may be waiting for their backward, and recomputation runs them in any order.
 LIVE = "gtcompile.live"
 """The set of live gradients of the call."""
@@ -42,7 +42,7 @@ NO_TANGENTS: frozenset[int] = frozenset()
 
 
 class NoBackwardError(Exception):
-    """A region computes nothing that could be differentiated, such as where tokens go, or its own inputs."""
+    """A region computes nothing differentiable: it returns its inputs, for example, or integers."""
 
 
 class HoistedVariants:
@@ -103,7 +103,7 @@ class HoistedVariants:
         return cast("Callable[..., Any]", code)
 
     def _inductor(self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
-        """Serve as Inductor's `inner_compile`: compile the forward; keep what parts of the backward need."""
+        """Serve as Inductor's `inner_compile`: compile the forward; for the backward, keep the arguments."""
         if not options.get(IS_BACKWARD):
             return self._forward(compile_fx_inner(module, example_inputs, **options))
         settings = self._region.inductor_settings
@@ -111,7 +111,7 @@ class HoistedVariants:
         return boxed(self._run_backward)
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
-        """The compiled forward, which lets go of the saved values that the backward will not read."""
+        """Wrap the compiled forward so that it frees the saved values that the backward will not read."""
 
         def forward(inputs: list[Any]) -> Sequence[Any]:
             outputs = list(compiled(inputs))

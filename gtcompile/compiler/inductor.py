@@ -1,8 +1,7 @@
-"""Everything that Inductor compiles for a region beside its specialized variants.
+"""Code that Inductor compiles for a region, apart from its specialized variants.
 
 Two things are compiled here: the forward for calls that need no gradient, and *parts* of a hoisted region's
-backward. The parts are the difficult ones, because most are compiled when the compilation of the region is
-over:
+backward. Parts are difficult, because most are compiled after the compilation of the region has ended:
 
     Dynamo's graph --- compile_fx ---> AOTAutograd ---> partitioner
                                                          |- forward  ---> compile_fx_inner ---> code
@@ -11,18 +10,18 @@ over:
       now, or in the backward of some later step:                          part
                        resumable_compilation() ---> compile_fx_inner ---> code
 
-`compile_fx_inner` expects to run inside `compile_fx`. So a part is compiled inside the same surroundings:
+`compile_fx_inner` expects to run inside `compile_fx`. So the state of the first compilation is restored:
 
-* the tracing context and the fake mode of the region: sizes that are symbols belong to them;
-* without gradients and without autocast: AOTAutograd has traced both already;
-* Inductor's settings of the region, with a partitioner of ours, which is there for its cache key alone;
-* nothing donated.
+* the tracing context and the fake mode of the region, to which symbolic sizes belong;
+* no gradients and no autocast: AOTAutograd has traced both already;
+* Inductor's settings of the region, with a partitioner that is never called and only changes the cache key;
+* no donation.
 
 Donation: AOTAutograd marks the values saved for the backward as *donated*, because nobody else holds them,
 and Inductor's backward then overwrites them. A hoisted leaf reads saved values after the compiled chain has
-run; with donation it would read garbage, and a gradient would be wrong by its own size without any error. So
-donation is off. Inductor's disk cache must know it, or code that donates would be served: the partitioner's
-`uuid` is in its key. AOTAutograd's cache has no such key and is off.
+run; with donation it would read overwritten memory, and gradients would be wrong without any error. So
+donation is off. Inductor's disk cache must not return code that was compiled with donation: the
+partitioner's `uuid` is part of its key. AOTAutograd's cache has no such key, so it is off.
 """
 
 import contextlib
@@ -33,9 +32,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from gtcompile.compiler.captured_region import CapturedRegion
-from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
-from gtcompile.compiler.operators import Boxed
+from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
+from gtcompile.compiler.operator_program import Boxed
 from gtcompile.errors import GraphContractError
 from gtcompile.passes.hoisting import Part
 from gtcompile.torch_internals import (
@@ -84,7 +82,7 @@ def _writable(output: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class InductorParts:
-    """How Inductor compiles parts of one backward graph, whenever they are needed."""
+    """Compiles parts of one backward graph with Inductor, at any later time."""
 
     example_inputs: Sequence[Any]
     """Fake tensors and numbers, one per input of the whole backward graph."""
@@ -93,10 +91,10 @@ class InductorParts:
     settings: Mapping[str, Any]
     """Inductor's settings for the region."""
     resume: Callable[[], contextlib.AbstractContextManager[None]]
-    """Enters the compilation of the region again."""
+    """Restores the state of the region's compilation."""
 
     def compile(self, part: Part) -> Boxed:
-        """Compile a part to a function of the inputs that it reads; code on the disk is taken from there."""
+        """Compile a part to a function of the inputs that it reads, or take it from Inductor's disk cache."""
         keep_output_strides(part.module)
         inputs = [self.example_inputs[i] for i in part.inputs]
         settings = {**self.settings, "custom_partitioner_fn": NothingDonated()}
@@ -131,14 +129,14 @@ class NothingDonated(CustomPartitionerFn):
 
 
 def run_part(positions: Sequence[int], run: Boxed, inputs: list[Any]) -> Sequence[Any]:
-    """Run a part on those of the backward graph's inputs that it reads, and let go of all of them."""
+    """Run a part on those of the backward graph's inputs that it reads; `inputs` is emptied."""
     own = [inputs[i] for i in positions]
     inputs.clear()
     return run(own)
 
 
 def keep_output_strides(module: fx.GraphModule) -> None:
-    """Have Inductor keep the strides of all outputs, which leaves and autograd read."""
+    """Make Inductor keep the strides of all outputs: leaves and autograd were traced with them."""
     output = module.graph.output_node()
     outputs: Any = output.args[0]
     output.meta[VISIBLE_OUTPUTS] = [i for i, node in enumerate(outputs) if node is not None]
@@ -148,7 +146,7 @@ def keep_output_strides(module: fx.GraphModule) -> None:
 def without_donation() -> Iterator[None]:
     """Compile code that never overwrites saved values, and the backward together with the forward.
 
-    The module's docstring has the reasons. The backward is compiled at once, so that no later set has to.
+    The module's docstring gives the reasons. The backward is compiled now, so that no later set compiles it.
     """
     settings = {
         "donated_buffer": False,
@@ -163,7 +161,7 @@ def without_donation() -> Iterator[None]:
 
 
 def resumable_compilation() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Remember the compilation under way; the result enters it again later."""
+    """Keep the state of the compilation under way; the returned function restores it later."""
     context, fake_mode = TracingContext.get(), inductor_state.fake_mode
 
     @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""A backward graph as a list of operator calls, of which any part can be run without making another graph.
+"""Graphs that run operator by operator, without generated kernels.
+
+An `OperatorProgram` is a backward graph as a list of operator calls, any part of which can run.
 
 The block in which the backward ends needs another part of its backward for almost every trained set. For a
 transformer block of 71 nodes, choosing among calls that were prepared once takes 0.05 ms, and making an FX
@@ -14,11 +16,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtcompile.compiler.operators import Boxed
 from gtcompile.graph.flops import output_flops, planning_flops
+from gtcompile.passes.free_strides import free_strides
 from gtcompile.passes.output_masks import MASKED_OPERATORS
+from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 aten = torch.ops.aten
+Boxed = Callable[[list[Any]], Sequence[Any]]
+"""A function from a list of inputs, which it empties, to outputs."""
 Values = list[Any]
 """One value per node of the graph, in the graph's order; None before it is computed and after its last
 use."""
@@ -28,6 +33,31 @@ Call = Callable[..., Any]
 """Computes one node from the values so far; for a masked operator, only the outputs in `read`."""
 Filler = Callable[[Values], Any]
 """Makes an operator's arguments from the values so far."""
+
+
+def boxed(function: Boxed) -> Boxed:
+    """Mark a function as one that takes a list and empties it, as AOTAutograd expects."""
+
+    def call(inputs: list[Any]) -> Sequence[Any]:
+        return function(inputs)
+
+    setattr(call, BOXED_CALL, True)
+    return call
+
+
+def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxed:
+    """Make the graph a function that frees every value after its last use.
+
+    Views may become copies: at run time some operators return other strides than when they were traced.
+
+    Args:
+        module: changed, and owned by the result from now on.
+        example_inputs: not used; AOTAutograd passes them to every compiler.
+    """
+    module = free_strides(module)
+    module.graph.set_codegen(BoxedCodeGen())
+    module.recompile()
+    return boxed(module.forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +82,14 @@ class Excerpt:
     inputs: tuple[int, ...]
     """Positions, among the graph's inputs, of those that are read."""
     run: Boxed
-    """From those inputs to all outputs of the graph, None for outputs that were not requested."""
+    """Takes those inputs and returns all outputs of the graph, None for those that were not requested."""
 
 
 class OperatorProgram:
     """A graph's operator calls, and what each of its outputs needs.
 
     Args:
-        graph: without side effects; left as it is. Views become copies where the strides of a result require
+        graph: without side effects; not changed. Views become copies where the strides of a result require
         it.
     """
 
@@ -124,7 +154,7 @@ class OperatorProgram:
         return {position: reach[position] for position in self._outputs if position is not None}
 
     def _count_flops(self, nodes: Iterable[fx.Node]) -> dict[int, int]:
-        """FLOPs by position of node; those of a convolution's backward stand at its outputs."""
+        """FLOPs by position of node; those of a convolution's backward are counted at its outputs."""
         work: dict[int, int] = {}
         for node in (node for node in nodes if node.op == "call_function"):
             if by_output := output_flops(node):
@@ -157,7 +187,7 @@ def _run(
     results: Sequence[int | None],
     inputs: list[Any],
 ) -> Sequence[Any]:
-    """Run the calls on the inputs; let go of every input and value after its last use."""
+    """Run the calls on the inputs; free every input and value after its last use."""
     values = empty()
     for position in reversed(positions):
         values[position] = inputs.pop()

@@ -18,17 +18,17 @@ class CompileOptions:
     variants_kept: int = 16
     """How many specialized variants of a graph are kept; the least recently used is dropped."""
     cut_chains: Literal["run", "compile"] = "compile"
-    """What happens in the graph in which a hoisted backward ends: `compile` compiles the part that is still
-    needed, `run` calls its operators one by one, which compiles nothing."""
+    """How the graph in which a hoisted backward ends runs its part: `compile` compiles the part, `run` calls
+    its operators one by one."""
     differentiate: Literal["everything", "loss"] = "everything"
-    """`loss` promises that only scalar outputs are differentiated: the backward then carries no zero gradient
-    for the logits, and saves its memory."""
+    """`loss` promises that only scalar outputs are differentiated: the backward then needs no memory for
+    zero gradients of the logits."""
     random: Literal["eager", "compiler"] = "eager"
     """Which random numbers dropout draws. `eager`: those of eager PyTorch, in every variant; `compiler`:
     Inductor's own, generated where they are used, which is faster."""
     activation_memory_budget: float = 1.0
-    """Fraction, in [0, 1], of the bytes saved for the backward that may be saved. The backward computes the
-    rest again, which costs FLOPs that `backward_costs` does not count."""
+    """Fraction, in [0, 1], of the bytes saved for the backward that may be saved. The backward recomputes the
+    rest, which costs FLOPs that `backward_costs` does not count."""
 
 
 def parse_options(options: Mapping[str, Any]) -> CompileOptions:
@@ -38,7 +38,7 @@ def parse_options(options: Mapping[str, Any]) -> CompileOptions:
         options: fields of `CompileOptions` by name; a field that is left out keeps its default.
 
     Raises:
-        ValueError: for an unknown name or value, listing the known ones.
+        ValueError: for an unknown name or value; lists the known ones.
     """
     known = {field.name for field in dataclasses.fields(CompileOptions)}
     unknown = sorted(set(options) - known)

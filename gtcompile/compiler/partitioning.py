@@ -1,4 +1,4 @@
-"""Splits a joint graph into forward and backward, saving no more for the backward than a budget of memory."""
+"""Splits a joint graph into forward and backward, within a memory budget for saved values."""
 
 import dataclasses
 from collections.abc import Sequence, Set
@@ -30,7 +30,7 @@ Slots = frozenset[int]
 def partition(
     graph: fx.GraphModule, joint_inputs: Sequence[object], memory_budget: float, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph where least is saved for the backward; recompute what exceeds the budget.
+    """Split a joint graph so that the least memory is saved for the backward; recompute above the budget.
 
     Sound because the results of operators that draw random numbers are always saved: drawn again, the numbers
     would differ.
@@ -65,10 +65,10 @@ class Partition:
     forward's outputs; None for an output that is not one of the forward's."""
 
     def without(self, zero: frozenset[int]) -> "Partition":
-        """This partition with a backward that leaves out what is zero because some tangents are.
+        """Return this partition with a smaller backward for tangents that are zero.
 
         Args:
-            zero: positions of these tangents among the backward's inputs.
+            zero: positions of the zero tangents among the backward's inputs.
         """
         backward = without_zero_tangents(self.backward, self.tangents, zero)
         return dataclasses.replace(self, backward=backward)
@@ -88,7 +88,7 @@ class Partition:
 
 
 class HoistingPartitioner(CustomPartitionerFn):
-    """Splits the joint graph within a budget of memory, and keeps a copy of the result."""
+    """Splits the joint graph within a memory budget, and keeps the backward graph."""
 
     partition: Partition | None = None
     """None where AOTAutograd found nothing to split."""
@@ -110,7 +110,7 @@ class HoistingPartitioner(CustomPartitionerFn):
         return forward, backward
 
     def uuid(self) -> str:
-        """Tell Inductor's cache that code compiled under this key has nothing donated to overwrite."""
+        """Return a key for Inductor's cache under which no code overwrites saved values."""
         return f"hoisted: {self.memory_budget} {get_hash_for_files((__file__,))!r}"
 
 

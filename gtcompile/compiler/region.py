@@ -1,4 +1,4 @@
-"""A region at run time: each call computes gradients for what is trained at that moment and nothing else."""
+"""A region at run time: each call computes the gradients of what is trained at that moment, no others."""
 
 import contextlib
 import operator
@@ -33,15 +33,14 @@ class Variants(Protocol):
         """Run the region so that its backward computes the live gradients alone."""
 
     def prepare(self, live: Live) -> None:
-        """Compile now whatever these gradients need."""
+        """Compile all code that these gradients need."""
 
 
 class Region:
     """A captured graph that computes gradients for exactly the trained ones among its parameters.
 
-    What all regions have in common is here: which gradients are live, code without autograd for calls that
-    need no gradient at all, and outputs that depend on nothing trained. How the rest is compiled is up to
-    `HoistedVariants` or `SpecializedVariants`.
+    A region finds out which gradients are live, runs code without autograd where none is, and detaches
+    outputs that depend on nothing trained. `HoistedVariants` or `SpecializedVariants` compile the rest.
     """
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions) -> None:
@@ -54,7 +53,7 @@ class Region:
         # The live gradients, by the parameters of the calling block. They hold until the trained set changes.
         self._live_of: dict[tuple[int, ...], Live] = {}
         self._generation = -1
-        # By live gradients, the outputs in front of which the backward ends.
+        # The outputs that depend on nothing trained, by live gradients: the backward ends at these outputs.
         self._ends_of: dict[Live, tuple[int, ...]] = {}
 
         self._variants = make_variants(region)
@@ -64,10 +63,10 @@ class Region:
             self._compile_now(example_inputs)
 
     def _compile_now(self, inputs: Sequence[Any]) -> None:
-        """Compile for what is trained while Dynamo still listens.
+        """Compile for the current trained set, before the backend returns to Dynamo.
 
-        Dynamo treats a Python number that changes as a symbol. Where the graph branched on the number and
-        does not compute with it, AOTAutograd has Dynamo capture again, with the value of the number.
+        Dynamo traces a Python number that changes as a symbol. If the graph branched on the number without
+        computing with it, AOTAutograd makes Dynamo capture again with its value, which is possible only now.
         """
         if live := self._live(inputs):
             self._variants.prepare(live)
@@ -75,7 +74,7 @@ class Region:
             self._frozen = compile_frozen(self._region)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the region for what is trained now among `inputs`."""
+        """Run the region; the backward computes the gradients of what is trained now."""
         live = self._live(inputs)
         if not live:
             return self._run_frozen(inputs)
@@ -111,7 +110,7 @@ class Region:
             with self._region.compilation():
                 self._frozen = compile_frozen(self._region)
         outputs = self._frozen(*inputs)
-        if calibrating():  # as they would if anything were trained
+        if calibrating():  # outputs require grad where they would if everything were trained
             sources = zip(outputs, self._output_sources, strict=True)
             outputs = [
                 boundary_copy(out) if self._could_require_grad(out, of) else out for out, of in sources
@@ -124,7 +123,7 @@ class Region:
         return differentiable and not sources.isdisjoint(self._region.parameters + self._region.activations)
 
     def _without_hooks(self, inputs: Sequence[Any], live: Live) -> Sequence[Any]:
-        """The inputs, with copies of frozen parameters that have hooks, which would be called with None."""
+        """Replace frozen parameters that have hooks by aliases: autograd would call the hooks with None."""
         if not any(map(_hooks_of, self._parameters_among(inputs))):
             return inputs
         replaced = list(inputs)
@@ -133,7 +132,7 @@ class Region:
         return replaced
 
     def _remember_ends(self, live: Live) -> tuple[int, ...]:
-        """Find the outputs that depend on nothing trained: the backward ends in front of them."""
+        """Find the outputs that depend on nothing trained, where the backward ends."""
         if len(self._ends_of) == LIVE_SETS_KEPT:
             del self._ends_of[next(iter(self._ends_of))]
         sources = enumerate(self._output_sources)
@@ -142,7 +141,7 @@ class Region:
 
 
 def make_variants(region: CapturedRegion) -> Variants:
-    """Make hoisted variants where the options ask for them and there is a backward, else specialized ones."""
+    """Make hoisted variants if the options say so and there is a backward, else specialized ones."""
     if region.options.variants == "hoisted" and region.differentiable:
         with contextlib.suppress(NoBackwardError):
             return HoistedVariants(region)
@@ -150,7 +149,7 @@ def make_variants(region: CapturedRegion) -> Variants:
 
 
 def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
-    """Return the outputs, those at some positions without their history."""
+    """Return the outputs, with those at some positions detached from their history."""
     detached = list(outputs)
     for i in positions:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
@@ -166,7 +165,7 @@ def pick(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
 
 
 def expect_gradients(outputs: Any, inputs: Sequence[Any], before: Histories, live: Live) -> None:
-    """Have the coming backward check, once, that it hands out no gradient for a frozen parameter.
+    """Make the next backward check, once, that it returns no gradient for a frozen parameter.
 
     Raises:
         GraphContractError: from the backward, naming the position of the parameter.

@@ -1,4 +1,4 @@
-"""What the graphs of a region mean: inputs, outputs, the way of gradients, the autograd node of a call.
+"""Analysis of a region's graphs: inputs and gradient slots, flow of gradients, the autograd node of a call.
 
 A *region* is a graph that Dynamo captured; its inputs are known by their position.
 """
@@ -76,7 +76,7 @@ def output_sources(graph: fx.GraphModule) -> tuple[Live, ...]:
 
 
 class DifferentiableFlow:
-    """Which nodes of a Dynamo graph the gradients of others flow back to.
+    """The flow of gradients through a Dynamo graph, from each node back to those that it is computed from.
 
     Args:
         graph: with an `example_value` at every node that is or has tensors.
@@ -84,7 +84,7 @@ class DifferentiableFlow:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._writers = possible_writers(graph)
-        # A node in memory that is written to may get its gradient from the writer, whatever it was made as.
+        # A node whose memory is written to may get its gradient from the writer, even if it was detached.
         self._ends = {node for node in graph.nodes if node not in self._writers and _ends_gradients(node)}
 
     def ancestors(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
@@ -109,12 +109,12 @@ def _ends_gradients(node: fx.Node) -> bool:
 
 
 def _is_differentiated(tensor: torch.Tensor) -> bool:
-    # A view whose base was written to learns of its new history when it is asked for its `grad_fn`.
+    # Read `grad_fn` first: that updates the history of a view whose base was written to.
     return tensor.grad_fn is not None or tensor.requires_grad
 
 
 def possible_writers(graph: fx.Graph) -> Mapping[fx.Node, set[fx.Node]]:
-    """By node whose memory is written to, the nodes that may have written: all that read the memory.
+    """By node whose memory is written to, the nodes that may have written: all users of that memory.
 
     Dynamo's graphs are not functional: after `y[0] = z` later nodes still read the node `y`, and views share
     its memory. Fake tensors know which memory was written to by its version, so no list of operators is
@@ -147,15 +147,15 @@ def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def histories(inputs: Iterable[object]) -> Histories:
-    """The autograd nodes that computed the inputs of a call. The call may write to inputs: ask before it."""
+    """The autograd nodes that computed the inputs of a call; taken before the call, which may change them."""
     return frozenset(value.grad_fn for value in inputs if isinstance(value, torch.Tensor))
 
 
 def region_node(outputs: Iterable[object], before: Histories) -> torch.autograd.graph.Node | None:
     """The autograd node of one call of a compiled region, or None when nothing needs a gradient.
 
-    Views of outputs lead to it too. An output that is an input passed through, and not written into, leads
-    to the node of whatever computed the input, which is not the one.
+    The search follows the histories of views. It does not enter those of the inputs: an output that is an
+    unchanged input leads to the node that computed the input, perhaps in another region.
 
     Args:
         outputs: of the call.
@@ -175,10 +175,10 @@ def region_node(outputs: Iterable[object], before: Histories) -> torch.autograd.
 
 
 def gradient_positions(outputs: Sequence[object], node: torch.autograd.graph.Node) -> dict[int, int]:
-    """Where the gradient of each output of a call is among those that its autograd node receives.
+    """By position of an output, the position of its gradient among those that the call's node receives.
 
     Args:
-        outputs: of the call; views of one output share a position, and inputs passed through have none.
+        outputs: of the call; views of one output share a position, and unchanged inputs have none.
         node: of the call.
     """
     positions = {}

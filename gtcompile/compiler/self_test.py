@@ -54,9 +54,9 @@ from gtcompile.torch_internals import (
     functorch_config,
     get_hash_for_files,
     has_symbolic_numbers,
-    logged_apart,
     min_cut_rematerialization_partition,
     no_dispatch_modes,
+    separate_compilation_log,
     tracing,
 )
 
@@ -68,8 +68,8 @@ WIDTH = 4
 def check_contracts() -> None:
     """Run the self-test, unless this torch has passed it on this machine.
 
-    The test may run inside a compilation of the user's, and leaves no trace in it: neither in random numbers
-    nor in Dynamo's counters, nor in a FLOP counter around it.
+    The test may run inside another compilation. It changes neither random states nor Dynamo's
+    counters nor the count of a FLOP counter around it.
 
     Raises:
         GraphContractError: names the first contract that this torch breaks.
@@ -112,7 +112,7 @@ def run_self_test() -> None:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The error at the beginning: Dynamo wraps errors of backends, and costs wrap errors of a capture."""
+    """The original error: Dynamo wraps errors of backends, and `backward_costs` wraps those of a capture."""
     inner = getattr(error, "inner_exception", None) or error.__cause__
     return error if inner is None else _innermost(inner)
 
@@ -126,11 +126,11 @@ def _broken(contract: str) -> GraphContractError:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Run the test as in a fresh process, whatever modes the user's code has entered."""
+    """Run the test as in a fresh process, without the modes that the caller has entered."""
     counted = copy.deepcopy(dict(dynamo_counters))
     with (
         tracing(None),
-        logged_apart(),
+        separate_compilation_log(),
         no_dispatch_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -143,7 +143,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 class _Block(nn.Module):
-    """A residual block, the smallest model with a part below what is trained."""
+    """A residual block: small, with parameters below those of the second trained set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,4 +301,4 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "compiling and training a small block": _block,
     "Inductor's part before code generation": _inductor,
 }
-"""What is tried, in words for the message, and the check: it yields a sentence for each broken contract."""
+"""The checks, by the subject that messages name; each yields a sentence for every broken contract."""

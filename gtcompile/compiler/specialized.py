@@ -3,18 +3,28 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, cast
 
+import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from gtcompile.compiler.captured_region import CapturedRegion
-from gtcompile.compiler.eager_fallback import UNTRACEABLE, run_as_captured
+from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
 from gtcompile.compiler.hoisted import HoistedVariants
-from gtcompile.compiler.operators import run_operators
+from gtcompile.compiler.operator_program import run_operators
 from gtcompile.compiler.partitioning import partition
-from gtcompile.compiler.region_graph import Live, histories, input_name, region_joint
-from gtcompile.compiler.unused_outputs import UnusedOutputs
+from gtcompile.compiler.region_graph import (
+    DifferentiableFlow,
+    Histories,
+    Live,
+    gradient_positions,
+    histories,
+    input_name,
+    region_joint,
+    region_node,
+)
+from gtcompile.graph.flop_registry import register_missing_formulas
 from gtcompile.passes.effect_tokens import EFFECTS, drop_unneeded_checks
 from gtcompile.passes.pipeline import restrict_gradients
 from gtcompile.torch_internals import (
@@ -31,9 +41,8 @@ Compiled = Callable[..., Any]
 class SpecializedVariants:
     """Compiles a region anew for every set of live gradients and keeps the most recently used variants.
 
-    A specialized backward runs zeros back through outputs that nobody differentiates. Where the first
-    backward shows that this costs FLOPs, a hoisted variant takes over: it sees at every backward which
-    outputs are differentiated.
+    A specialized backward computes with zero gradients for outputs that the loss does not use. If the first
+    backward shows that this costs FLOPs, a hoisted variant takes over, which leaves out zero gradients.
     """
 
     def __init__(self, region: CapturedRegion) -> None:
@@ -53,7 +62,7 @@ class SpecializedVariants:
         return outputs
 
     def prepare(self, live: Live) -> None:
-        """Compile the variant for these gradients, unless it is there."""
+        """Compile the variant for these gradients, unless it is kept."""
         self._variant(live)
 
     @property
@@ -97,7 +106,7 @@ class TrainedSetPartitioner(CustomPartitionerFn):
         return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
 
     def uuid(self) -> tuple[bytes, tuple[int, ...], float]:
-        """Return all that the result depends on apart from the graph: this code, the set and the budget."""
+        """Return what the result depends on apart from the graph: this code, the set and the budget."""
         return get_hash_for_files((__file__,)), tuple(sorted(self.live)), self.memory_budget
 
 
@@ -106,7 +115,7 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
 
     Args:
         region: what to compile, and how.
-        partitioner: knows the inputs whose gradients are wanted.
+        partitioner: of the live gradients.
     """
     graph, inputs = copy.copy(region.graph), list(region.example_inputs)
     code: Any
@@ -121,3 +130,76 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
             keep_inference_input_mutations=True,
         )(graph, inputs)
     return cast(Compiled, code)
+
+
+class UnusedOutputs:
+    """Learns from the first backward of a region whether zero gradients cost FLOPs.
+
+    AOTAutograd's backward takes a gradient for every output, zeros for outputs that the loss does not use. If
+    a block returns a state that nobody reads, its zeros run back through matrix products. Only a backward
+    shows which outputs are used.
+
+    Args:
+        graph: of the region, as Dynamo captured it.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        outputs: Any = graph.graph.output_node().args[0]
+        self.unknown = len(outputs) > 1
+        """Whether no backward has run yet."""
+        self.costly = False
+        """Whether zero gradients for unused outputs cost FLOPs."""
+
+    def watch(self, outputs: Sequence[Any], before: Histories) -> None:
+        """Learn from the backward of this call.
+
+        Args:
+            outputs: of the call.
+            before: the histories of its inputs before the call.
+        """
+        node = region_node(outputs, before)
+        if node is None:
+            return
+        positions = gradient_positions(outputs, node)
+
+        def note(gradients: Sequence[torch.Tensor | None]) -> None:
+            if self.unknown:
+                self.unknown = False
+                used = {i for i, position in positions.items() if gradients[position] is not None}
+                self.costly = zeros_cost_flops(self._graph, used)
+
+        node.register_prehook(note)
+
+
+def zeros_cost_flops(graph: fx.GraphModule, differentiated: Set[int]) -> bool:
+    """Whether zero gradients for the unused outputs of a graph would run back through matrix products.
+
+    Args:
+        graph: as Dynamo captured it, with an `example_value` at every node.
+        differentiated: positions of the outputs for which a backward has gradients.
+    """
+    outputs: Any = graph.graph.output_node().args[0]
+    flow = DifferentiableFlow(graph.graph)
+    used = flow.ancestors(outputs[i] for i in differentiated)
+    unused = flow.ancestors(node for node in outputs if isinstance(node, fx.Node)) - used
+    register_missing_formulas()
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            for node in (n for n in graph.graph.nodes if n in unused and n.op.startswith("call_")):
+                _call(graph, node)
+    except Exception as error:  # an operator that cannot be called by itself may cost something
+        logger.info("unused outputs of a region depend on %s, of unknown cost: %s", node.target, error)
+        return True
+    return counter.get_total_flops() > 0
+
+
+def _call(graph: fx.GraphModule, node: fx.Node) -> None:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["example_value"])
+    if node.op == "call_method":
+        getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    elif callable(node.target):
+        node.target(*args, **kwargs)
+    else:
+        graph.get_submodule(str(node.target))(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Batches to measure importance on, drawn from a trainer's data without taking any from the training."""
+"""Batches to measure importance on, drawn from a trainer's data; training still sees every example."""
 
 import itertools
 import random

@@ -63,17 +63,18 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     Args:
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
-        policy: how the set is selected: the name of a policy, or a function.
+        policy: how the set is selected, as for `AdaptiveBackprop`.
         every: select at each "epoch", a pass over the data, or after this many optimizer steps.
         batches: number of batches of the trainer's size that importance is measured on, at least 2 (1 with
             `two_pass`). They are drawn anew each time, and depend on the trainer's seed and the step alone; a
             data set without a length gives its first examples.
         compiled: whether to compile; without it, parameters are frozen by `requires_grad_`.
-        compiler: what compiles a block's graphs, "inductor" or "eager".
+        compiler: of the blocks' graphs, "inductor" or "eager".
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance within each batch, as the paper does, instead of across batches.
-        frozen_state: what becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop".
+        frozen_state: where a frozen parameter's optimizer state goes: "keep" it, move it to host memory
+            ("cpu"), or "drop" it.
 
     Raises:
         ValueError, TypeError: for arguments outside these ranges. `Trainer(...)` and `.train()` raise
@@ -162,7 +163,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Compile the blocks; continue with a checkpoint's trained set if there is one.
 
-        With `auto_find_batch_size` this event comes again, without an end of the training before.
+        With `auto_find_batch_size` this event comes again, without `on_train_end` in between.
         """
         self._release()
         trainer = self._trainer_of(state)
@@ -189,7 +190,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the first step of an epoch select a new set, except in the epoch a training resumes in."""
+        """Make the first step of an epoch select a new set, except in the epoch a training resumes in."""
         starts = self._options.every == "epoch" and not self._progress.mid_epoch
         self._change(due=self._progress.due or starts, mid_epoch=False)
 
@@ -224,7 +225,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._release()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON types."""
+        """The state that a checkpoint keeps, as JSON types."""
         selected = self._adaptive is not None and self._progress.selected_at >= 0
         progress = {
             "torch": torch.__version__,
@@ -239,8 +240,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _parameters_with_state(self) -> list[str] | None:
         """FQNs of the parameters with optimizer state; None if checkpoints hold it as it is.
 
-        The saved optimizer state of a sharded model is completed, so a checkpoint must say which part of it
-        was there before.
+        For a sharded model, missing optimizer state is filled in when it is saved, so a checkpoint must name
+        the parameters that had state before.
         """
         if self._training is None or self._training.completion is None:
             return None
@@ -283,12 +284,12 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         trainer.log(self._numbers(selection))
 
     def _numbers(self, selection: Selection) -> dict[str, float]:
-        """What is logged of a selection."""
+        """The numbers that are logged for a selection."""
         importance = self.adaptive.importance
         numbers = {
             "adaptive/trained_parameters": len(selection.trained),
             "adaptive/selectable_parameters": selection.selectable,
-            "adaptive/flops_fraction": selection.step_flops / selection.full_flops,
+            "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
         }
         measured = sorted(selection.trained & importance.keys())
@@ -345,7 +346,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _release_after_failures_of(self, trainer: Trainer) -> None:
         """Wrap `trainer.train` so that a training that fails leaves the model as one that ends does.
 
-        transformers has no event for a failure or an interruption, so nothing else would tell us.
+        transformers has no event for a failure or an interruption.
         """
         train = trainer.train
 

@@ -45,7 +45,9 @@ def remove_input_hooks(model: nn.Module) -> None:
     for module in model.modules():
         for key in module._forward_hooks.keys() - without_forcing(module._forward_hooks):
             del module._forward_hooks[key]
-            logger.info("removed a hook that makes embedding outputs require grad: it undoes a frozen prefix")
+            logger.info(
+                "removed a hook that makes embedding outputs require grad: the backward would run down to it"
+            )
 
 
 def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What the user of the callback may set, and what one training has done so far: two frozen values."""
+"""Options of the callback, and the progress of one training, as frozen values."""
 
 import dataclasses
 import inspect
@@ -13,10 +13,10 @@ from gtcompile.selection import policies
 from gtcompile.state.optimizer_state import Setting, check_setting
 
 Every = int | Literal["epoch"]
-"""How often a new set is selected: at each pass over the data, or after so many optimizer steps."""
+"""When a new set is selected: at each "epoch", a pass over the data, or after this many optimizer steps."""
 
 Policy = str | policies.Policy | policies.Choose
-"""A selection policy: a name, a description from `gtcompile.policies`, or a function of the user's own."""
+"""A selection policy: a name, a description from `gtcompile.policies`, or a user's function."""
 
 MAY_CHANGE = frozenset({"compiled", "compiler"})
 """Options that a resumed training may set differently: they do not change what is trained."""
@@ -42,7 +42,7 @@ class CallbackOptions:
     compiled: bool = True
     """Whether the model's repeated blocks are compiled."""
     compiler: str = "inductor"
-    """What compiles them: "inductor" or "eager"."""
+    """Compiler of their graphs: "inductor" or "eager"."""
     always: tuple[str, ...] = ()
     """Patterns of parameters that are always trained."""
     never: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallbackOptions:
     two_pass: bool = False
     """Whether importance is measured within each batch, as the paper does."""
     frozen_state: Setting = "keep"
-    """What becomes of a frozen parameter's optimizer state: "keep", "cpu" or "drop"."""
+    """Where a frozen parameter's optimizer state goes: "keep", "cpu" or "drop"."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
@@ -96,7 +96,7 @@ class CallbackOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What one training has done so far."""
+    """How far one training has come."""
 
     steps: int = 0
     """Optimizer steps taken."""
@@ -105,12 +105,12 @@ class Progress:
     selected_at: int = -1
     """The trainer's step before which the present set was selected; -1 before the first selection."""
     due: bool = True
-    """Whether the next step selects a new set, whatever its number."""
+    """Whether the next step selects a new set, independent of `every`."""
     mid_epoch: bool = False
     """Whether the training was resumed inside an epoch: the next epoch event then starts no new epoch."""
 
     def after_step(self, fraction: float) -> Self:
-        """The progress after a step that took this share of a full step's FLOPs."""
+        """Return the progress after a step that took this share of a full step's FLOPs."""
         return dataclasses.replace(self, steps=self.steps + 1, spent=self.spent + fraction)
 
     @property
@@ -120,7 +120,7 @@ class Progress:
 
 
 def policy_name(policy: Policy) -> str:
-    """A policy as checkpoints name it.
+    """The text that stands for a policy in checkpoints.
 
     >>> policy_name("best"), policy_name(len)
     ('best', 'builtins.len')

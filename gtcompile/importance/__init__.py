@@ -1,1 +1,1 @@
-"""How much training each parameter is predicted to reduce the loss."""
+"""Importance: by how much training a parameter is predicted to reduce the loss."""

@@ -45,7 +45,7 @@ def measure_importance(
 
     Nothing changes: weights, the optimizer, accumulated gradients, buffers, the trained set and random states
     are bit-identical afterwards, even if the call fails or is interrupted. Each gradient is used as soon as
-    it is complete and then freed; what one batch leaves for the next is kept in host memory.
+    it is complete and then freed; gradients kept from one batch to the next are in host memory.
 
     The model runs in its present mode (dropout is noise like any other), and without a `torch.compile`
     wrapper, which would return all gradients at once. Autocast around the call applies to the forward. Hooks
@@ -93,10 +93,13 @@ def measure_importance(
 def check_batches(
     model: nn.Module, batches: Iterable[Any], *, minimum: int, loss_fn: LossFunction | None = None
 ) -> tuple[Any, ...]:
-    """The batches, if there are enough of them and the model takes them.
+    """Check the number of batches and that the model takes them.
+
+    Returns:
+        The batches.
 
     Raises:
-        TypeError: for a single batch, or one that is no keyword dictionary although there is no `loss_fn`.
+        TypeError: for a single batch, or without `loss_fn` for a batch that is not a keyword dictionary.
         ValueError: for too few batches, or keys that the model's forward does not take.
     """
     if isinstance(batches, Mapping | torch.Tensor):
@@ -119,8 +122,8 @@ class _Estimator(Protocol):
 class _AcrossBatches:
     """Dw from the latest earlier gradient, dL/dw from this batch.
 
-    A batch that turns out not to be finite contributes nothing. The gradients it gave before that are kept
-    as earlier gradients: they are finite and come from another batch than the next, and no more is needed.
+    A batch that turns out not to be finite contributes nothing. The gradients that arrived before it failed
+    still serve as earlier gradients: they are finite, and independent of the next batch.
     """
 
     stream: GradientStream
@@ -130,7 +133,6 @@ class _AcrossBatches:
 
     def contributions(self, batch: Any) -> dict[str, float] | None:
         found: dict[str, float] = {}
-
         replaced: set[str] = set()
 
         def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
@@ -181,7 +183,7 @@ class _AtUpdatedWeights:
 
     @contextlib.contextmanager
     def _updated(self, gradients: dict[str, torch.Tensor]) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
-        """Set the weights to those after the optimizer's step; yields the former ones, in host memory."""
+        """Set the weights to those after the optimizer's step; yield the former ones, in host memory."""
         former: dict[nn.Parameter, torch.Tensor] = {}
         with_gradient = [(p, fqn) for p, fqn in self.stream.names.items() if fqn in gradients]
         try:
@@ -199,7 +201,7 @@ class _AtUpdatedWeights:
 
 
 def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float]:
-    """Mean contribution by FQN over the batches that complete any; 0 from a batch that does not use it."""
+    """Average the contributions by FQN over the batches that complete any; a missing one counts as 0."""
     totals: dict[str, float] = {}
     counted, problems = 0, []
     for index, batch in enumerate(batches):
@@ -219,7 +221,7 @@ def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float
 
 
 def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
-    """The product -<update, gradient>; for sharded tensors this rank's part of the sum."""
+    """Compute -<update, gradient>; for sharded tensors this rank's part of the sum."""
     own = (local(update).flatten().float(), local(gradient).flatten().float())
     reduction = -torch.dot(*own).item() / copies(gradient)
     if not math.isfinite(reduction):
@@ -255,9 +257,9 @@ def _check_owned(shadow: ShadowOptimizer, parameters: Mapping[str, nn.Parameter]
 
 
 def _trained_meanwhile(model: nn.Module, parameters: Collection[str]) -> Collection[str] | None:
-    """What to train while measuring: only what is measured, so that no other gradient is computed.
+    """The parameters to train while measuring: those to measure, so that no other gradient is computed.
 
-    Under a `torch.compile` wrapper everything is trained. The module inside runs eager here, and freezing a
-    parameter for eager code sets its `requires_grad` to False, which its compiled region must not see.
+    None, which trains everything, under a `torch.compile` wrapper. The module inside runs eagerly here, so
+    freezing would set `requires_grad` to False, which the compiled region guards on.
     """
     return parameters if unwrap(model) is model else None

@@ -1,4 +1,4 @@
-"""Gradients, handed over one at a time as a backward completes them and then freed."""
+"""A stream of gradients: each is consumed as soon as the backward completes it, and then freed."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping
@@ -23,12 +23,12 @@ class NotFiniteError(GTCompileError):
 
 @dataclass(slots=True)
 class GradientStream:
-    """Runs batches. At no time do more gradients exist than autograd holds between two operators."""
+    """Runs batches and hands over each gradient as soon as it is complete, so that few exist at a time."""
 
     module: nn.Module
     """Returns its loss or an output with `.loss`, unless `loss_fn` computes the loss."""
     names: Mapping[nn.Parameter, str]
-    """The parameters whose gradients are handed over, with their FQNs; other gradients are dropped."""
+    """FQNs by parameter, for the gradients to hand over; other gradients are dropped."""
     ranks: Ranks = field(default_factory=lambda: Ranks(None))
     """The ranks that the model is sharded over: a batch fails on all of them or on none."""
     loss_fn: LossFunction | None = None
@@ -82,7 +82,7 @@ class GradientStream:
             loss.backward()  # even after a loss that is not finite: sharded modules expect a backward
 
     def _agree_on(self, problems: list[NotFiniteError]) -> None:
-        """Give the first problem of any rank to the ranks that have none."""
+        """Add the first problem of any rank to `problems` on the ranks that have none."""
         messages = filter(None, self.ranks.gather(str(problems[0]) if problems else None))
         if (first := next(messages, None)) is not None and not problems:
             problems.append(NotFiniteError(first))
@@ -102,7 +102,7 @@ def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
 
 
 def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> torch.Tensor:
-    """The scalar loss of a batch on the model's device.
+    """Compute the scalar loss of a batch on the model's device.
 
     Args:
         model: returns its loss or an output with `.loss`, unless `loss_fn` computes the loss.
@@ -122,7 +122,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> to
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A batch, or anything nested in one, with its tensors on the device; the given one stays as it is."""
+    """Copy a batch of any nesting with its tensors moved to the device; the batch itself is not changed."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if type(value) is dict:

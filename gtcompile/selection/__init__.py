@@ -1,1 +1,1 @@
-"""Which parameters to train within a budget."""
+"""Selection of the parameters to train within a budget."""

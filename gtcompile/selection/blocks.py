@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
 def blocks_of(fqns: Iterable[str]) -> dict[str, frozenset[str]]:
-    """The parameters of each repeated block, by the block's name. Those outside of blocks are left out.
+    """Group parameters by the name of their repeated block; those outside of blocks are left out.
 
     >>> blocks_of(["embed.weight", "layers.0.w", "layers.1.w"])
     {'layers.0': frozenset({'layers.0.w'}), 'layers.1': frozenset({'layers.1.w'})}
@@ -25,9 +25,9 @@ def blocks_of(fqns: Iterable[str]) -> dict[str, frozenset[str]]:
 
 
 def from_the_output(costs: "BackwardCosts", fqns: frozenset[str]) -> list[frozenset[str]]:
-    """The blocks, and each parameter outside of them, from the output of the model to its input.
+    """Sort the blocks, and each parameter outside of blocks, from the model's output to its input.
 
-    The closer to the output, the less a step costs that trains the block alone: the backward ends there.
+    The closer a block is to the output, the less a step costs that trains it alone: the backward ends there.
     """
     blocks = list(blocks_of(sorted(fqns)).values())
     alone = [frozenset({fqn}) for fqn in sorted(fqns.difference(*blocks))]
@@ -37,9 +37,9 @@ def from_the_output(costs: "BackwardCosts", fqns: frozenset[str]) -> list[frozen
 def last_layers(
     costs: "BackwardCosts", fqns: frozenset[str], limit: int, given: frozenset[str]
 ) -> frozenset[str]:
-    """As many whole blocks from the output on as a step may cost, and what fits of the next one.
+    """Select whole blocks from the output on while they fit the limit, then what fits of the next block.
 
-    If nothing fits of the block nearest the output, the cheapest parameters of the model.
+    If nothing of the block nearest the output fits, select the cheapest parameters of the model.
 
     Args:
         costs: what each set costs.
@@ -57,7 +57,7 @@ def last_layers(
 
 
 def fill(costs: "BackwardCosts", order: Iterable[str], limit: int, given: frozenset[str]) -> frozenset[str]:
-    """Go through the parameters in this order and train each that still fits.
+    """Add parameters to `given`, in this order, each if it still fits the limit.
 
     Args:
         costs: what each set costs.
@@ -76,8 +76,8 @@ def fill(costs: "BackwardCosts", order: Iterable[str], limit: int, given: frozen
     return frozenset(taken)
 
 
-def drawing_keys(weights: Mapping[str, float], uniform: Mapping[str, float]) -> list[str]:
-    """The names in the order in which they would be drawn without replacement, by weight.
+def weighted_order(weights: Mapping[str, float], uniform: Mapping[str, float]) -> list[str]:
+    """Order names as if they were drawn by weight, without replacement.
 
     Args:
         weights: positive; a name is drawn first with probability in proportion to its weight.

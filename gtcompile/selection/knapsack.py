@@ -30,7 +30,7 @@ _MOST_COVERS = 200
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """What is decided together: a work, and the items that cost nothing more once it is done."""
+    """One decision: do a work, and take the items that cost nothing more once it is done."""
 
     items: int
     """The items that need this work; a node whose items include these runs whenever this one does."""

@@ -1,4 +1,4 @@
-"""What a selection has to respect: the budget, and the parameters to train always or never."""
+"""Limits of a selection: the budget, and the parameters to train always or never."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What the user wants of every selection, whatever the costs turn out to be."""
+    """The limits as the user gives them, before the costs are known."""
 
     budget_fraction: float
     """Share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1]."""
@@ -40,23 +40,17 @@ class Limits:
     """FQNs not to train."""
     undecided: frozenset[str]
     """FQNs in neither of them that the budget can train together with `always`."""
+    cheapest_flops: int
+    """FLOPs of the cheapest step that trains something, and `always` with it."""
 
     @property
     def trainable(self) -> frozenset[str]:
-        """Every FQN that may be trained, whatever it costs."""
+        """Every FQN that may be trained, at any cost."""
         return self.costs.fqns - self.never
-
-    @property
-    def cheapest_flops(self) -> int:
-        """FLOPs of the cheapest step that trains something, and `always` with it."""
-        costs = self.costs
-        if self.always:
-            return costs.step_flops(self.always)
-        return min(flops_with_each(costs, self.undecided, self.always).values())
 
 
 def make_terms(budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
-    """The terms of these arguments.
+    """Check the arguments and return them as terms.
 
     Raises:
         TypeError: a single string where patterns are expected, or a budget that is no number.
@@ -69,7 +63,11 @@ def make_terms(budget_fraction: float, always: Iterable[str], never: Iterable[st
 
 
 def check_patterns(terms: Terms, names: dict[str, str]) -> None:
-    """Check that every pattern of the terms matches one of the names, which lead to FQNs.
+    """Check that every pattern of the terms matches a name.
+
+    Args:
+        terms: has the patterns.
+        names: from every name of a parameter, tied names included, to its FQN.
 
     Raises:
         ValueError: a pattern matches nothing; names the nearest names.
@@ -79,7 +77,7 @@ def check_patterns(terms: Terms, names: dict[str, str]) -> None:
 
 
 def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
-    """The limits that the terms mean at these costs.
+    """Resolve the terms for the costs of a model.
 
     Raises:
         BudgetError: the budget is too small to train anything, or to train `always`; names the smallest that
@@ -94,9 +92,9 @@ def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
     step_flops = flops_with_each(costs, costs.fqns - always - never, always)
     if not always and not step_flops:
         raise ValueError("never leaves no parameter to train; expected at least one that it does not match")
-    minimum = costs.step_flops(always) if always else min(step_flops.values())
-    if budget < minimum:
-        raise _too_small(costs, terms.budget_fraction, minimum, always)
+    cheapest = costs.step_flops(always) if always else min(step_flops.values())
+    if budget < cheapest:
+        raise _too_small(costs, terms.budget_fraction, cheapest, always)
     return Limits(
         costs=costs,
         budget_fraction=terms.budget_fraction,
@@ -104,11 +102,12 @@ def apply_terms(costs: "BackwardCosts", terms: Terms) -> Limits:
         always=always,
         never=never,
         undecided=frozenset(fqn for fqn, flops in step_flops.items() if flops <= budget),
+        cheapest_flops=cheapest,
     )
 
 
 def flops_with_each(costs: "BackwardCosts", fqns: Iterable[str], given: frozenset[str]) -> dict[str, int]:
-    """FLOPs of a step that trains a parameter together with `given`, for each of the parameters."""
+    """By FQN, the FLOPs of a step that trains the parameter together with `given`."""
     flops = dict.fromkeys(fqns, costs.step_flops(given))
     for work in costs.shared_work:
         if work.parameters.isdisjoint(given):
@@ -118,7 +117,7 @@ def flops_with_each(costs: "BackwardCosts", fqns: Iterable[str], given: frozense
 
 
 def quoted(names: Iterable[str]) -> str:
-    """The first of some names in quotation marks, for an error message."""
+    """Quote the first few names for an error message."""
     return some([repr(name) for name in sorted(names)])
 
 
@@ -126,7 +125,7 @@ def _too_small(
     costs: "BackwardCosts", budget_fraction: float, minimum_flops: int, always: Collection[str]
 ) -> BudgetError:
     """The error that names the smallest budget that works, as a number that works when it is typed back."""
-    what = f"trains {quoted(always)}, as asked for by always," if always else "trains anything"
+    what = f"trains {quoted(always)}, as always requires," if always else "trains anything"
     forward = costs.forward_flops / costs.full_flops
     return BudgetError(
         f"budget_fraction {budget_fraction!r} is too small: a step that {what} takes at least "

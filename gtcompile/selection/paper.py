@@ -1,12 +1,12 @@
 """The selection as GreenTrainer (ICLR 2024) publishes it.
 
-The paper takes a model for a chain of tensors in registration order. Training a set m costs
+The paper models a network as a chain of tensors in registration order. Training a set m costs
 sum_k m_k t_dw,k + sigma(m) . t_dy, where sigma(m) marks every tensor from the output down to the deepest
 trained one. It selects by dynamic programming on costs floored to 1000 levels. Three properties of the
 published method differ from an exact one, and are kept here:
 
 * Flooring makes small tensors free, so the budget is overspent. A level is a thousandth of the full backward
-  here: then FLAN-T5-XL, asked for 0.40 and 0.50, spends 0.45 and 0.58; in the paper it spends 0.46 and 0.57.
+  here: then FLAN-T5-XL spends 0.45 and 0.58 at budgets 0.40 and 0.50; in the paper it spends 0.46 and 0.57.
 * A cell of the table keeps one choice, the better of training its deepest tensor and not training it. A worse
   choice that has paid for a deeper path is lost, though it may be part of the optimum.
 * The deepest tensor of all is never trained, even at budget 1.0.
@@ -44,8 +44,7 @@ def chain_costs(costs: "BackwardCosts") -> ChainCosts:
     """Approximate the true costs by the paper's chain.
 
     The sums over all parameters are those of the full backward. For other sets the chain is an approximation:
-    whatever registration order puts deeper is charged the whole path to it, parallel branches one after the
-    other.
+    a parameter pays for the path through every parameter registered after it, even in parallel branches.
     """
     fqns = tuple(p.fqn for p in reversed(costs.parameters) if p.fqn in costs.fqns)
     position = {fqn: index for index, fqn in enumerate(fqns)}
@@ -92,7 +91,7 @@ def select_by_paper(
         return ()
     path = [0, *accumulate(activation)]
     best = np.zeros((count + 1, room + 1))
-    # The tensor before in the choice of a cell: 0 for none, and -1 where tensor k is not trained.
+    # In each cell, the trained tensor before tensor k: 0 for none, and -1 if tensor k is not trained.
     before = np.full((count + 1, room + 1), -1, dtype=np.int32)
     before[0] = 0
     for k in range(1, count + 1):

@@ -1,7 +1,7 @@
-"""Policies: what is trained at every step within a budget. Public as `gtcompile.policies`.
+"""Policies decide which parameters each step trains within a budget. Public as `gtcompile.policies`.
 
 A policy is given to `AdaptiveBackprop(..., policy=...)` by name (`"sampled"`), as a description
-(`policies.Sampled(exploration=0.5)`), or as a function of the user's own. Some policies train one set until
+(`policies.Sampled(exploration=0.5)`), or as your own function. Some policies train one set until
 the next selection. Others change the set at every step; the budget is then a mean that holds after every
 step: cheap steps save FLOPs for costly ones.
 """
@@ -9,12 +9,12 @@ step: cheap steps save FLOPs for costly ones.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, cast
 
 import torch
 
 from gtcompile.graph.names import near_names
-from gtcompile.selection.blocks import blocks_of, drawing_keys, fill, from_the_output, last_layers
+from gtcompile.selection.blocks import blocks_of, fill, from_the_output, last_layers, weighted_order
 from gtcompile.selection.limits import Limits
 from gtcompile.selection.paper import chain_costs, select_by_paper
 from gtcompile.selection.schedule import Plan
@@ -39,16 +39,16 @@ __all__ = [
 ]
 
 Measured = Literal["affordable", "everything", "nothing"]
-"""Which importances a policy needs: of what one step's budget can train, of every parameter, or none."""
+"""The importances that a policy needs: of parameters that a step can afford, of every parameter, or none."""
 Choose = Callable[["BackwardCosts", Mapping[str, float], float, torch.Generator], Iterable[str]]
-"""A policy of the user's own: takes costs, importance by FQN, the budget as a share of a full step's FLOPs in
+"""A user's policy function: takes costs, importance by FQN, the budget as a share of a full step's FLOPs in
 (0, 1], and a generator on the CPU seeded for this step; returns the FQNs to train in it."""
 
 _DRAWN = 16
 """How many random sets are drawn at a selection; steps then choose among them."""
 _SHALLOW = 1 / 3
-"""Where a shallow step lies between the cheapest step and the budget. The deeper it is, the more it learns
-and the less it saves for the others."""
+"""Cost of a shallow step, as a share of the way from the cheapest step to the budget. A costlier step learns
+more and saves less for the others."""
 
 
 class Policy(Protocol):
@@ -86,9 +86,9 @@ class Sampled:
     """Sets drawn by importance, another one at every step.
 
     The first parameter of a set decides how deep the backward of the step reaches. It is drawn in proportion
-    to its importance or, with probability `exploration`, uniformly: so deep blocks get their turn however
-    important they look. A set that reaches no deeper than the budget pays for is filled up to the budget; a
-    deeper one is filled up to a cost drawn between what its first parameter costs and a full step.
+    to its importance or, with probability `exploration`, uniformly, so that deep blocks are also trained when
+    their importance is low. If the budget pays for the first parameter, the set is filled up to the budget.
+    Otherwise it is filled up to a cost drawn between that of its first parameter and that of a full step.
     """
 
     exploration: float = 0.3
@@ -119,7 +119,7 @@ class Sampled:
     def _draw(
         self, limits: Limits, weights: Mapping[str, float], generator: torch.Generator
     ) -> frozenset[str]:
-        order = drawing_keys(weights, _uniform(weights, generator))
+        order = weighted_order(weights, _uniform(weights, generator))
         least = limits.costs.step_flops(limits.always.union(order[:1]))
         limit = limits.budget_flops
         if least > limit:
@@ -234,7 +234,7 @@ class Paper:
     def plan(self, limits: Limits, importance: Mapping[str, float], generator: torch.Generator) -> Plan:
         """One set: that of the paper's dynamic programme on a chain of tensors."""
         costs, chain = limits.costs, chain_costs(limits.costs)
-        # The paper knows no exceptions: a set without `never` is nearest to it where these have no worth.
+        # The paper has no `never`. Importance 0 makes these parameters the least likely to be chosen.
         worth = [0.0 if fqn in limits.never else importance.get(fqn, 0.0) for fqn in chain.fqns]
         backward = limits.budget_flops - costs.forward_flops
         indices = select_by_paper(chain.weight_flops, chain.activation_flops, worth, backward)
@@ -244,7 +244,7 @@ class Paper:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A policy of the user's own, called for every step; see `Choose`."""
+    """A user's policy function, called for every step; see `Choose`."""
 
     choose: Choose
     measured: ClassVar[Measured] = "everything"
@@ -272,10 +272,10 @@ NAMES: Mapping[str, Policy] = {
 
 
 def find_policy(policy: "str | Policy | Choose") -> Policy:
-    """The policy of a name, a description or a function.
+    """Return the policy for a name, a description or a function.
 
     Raises:
-        ValueError: there is no policy of this name; lists those there are.
+        ValueError: there is no policy of this name; lists all names.
         TypeError: for something else.
     """
     if isinstance(policy, str):
@@ -299,12 +299,12 @@ def _one_set(limits: Limits, trained: frozenset[str]) -> Plan:
 
 
 def _shallow(limits: Limits) -> frozenset[str]:
-    """The last layers that a third of what the budget leaves above the cheapest step pays for."""
+    """The last layers within a limit between the cheapest step and the budget; see `_SHALLOW`."""
     least = limits.cheapest_flops
     limit = least + int(_SHALLOW * (limits.budget_flops - least))
     return last_layers(limits.costs, limits.trainable, limit, limits.always)
 
 
-def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, Any]:
+def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, float]:
     """A random number in (0, 1) per name."""
     return {name: 1 - float(torch.rand((), generator=generator)) for name in names}

@@ -1,4 +1,4 @@
-"""Which set to train at every step, so that the mean cost stays within the budget at every moment."""
+"""The schedule of trained sets, one per step, whose mean cost is within the budget after every step."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gtcompile.selection.selection import Selection
 
 _START = 0.5
-"""Probability that a step takes up a set the savings suffice for: such steps come at random."""
+"""Probability that a waiting set starts once enough is saved for it: at random steps, not periodically."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +23,13 @@ class Plan:
     """The sets that training alternates between until the next selection."""
 
     sets: tuple[frozenset[str], ...]
-    """FQNs of each set. None, if the policy is asked for a set at every step."""
+    """FQNs of each set. Empty if the policy is called for a set at every step."""
     shallow: frozenset[str]
     """FQNs of a set within the budget, trained while FLOPs are saved for a set that costs more."""
     at_random: bool = False
     """Whether the next set is drawn at random; otherwise the sets take turns."""
     selection: "Selection | None" = None
-    """How good the only set is, if that is known."""
+    """The only set with its importance and bound, if the policy computed them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,9 @@ class Progress:
     """How far a schedule has come since the selection."""
 
     steps: int = 0
-    """Optimizer steps for which a set was handed out, the one under way included."""
+    """Optimizer steps so far, the one under way included."""
     spent_flops: int = 0
-    """What these steps cost together."""
+    """FLOPs of these steps together."""
     drawn: int = 0
     """How many sets were drawn from the plan."""
     waiting: frozenset[str] | None = None
@@ -96,7 +96,7 @@ class Schedule:
         return self._flops_of(trained) / self.costs.full_flops
 
     def next_set(self) -> frozenset[str]:
-        """The set to train in the next step."""
+        """Return the set to train in the next step."""
         now = self.progress
         waiting = self._draw() if now.waiting is None else now.waiting
         starts = self._starts(waiting)

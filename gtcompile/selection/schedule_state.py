@@ -12,7 +12,7 @@ from gtcompile.selection.schedule import Plan, Progress, Schedule
 
 
 def schedule_state(schedule: Schedule, fqns: Sequence[str]) -> dict[str, Any]:
-    """Everything that `schedule_from` needs.
+    """Convert a schedule to JSON types.
 
     Sets are written as hexadecimal numbers, bit i for parameter i: names would take a hundred times the
     space.
@@ -45,10 +45,10 @@ def schedule_from(
     parameters: Sequence[Parameter],
     propose: Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None = None,
 ) -> Schedule:
-    """The schedule that `schedule_state` wrote.
+    """Restore the schedule that `schedule_state` wrote.
 
     Args:
-        state: what it returned.
+        state: as `schedule_state` returned it.
         parameters: of the same model.
         propose: as for `Schedule`.
     """

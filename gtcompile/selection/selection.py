@@ -1,4 +1,4 @@
-"""Which parameters to train: the most important that fit the budget, with the bound that proves it."""
+"""Select the most important parameters that fit the budget, with a bound that proves the optimum."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -41,7 +41,7 @@ class Selection:
 
     @property
     def gap(self) -> float | None:
-        """What the best selection may have in addition, as a share of its importance; 0.0 when proven best.
+        """Importance that a better selection may add, as a share of the bound; 0.0 when proven best.
 
         None when the policy did not look for the best.
         """
@@ -121,7 +121,7 @@ def parameters_to_measure(
 def select_within(
     limits: Limits, importance: Mapping[str, float], *, time_limit_s: float | None = None
 ) -> Selection:
-    """`select_parameters` within limits that are known already.
+    """Select as `select_parameters` does, within given limits.
 
     Raises:
         ValueError: an importance missing, not finite, or of no selectable parameter.
@@ -144,13 +144,13 @@ def select_within(
 def describe(
     limits: Limits, importance: Mapping[str, float], trained: frozenset[str], missed: float | None
 ) -> Selection:
-    """A set as a selection.
+    """Make the `Selection` of a trained set.
 
     Args:
-        limits: what the set respects.
+        limits: the budget and the costs.
         importance: by FQN, where it was measured.
-        trained: the set.
-        missed: how much more importance a better set could have at most; None if nobody looked for one.
+        trained: FQNs.
+        missed: importance that a better set could add at most; None if no better set was searched for.
 
     Raises:
         GTCompileError: the set costs more than the budget.
@@ -183,7 +183,7 @@ def _check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
 
 
 def _works(limits: Limits, names: Iterable[str]) -> dict[int, int]:
-    """FLOPs of the works that `always` leaves undone, by the names that need them (bit i for name i)."""
+    """FLOPs of shared work that `always` does not need, by the names that need it (bit i for name i)."""
     bit = {name: 1 << index for index, name in enumerate(names)}
     works: dict[int, int] = {}
     for work in limits.costs.shared_work:

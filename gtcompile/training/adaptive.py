@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptiveBackprop:
-    """Keeps a model training the parameters most worth it within a FLOPs budget.
+    """Trains the parameters that most reduce the loss, within a FLOPs budget.
 
     Call `reselect` with a few batches before the first epoch and then every epoch or so. In between train as
     always, and call `step` after every step of the optimizer: some policies change the trained set at every
@@ -40,26 +40,26 @@ class AdaptiveBackprop:
 
     The model may be plain, compiled with `torch.compile(model, backend="gtcompile")`, or have compiled
     blocks; a new set compiles nothing. Inside `DistributedDataParallel(model, find_unused_parameters=True)`
-    every rank calls `reselect` with batches of its own: importance is averaged over the ranks, rank 0 decides
-    for all, and only trained gradients are sent. What fails on one rank is raised on all. A model sharded
+    every rank calls `reselect` with its own batches: importance is averaged over the ranks, rank 0 decides
+    for all, and only trained gradients are sent. An error on one rank is raised on all. A model sharded
     with `fully_shard` behaves alike; its importance is that of all ranks' batches together.
 
     Args:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
         budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
-        policy: what to train within the budget: a name or a description from `gtcompile.policies`, or a
-            function of your own, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
+        policy: decides what to train within the budget: a name or a description from `gtcompile.policies`, or
+            your own function, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
             for every step.
         loss_fn: takes the model and a batch of any structure and returns the scalar loss.
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters never to train.
         two_pass: measure importance as the paper does, not across batches.
-        frozen_state: what becomes of the optimizer's state of a parameter while it is frozen: "keep" it, move
-            it to host memory ("cpu"), or "drop" it and start anew.
+        frozen_state: where the optimizer's state of a frozen parameter goes: "keep" it, move it to host
+            memory ("cpu"), or "drop" it and start anew.
         loss_module: computes the loss that training really uses, with the model's parameters under the
-            model's names. Importance is measured through it; costs are those of the model's own loss, which
-            batches must contain the labels for.
+            model's names. Importance is measured through it; costs are those of the model's own loss, so
+            batches must contain its labels.
         seed: of the policies that draw at random; the same on all ranks.
 
     Raises:
@@ -107,7 +107,7 @@ class AdaptiveBackprop:
 
     @property
     def policy(self) -> Policy:
-        """What is trained within the budget."""
+        """The policy that decides which parameters to train within the budget."""
         return self._policy
 
     @property
@@ -122,30 +122,27 @@ class AdaptiveBackprop:
 
     @property
     def importance(self) -> Mapping[str, float]:
-        """Importance by FQN as the latest `reselect` measured it, of the parameters its policy asked for."""
+        """Importance by FQN as the latest `reselect` measured it, of the parameters that its policy needs."""
         return self._importance
 
     @property
     def spent_fraction(self) -> float:
         """Mean cost of the steps since `reselect` as a share of a full step's FLOPs.
 
-        The step that the present set was handed out for is included. 0.0 before the first `reselect`.
+        The coming step, with the present set, is included. 0.0 before the first `reselect`.
         """
         return self._schedule.spent_fraction if self._schedule else 0.0
 
     @property
     def step_fraction(self) -> float:
-        """Cost of the step that the present set is trained in, as a share of a full step's FLOPs.
-
-        0.0 before the first `reselect`.
-        """
+        """Cost of a step with the present set as a share of a full step's FLOPs; 0.0 before `reselect`."""
         return self._schedule.fraction_of(self._trained) if self._schedule else 0.0
 
     def reselect(self, batches: Iterable[Any]) -> Selection:
         """Select anew from these batches and train that from now on.
 
-        Costs are those of a batch with the shapes of the first one; if the model branches on data, those of
-        the way that the first batch takes. Importance is averaged over all batches, if the policy needs it.
+        Costs are those of a batch with the shapes of the first one and, if the model branches on data, with
+        its branches. Importance is averaged over all batches, if the policy needs it.
         When nothing affordable is predicted to reduce the loss, the former selection stays, with a log
         message; if there is none yet, importance is measured within each batch as with `two_pass`. Nothing
         changes until the new trained set is applied, so a call that fails leaves everything as it was.
@@ -220,14 +217,14 @@ class AdaptiveBackprop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken, in the middle of an epoch or not.
+        """Continue from a state that `state_dict` returned, in the middle of an epoch or not.
 
         Budget, patterns, seed and history become those of the state, and its trained set is trained from now
-        on. The next calls of `step` hand out the sets that would have come next.
+        on. The next calls of `step` return the sets that would have come next.
 
         Raises:
-            ValueError: for something else than such a state, the state of another model (names the
-                differences), or of another policy; nothing has changed then.
+            ValueError: this is no such state, or that of another model (names the differences) or policy;
+                nothing has changed then.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
@@ -260,7 +257,7 @@ class AdaptiveBackprop:
         return terms
 
     def _costs(self, batch: Any) -> BackwardCosts:
-        """The costs at this batch's shapes, captured anew if these changed or if values matter."""
+        """Return the costs at this batch's shapes; capture again if these changed or costs follow values."""
         key = _shapes_in(batch)
         known = self._known_costs.get(key)
         if known is None or known.follows_values:
@@ -268,13 +265,13 @@ class AdaptiveBackprop:
             try:
                 self._known_costs = {key: backward_costs(self._model, batch, loss_fn=self._loss_fn)}
             except CaptureError:
-                with torch.no_grad():  # let the model say what is wrong with the batch, if something is
+                with torch.no_grad():  # the model's own error about a wrong batch says more
                     batch_loss(self._model, batch, self._loss_fn)
                 raise
         return self._known_costs[key]
 
     def _common_ground(self) -> dict[str, Any]:
-        """What must be equal on all ranks."""
+        """Values that must be equal on all ranks, by their name in messages."""
         return {
             "the budget": self._terms.budget_fraction,
             "the patterns in always": self._terms.always,
@@ -297,7 +294,7 @@ class AdaptiveBackprop:
     def _decide(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
     ) -> tuple[dict[str, float], Plan]:
-        """Importance over all ranks, and the plan that rank 0 draws from it."""
+        """Measure importance over all ranks; return it with the plan that rank 0 makes of it."""
         ranks = self._ranks
         wanted = self._wanted(limits)
         importance = ranks.mean(ranks.together(lambda: self._measure(wanted, batches, two_pass=two_pass)))
@@ -313,7 +310,7 @@ class AdaptiveBackprop:
         return sorted(limits.undecided if affordable else limits.trainable - limits.always)
 
     def _measure(self, wanted: list[str], batches: Sequence[Any], *, two_pass: bool) -> dict[str, float]:
-        """Importance of the wanted parameters; 0 for those that these batches did not use."""
+        """Measure the importance of the wanted parameters; 0 for those that these batches did not use."""
         if not wanted:
             return {}
         measured = measure_importance(
@@ -329,20 +326,21 @@ class AdaptiveBackprop:
     def _begin(
         self, plan: Plan, limits: Limits, importance: Mapping[str, float]
     ) -> tuple[Schedule, Selection]:
-        """The schedule of a plan with its first set drawn, and that set as a selection.
+        """Start the schedule of a plan; return it with its first set as a selection.
 
-        A plan that trains nothing gives way to the former one.
+        If the plan trains nothing, the former plan goes on.
         """
-        former = self._schedule
+        former, costs = self._schedule, limits.costs
         if stays := _trains_nothing(plan):
             if former is None:
                 raise GTCompileError(
                     f"{_reason(limits)}; measure on more batches, or lower the learning rate"
                 )
             logger.warning("%s: the former selection stays", _reason(limits))
+            plan, costs = former.plan, former.costs
         schedule = Schedule(
-            former.plan if former and stays else plan,
-            former.costs if former and stays else limits.costs,
+            plan,
+            costs,
             limits.budget_fraction,
             seed=self._seed,
             number=len(self._history),
@@ -356,7 +354,7 @@ class AdaptiveBackprop:
     def _propose_with(
         self, terms: Terms, importance: Mapping[str, float]
     ) -> Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None:
-        """The user's own policy as a schedule calls it: rank 0 decides; None for any other policy."""
+        """Wrap the user's own policy for a schedule: rank 0 decides; None for any other policy."""
         if not isinstance(self._policy, Function):
             return None
         choose, ranks = self._policy.choose, self._ranks
@@ -385,7 +383,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _shapes_in(value: Any) -> object:
-    """What the costs of a batch depend on: shapes and types of tensors, and every other value."""
+    """A key of what the costs of a batch depend on: shapes and dtypes of tensors, and every other value."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, Mapping):

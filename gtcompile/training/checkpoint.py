@@ -2,7 +2,7 @@
 
 Tensors are written as a distributed checkpoint of torch's, to which each rank adds what it holds. The
 optimizer's state is written as it is: parameters that were never trained have none, and frozen parameters may
-have some. torch's own helpers would invent the former and lose the latter.
+have some. torch's own helpers would create state for the former and lose that of the latter.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def save_training(
         model: plain, compiled, in `DistributedDataParallel`, or sharded with `fully_shard`.
         optimizer: the one that trains the model's parameters.
         adaptive: what chooses the trained set.
-        progress: whatever else the caller needs, such as the step and the scheduler's state; plain values and
+        progress: further values to restore, such as the step and the scheduler's state; plain values and
             tensors.
 
     Raises:
@@ -133,7 +133,7 @@ class _State:
     value: Any
 
     def described(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """What is needed to allocate the tensor before it is read; any other value itself.
+        """Describe a tensor, so that it can be allocated before it is read; keep any other value itself.
 
         Raises:
             GTCompileError: the value is sharded and has another shape than its parameter.
@@ -157,7 +157,7 @@ class _State:
 
 
 def _allocate(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Any]) -> torch.Tensor:
-    """An empty tensor to read one entry of the state into, sharded as its parameter is now."""
+    """Make an empty tensor to read one entry of the state into, sharded as its parameter is now."""
     parameter, dtype = parameters[kept["fqn"]], getattr(torch, kept["dtype"])
     if kept["alike"]:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -203,7 +203,7 @@ def _refuse_other(
 
 @contextlib.contextmanager
 def _among(ranks: Ranks) -> Iterator[dict[str, Any]]:
-    """The arguments that say which processes share a checkpoint; torch does not warn about a single one."""
+    """Yield the arguments for the processes that share a checkpoint; silence a warning about a single one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield {"process_group": ranks.group, "no_dist": ranks.group is None}

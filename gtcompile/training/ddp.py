@@ -22,7 +22,7 @@ _PREPARED = "_sends_trained_gradients"
 
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks that train a model; `DistributedDataParallel` sends only trained gradients from now on.
+    """Return the ranks that train a model; make `DistributedDataParallel` send only trained gradients.
 
     Raises:
         ValueError: for a wrapper that would send or train something else.
@@ -100,7 +100,7 @@ def send_trained(
 def _check_known(model: DistributedDataParallel) -> None:
     """Refuse a wrapper that was made while parameters were frozen: it would never synchronise them.
 
-    The number of parameters that a wrapper synchronises can be read from its log alone.
+    Only the log of a wrapper shows how many parameters it synchronises.
     """
     trainable = sum(was_trainable(parameter) for parameter in unwrap(model).parameters())
     known: int = model._get_ddp_logging_data()["num_parameter_tensors"]

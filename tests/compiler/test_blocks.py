@@ -24,7 +24,7 @@ from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.compiler.backward_plans import BackwardGraph, Plan
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.compiler.hoisted import HoistedVariants
-from gtcompile.compiler.operators import run_operators
+from gtcompile.compiler.operator_program import run_operators
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import copy_module
 from gtcompile.testing import assert_same_gradients, reference_gradients

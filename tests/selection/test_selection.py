@@ -322,7 +322,7 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works():
     ):
         select_parameters(CHAIN, dict.fromkeys("abc", 1.0), 0.3)
     with pytest.raises(
-        BudgetError, match=r"trains 'a', as asked for by always, takes at least 0\.6667 "
+        BudgetError, match=r"trains 'a', as always requires, takes at least 0\.6667 "
     ) as caught:
         select_parameters(CHAIN, dict.fromkeys("abc", 1.0), 0.5, always=["a"])
     assert caught.value.minimum_budget_fraction == pytest.approx(40 / 60)
