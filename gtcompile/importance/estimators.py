@@ -230,7 +230,7 @@ def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor)
 def _real_vector(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor as one float32 vector; a complex number gives its two parts.
 
-    A sparse gradient becomes dense only here, because some optimizers (SparseAdam) step with sparse ones alone.
+    A sparse gradient becomes dense only here, because SparseAdam steps with nothing else.
     """
     own = local(tensor).to_dense()
     return (torch.view_as_real(own.resolve_conj()) if own.is_complex() else own).flatten().float()
