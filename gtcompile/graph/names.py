@@ -15,9 +15,12 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
 
     Raises:
         ValueError: naming each pattern that matches nothing and the names closest to it.
-        TypeError: for a single string, which would be taken letter by letter, or what is no string.
+        TypeError: for a single string, which would be taken letter by letter, or what is no string; for what
+            is no collection, such as the None of a function without a return statement.
     """
     refuse_string(patterns)
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"expected a collection of FQNs or shell-style patterns, got {patterns!r}")
     canonical = names if isinstance(names, dict) else {name: name for name in names}
     matched: set[str] = set()
     for pattern in patterns:
