@@ -97,7 +97,7 @@ def _check_whole(fqn: str, seen: Collection[str]) -> None:
 
 
 def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
-    if not torch.isfinite(local(gradient)).all():
+    if not torch.isfinite(local(gradient).to_dense()).all():
         raise NotFiniteError(f"the gradient of {fqn} is not finite")
 
 

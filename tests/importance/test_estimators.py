@@ -462,3 +462,71 @@ def test_a_model_without_a_loss_is_refused():
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(CaptureError, match="Does the batch contain labels"):
         measure_importance(model, optimizer, [{"x": torch.ones(1, 2)}] * 2)
+
+
+class Phase(nn.Module):
+    """A regression on an imaginary part, which only the imaginary part of the complex weight changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, dtype=torch.cfloat))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, y):
+        return ((x * self.weight).imag + self.bias - y).square().mean()
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_both_parts_of_a_complex_parameter_count(two_pass):
+    torch.manual_seed(0)
+    model, batch = Phase(), {"x": torch.rand(64, 4), "y": torch.randn(64, 4) + 3}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # two_pass measures at the updated weights
+    measured = measure_importance(model, optimizer, [batch, batch], two_pass=two_pass)
+    model(**batch).backward()
+    expected = {fqn: 1e-4 * p.grad.abs().square().sum().item() for fqn, p in model.named_parameters()}
+    assert measured == pytest.approx(expected, rel=1e-3)
+    assert measured["weight"] > 0
+
+
+class Bag(nn.Module):
+    """Classifies the mean of embeddings, whose gradient may be sparse."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 8, sparse=sparse)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids, labels):
+        return nn.functional.cross_entropy(self.head(self.embed(ids).mean(1)), labels)
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_a_sparse_gradient_has_the_importance_of_the_dense_one(two_pass):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 5, (6, 4))  # rows of the table occur several times
+    batches = [{"ids": ids, "labels": torch.randint(0, 2, (6,))} for _ in range(2)]
+
+    def measured(sparse):
+        model = Bag(sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return measure_importance(model, optimizer, batches, two_pass=two_pass)
+
+    assert measured(sparse=True) == pytest.approx(measured(sparse=False), rel=1e-4)
+
+
+def test_an_optimizer_for_sparse_gradients_alone_is_measured():
+    torch.manual_seed(1)
+    model = Bag(sparse=True)
+    optimizer = torch.optim.SparseAdam([model.embed.weight], lr=0.1)
+    batch = {"ids": torch.randint(0, 5, (6, 4)), "labels": torch.randint(0, 2, (6,))}
+    assert measure_importance(model, optimizer, [batch, batch], only=["embed.weight"])["embed.weight"] > 0
+
+
+def test_a_sparse_gradient_that_is_not_finite_is_noticed():
+    model = Bag(sparse=True)
+    with torch.no_grad():
+        model.head.weight.fill_(float("inf"))
+    batch = {"ids": torch.zeros(2, 2, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(GTCompileError, match="too few of 2 batches"):
+        measure_importance(model, torch.optim.SGD(model.parameters(), lr=0.1), [batch, batch])

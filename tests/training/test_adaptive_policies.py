@@ -136,6 +136,7 @@ def test_the_users_own_costly_sets_wait_until_they_are_paid_for():
         (["head.wieght"], ValueError, r"'head\.wieght' matches no .*near names: head\.weight"),
         ([], ValueError, "returned no parameter"),
         ("head.weight", TypeError, "got the string"),
+        (None, TypeError, "expected a collection of FQNs or shell-style patterns, got None"),
     ],
 )
 def test_what_the_users_policy_returns_is_checked_and_nothing_changes(returned, error, message):
