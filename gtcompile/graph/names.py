@@ -13,14 +13,8 @@ def match_patterns(names: Iterable[str] | dict[str, str], patterns: Iterable[str
         patterns: exact names or shell-style patterns (`*`, `?`, `[...]`), matched on whole names.
 
     Raises:
-<<<<<<< HEAD
         ValueError: a pattern matches nothing; the message lists the names closest to it.
-        TypeError: `patterns` is a single string, or contains something else than strings.
-=======
-        ValueError: naming each pattern that matches nothing and the names closest to it.
-        TypeError: for a single string, which would be taken letter by letter, or what is no string; for what
-            is no collection, such as the None of a function without a return statement.
->>>>>>> user
+        TypeError: `patterns` is a single string, is no collection, or contains something else than strings.
     """
     refuse_string(patterns)
     if not isinstance(patterns, Iterable):

@@ -221,14 +221,8 @@ def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float
 
 
 def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
-<<<<<<< HEAD
     """Compute -<update, gradient>; for sharded tensors this rank's part of the sum."""
-    own = (local(update).flatten().float(), local(gradient).flatten().float())
-    reduction = -torch.dot(*own).item() / copies(gradient)
-=======
-    """The product -<update, gradient>; for sharded tensors this rank's part of the sum."""
     reduction = -torch.dot(_real_vector(update), _real_vector(gradient)).item() / copies(gradient)
->>>>>>> user
     if not math.isfinite(reduction):
         _check_update(fqn, update)
         raise NotFiniteError(f"the predicted loss reduction of {fqn} is {reduction}")
