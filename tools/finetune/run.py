@@ -55,52 +55,30 @@ def finetune(
         StoppedEarlyError: Ctrl-C was pressed; `resume` continues.
     """
     with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder:
-        return _finetune(
-            settings,
-            folder,
-            reporter,
-            resume=resume,
-            evaluate_before=evaluate_before,
-            log_to=log_to,
-            ranks=ranks,
-        )
-
-
-def _finetune(
-    settings: Settings,
-    folder: RunFolder,
-    reporter: Reporter,
-    *,
-    resume: bool,
-    evaluate_before: bool,
-    log_to: str | None,
-    ranks: Ranks,
-) -> Summary:
-    output = folder.path
-    trace = open_trace(log_to if folder.writes else None, output)
-    finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
-    if finished is not None:
-        reporter.say(f"the run in {output} is finished")
-        return finished
-    prepared = prepare(settings, rank=ranks.rank)
-    if resume:
-        folder.check_same_examples(prepared.digest)
-    _introduce(prepared, reporter)
-    torch.compiler.reset()
-    transformers.set_seed(settings.seed + ranks.rank)
-    training = Training(prepared, folder, reporter, trace, ranks)
-    before = None
-    if resume:
-        training.resume()
-    elif evaluate_before:
-        with restored(training.module):
-            before = ranks.from_first(lambda: evaluate(prepared, reporter))
-    try:
-        training.run()
-    finally:
-        if trace is not None:
-            trace.close()
-    return ranks.from_first(lambda: _conclude(training, before))
+        trace = open_trace(log_to if folder.writes else None, output)
+        finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
+        if finished is not None:
+            reporter.say(f"the run in {output} is finished")
+            return finished
+        prepared = prepare(settings, rank=ranks.rank)
+        if resume:
+            folder.check_same_examples(prepared.digest)
+        _introduce(prepared, reporter)
+        torch.compiler.reset()
+        transformers.set_seed(settings.seed + ranks.rank)
+        training = Training(prepared, folder, reporter, trace, ranks)
+        before = None
+        if resume:
+            training.resume()
+        elif evaluate_before:
+            with restored(training.module):
+                before = ranks.from_first(lambda: evaluate(prepared, reporter))
+        try:
+            training.run()
+        finally:
+            if trace is not None:
+                trace.close()
+        return ranks.from_first(lambda: _conclude(training, before))
 
 
 def _conclude(training: Training, before: dict[str, float] | None) -> Summary:
