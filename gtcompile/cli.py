@@ -18,9 +18,11 @@ from rich.console import Console
 
 import gtcompile
 from gtcompile.errors import GTCompileError
-from gtcompile.tools.bench.options import BenchOptions, parse_budgets
-from gtcompile.tools.common.options import BatchShape, check_model, is_run
+from gtcompile.tools.bench.options import BenchOptions
+from gtcompile.tools.common.options import BatchShape, check_model, is_run, parse_list
 from gtcompile.tools.common.terminal import say
+from gtcompile.tools.compare.arms import ARMS
+from gtcompile.tools.compare.options import CompareOptions, CompilerOrNone
 from gtcompile.tools.finetune.options import RunOptions
 from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
 from gtcompile.tools.onnx.options import ExportOptions
@@ -301,7 +303,7 @@ def bench(
     """Compare steps at several budgets with full training and eager freezing, on random weights."""
     with _errors_in_one_line():
         options = BenchOptions(
-            budgets=parse_budgets(budgets),
+            budgets=parse_list("budgets", budgets, float, "numbers"),
             shape=BatchShape(batch_size=batch_size, length=length, target_length=target_length),
             compiler=compiler,
             rounds=rounds,
@@ -317,6 +319,55 @@ def bench(
             typer.echo(json.dumps(measured.as_dict(), indent=2))
         else:
             result.show(Console(), measured)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub id, directory with weights, demo, or smollm2.")],
+    output: Annotated[
+        Path, _option("Folder for runs, table and plots; with runs in it, they are continued.")
+    ],
+    dataset: Annotated[str, _option("scitldr or demo.")] = "scitldr",
+    data_dir: Annotated[
+        Path | None, _option("Folder with train.jsonl, dev.jsonl and test.jsonl of SciTLDR.")
+    ] = None,
+    arms: Annotated[str, _option("Methods, separated by commas.")] = ",".join(ARMS),
+    budgets: Annotated[str, _option("Shares of a full step's FLOPs, separated by commas.")] = "0.5",
+    seeds: Annotated[str, _option("Seeds, separated by commas.")] = "0,1,2",
+    steps: Annotated[int, _option("Optimizer steps at equal steps.")] = 100,
+    purposes: Annotated[str, _option("Compare at equal steps, at equal flops, or both.")] = "steps,flops",
+    search: Annotated[bool, _option("Choose learning rates at a quarter of the steps.", "--search")] = False,
+    batch_size: BatchSize = 8,
+    length: Annotated[int, _option("Tokens per text.")] = 160,
+    held_out: Annotated[int, _option("Held-out texts on which the loss is measured.")] = 64,
+    evaluations: Annotated[int, _option("How often a run measures this loss.")] = 4,
+    selections: Annotated[int, _option("Selections in a run that measures importance.")] = 2,
+    measured: Annotated[int, _option("Batches on which each selection measures importance.")] = 4,
+    save_every: Annotated[int, _option("Steps between saves of an unfinished run.")] = 20,
+    compiler: Annotated[
+        CompilerOrNone, _option("Compiler of the blocks; none runs them eagerly.")
+    ] = "inductor",
+    float32: Annotated[bool, _option("Run without bf16 autocast.", "--float32")] = False,
+    device: Annotated[str | None, _option("torch device. Default: a GPU if there is one.")] = None,
+    threads: Annotated[int | None, _option("Threads on the CPU. Default: chosen by torch.")] = None,
+) -> None:
+    """Compare methods of fine-tuning by held-out loss, at equal steps and at equal FLOPs."""
+    arguments = dict(locals())
+    with _errors_in_one_line():
+        lists: dict[str, Any] = {
+            "arms": parse_list("arms", arms, str, "names"),
+            "budgets": parse_list("budgets", budgets, float, "numbers"),
+            "seeds": parse_list("seeds", seeds, int, "whole numbers"),
+            "purposes": parse_list("purposes", purposes, str, "names"),
+        }
+        options = CompareOptions(**arguments | lists)
+        check_model(model)
+        options.check_packages()
+        options.check_output()
+        _quiet()
+        from gtcompile.tools.compare import command
+
+        command.compare(options, Console())
 
 
 def _check_model_or_run(model: str) -> None:

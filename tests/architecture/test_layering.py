@@ -33,12 +33,12 @@ TOOLS = [
     {"models"},
     {"data"},
     {"runs"},
-    {"inspect", "onnx", "bench"},
+    {"inspect", "onnx", "bench", "compare"},
     {"finetune"},
     {"demo"},
 ]
 """The floors inside `tools`."""
-PRODUCTS = {"inspect", "onnx", "bench", "finetune", "demo"}
+PRODUCTS = {"inspect", "onnx", "bench", "compare", "finetune", "demo"}
 NAMES_AND_NUMBERS = {"selection", "importance"}
 """Rooms that can be read, and replaced, without knowing graphs."""
 

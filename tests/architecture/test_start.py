@@ -20,6 +20,7 @@ try:
 finally:
     print(*({{name for name in {HEAVY} if name in sys.modules}} or ["nothing heavy"]), file=sys.stderr)
 """
+COMPARE = ["compare", "demo", "--dataset", "demo", "--output", "x"]
 RUN = ["finetune", "--model", "demo", "--dataset", "demo"]
 
 
@@ -42,7 +43,14 @@ assert BudgetError("", 0.5).minimum_budget_fraction == 0.5
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["finetune", "--help"], ["inspect", "--help"], ["bench", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["finetune", "--help"],
+        ["inspect", "--help"],
+        ["bench", "--help"],
+        ["compare", "--help"],
+    ],
 )
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     done = python(COMMAND, *arguments)
@@ -75,6 +83,19 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
         (["export", "demo", "--onnx", "x.onnx", "--train", "*", "--budget", "0.5"], "--train or --budget"),
         (["bench", "demo", "--budgets", "1.5"], "--budgets: expected shares between 0 and 1"),
         (["bench", "demo", "--dtype", "int8"], "--dtype: expected float32 or bfloat16, got 'int8'"),
+        (["compare", "demo", "--output", "x"], "--data-dir: expected the folder with train.jsonl"),
+        (["compare", "demo", "--output", "x", "--data-dir", "none"], "there is no file none/train.jsonl"),
+        ([*COMPARE, "--output", "taken/file"], "--output: taken/file is a file"),
+        ([*COMPARE, "--dataset", "none"], "--dataset: expected one of scitldr, demo, got 'none'"),
+        ([*COMPARE, "--data-dir", "x"], "--data-dir: expected none with --dataset demo, got 'x'"),
+        ([*COMPARE, "--arms", "full,magic"], "--arms: expected one of full, "),
+        ([*COMPARE, "--arms", ","], "--arms: expected one of full, "),
+        ([*COMPARE, "--budgets", "1.5"], "--budgets: expected shares in (0, 1], got (1.5,)"),
+        ([*COMPARE, "--seeds", "0,a"], "--seeds: expected whole numbers separated by commas, got '0,a'"),
+        ([*COMPARE, "--seeds=-1"], "--seeds: expected numbers of at least 0"),
+        ([*COMPARE, "--purposes", "time"], "--purposes: expected one of steps, flops, got 'time'"),
+        ([*COMPARE, "--steps", "0"], "--steps: expected at least 1, got 0"),
+        ([*COMPARE, "--threads", "0"], "--threads: expected at least 1, got 0"),
         (["bench", "demo", "--rounds", "0"], "--rounds: expected at least 1, got 0"),
     ],
 )

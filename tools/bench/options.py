@@ -44,18 +44,3 @@ class BenchOptions:
                 f"--budgets: expected shares between 0 and 1, separated by commas, such as 0.4,0.5, got "
                 f"{', '.join(f'{b:g}' for b in wrong) or 'none'}; everything trained is always measured"
             )
-
-
-def parse_budgets(text: str) -> tuple[float, ...]:
-    """Read shares separated by commas.
-
-    Raises:
-        ValueError: a part is no number.
-
-    >>> parse_budgets("0.4,0.5")
-    (0.4, 0.5)
-    """
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise ValueError(f"--budgets: expected numbers separated by commas, got {text!r}") from None

@@ -1,10 +1,12 @@
 """Checks of command-line options. They need no torch, so that a mistake is refused at once."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 DEMO = "demo"
 """The name of the model that is part of this package."""
 
@@ -38,6 +40,27 @@ def check_counts(counts: Mapping[str, int]) -> None:
     """
     for name, value in counts.items():
         expect(value >= 1, name, "at least 1", value)
+
+
+def parse_list(name: str, text: str, kind: Callable[[str], T], expected: str) -> tuple[T, ...]:
+    """Read values separated by commas; what is repeated counts once.
+
+    Args:
+        name: of the field that the option sets.
+        text: the value of the option.
+        kind: converts one value, and raises `ValueError` for any that is not valid.
+        expected: description of valid values, such as "numbers".
+
+    Raises:
+        ValueError: a value is not valid.
+
+    >>> parse_list("budgets", "0.4,0.5", float, "numbers")
+    (0.4, 0.5)
+    """
+    try:
+        return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(f"{option(name)}: expected {expected} separated by commas, got {text!r}") from None
 
 
 def check_budget(budget: float | None) -> None:

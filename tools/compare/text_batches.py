@@ -77,7 +77,15 @@ class Batches:
         self._tokenizer, self.size, self._length = tokenizer, size, length
 
     def training(self, texts: Sequence[Text], seed: int) -> Iterator[Batch]:
-        """Endless batches: one shuffled pass after the other, for every method alike."""
+        """Endless batches: one shuffled pass after the other, for every method alike.
+
+        Raises:
+            ValueError: there are fewer texts than a batch holds.
+        """
+        if len(texts) < self.size:
+            raise ValueError(
+                f"--batch-size: expected at most {len(texts)}, the texts to train on, got {self.size}"
+            )
         for epoch in itertools.count():
             order = random.Random(f"{seed} {epoch}").sample(texts, len(texts))
             for start in range(0, len(order) - self.size + 1, self.size):

@@ -14,7 +14,8 @@ from scipy import stats
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-Row = dict[str, Any]
+from gtcompile.tools.compare.records import Row
+
 BASELINE = "full"
 
 

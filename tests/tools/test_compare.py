@@ -1,24 +1,48 @@
 """The comparison of methods: resumable at any moment, paired by seed, one data pipeline for all."""
 
+import importlib.util
 import json
 import math
 from itertools import islice
 
 import pytest
+from typer.testing import CliRunner
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-
-from benchmarks.quality import compare, runs
-from benchmarks.quality.data import Batches, demo_data, read_scitldr
-from benchmarks.quality.report import paired_interval, summarise
+from gtcompile.cli import app
+from gtcompile.tools.compare import command, run
+from gtcompile.tools.compare.report import paired_interval, summarise
+from gtcompile.tools.compare.text_batches import Batches, demo_data, read_scitldr
 from gtcompile.tools.models.loading import load_language_model
 
-TINY = ["--tiny", "--compiler", "none", "--steps", "2", "--batch-size", "2", "--evaluations", "1"]
+TINY = [
+    "--dataset",
+    "demo",
+    "--length",
+    "48",
+    "--held-out",
+    "8",
+    "--float32",
+    "--compiler",
+    "none",
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--evaluations",
+    "1",
+]
 TINY += ["--measured", "2", "--selections", "1", "--save-every", "1", "--threads", "1", "--seeds", "0"]
 
 
+def compare(folder, *more):
+    return CliRunner().invoke(app, ["compare", "demo", *TINY, "--output", str(folder), *more])
+
+
 def tiny(folder, *more):
-    compare.main([*TINY, "--output", str(folder), *more])
+    result = compare(folder, *more)
+    if isinstance(result.exception, EndedError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
     rows = map(json.loads, (folder / "runs.jsonl").read_text("utf-8").splitlines())
     return {row["key"]: row for row in rows}
 
@@ -31,7 +55,7 @@ class EndedError(Exception):
 def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is_not(tmp_path, monkeypatch):
     arms = ["--arms", "sampled", "--budgets", "0.7", "--purposes", "steps", "--steps", "3"]
     straight = tiny(tmp_path / "straight", *arms)
-    advance, steps = runs._Training.advance, []
+    advance, steps = run._Training.advance, []
 
     def ends_in_its_second_step(training):
         steps.append(1)
@@ -39,7 +63,7 @@ def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is
             raise EndedError
         advance(training)
 
-    monkeypatch.setattr(runs._Training, "advance", ends_in_its_second_step)
+    monkeypatch.setattr(run._Training, "advance", ends_in_its_second_step)
     for _ in range(5):
         steps.clear()
         try:
@@ -56,13 +80,15 @@ def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is
 
 
 def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
-    arms = ["--arms", "full", "last_layers", "--purposes", "steps", "--steps", "1"]
+    arms = ["--arms", "full,last_layers", "--purposes", "steps", "--steps", "1"]
     first = tiny(tmp_path, *arms)
     file = tmp_path / "runs.jsonl"
     lines = file.read_text("utf-8").splitlines()
     file.write_text(lines[0] + "\n" + lines[1][:40], "utf-8")
-    run, again = compare.run, []
-    monkeypatch.setattr(compare, "run", lambda chosen, *rest: again.append(chosen.arm) or run(chosen, *rest))
+    again = []
+    monkeypatch.setattr(
+        command, "run", lambda chosen, *rest: again.append(chosen.arm) or run.run(chosen, *rest)
+    )
     second = tiny(tmp_path, *arms)
     assert again == ["last_layers"]
     assert {key: row["loss"] for key, row in second.items()} == {
@@ -71,7 +97,7 @@ def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_pat
 
 
 def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_tuning_spends(tmp_path):
-    rows = tiny(tmp_path, "--arms", "full", "last_layers", "--budgets", "0.5", "--purposes", "flops")
+    rows = tiny(tmp_path, "--arms", "full,last_layers", "--budgets", "0.5", "--purposes", "flops")
     (full,) = (row for row in rows.values() if row["arm"] == "full")
     (longer,) = (row for row in rows.values() if row["arm"] == "last_layers")
     assert (full["steps"], longer["steps"]) == (2, 4)
@@ -81,8 +107,25 @@ def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_t
 
 def test_other_data_in_the_same_folder_is_refused(tmp_path):
     tiny(tmp_path, "--arms", "full", "--purposes", "steps")
-    with pytest.raises(SystemExit, match="other batch_size; choose another folder"):
-        compare.main([*TINY, "--output", str(tmp_path), "--batch-size", "3"])
+    result = compare(tmp_path, "--batch-size", "3")
+    assert result.exit_code == 2
+    assert "holds runs with other batch_size; choose another folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arm", "missing", "message"),
+    [
+        ("full", "matplotlib", 'error: compare needs matplotlib: pip install "gtcompile[compare]"\n'),
+        ("lora", "peft", 'error: compare needs peft: pip install "gtcompile[compare]"\n'),
+        ("full", "peft", None),
+    ],
+)
+def test_a_missing_package_is_refused_if_it_is_needed(arm, missing, message, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    monkeypatch.setattr(command, "compare", lambda *_: None)
+    result = compare(tmp_path, "--arms", arm)
+    assert (result.exit_code, result.stderr) == ((0, "") if message is None else (2, message))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +140,20 @@ def test_every_method_sees_the_same_batches_and_another_seed_others(batches):
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
     assert drawn(0)[:32] != drawn(0)[32:], "the second pass has the order of the first"
+
+
+def test_fewer_texts_than_a_batch_holds_are_refused(batches):
+    with pytest.raises(ValueError, match="--batch-size: expected at most 1, the texts to train on, got 2"):
+        next(batches.training(demo_data().train[:1], 0))
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    result = compare(tmp_path / "new", "--device", "abacus")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: --device: this machine has no torch device 'abacus'\n",
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_only_summaries_are_labelled_and_rows_have_one_length(batches):

@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality.arms import ARMS, unchanged
-from benchmarks.quality.data import Batch, Batches, Data, Text
-from gtcompile import (
-    AdaptiveBackprop,
-    BackwardCosts,
-    backward_costs,
-    compile_blocks,
-    load_training,
-    save_training,
-    trained_parameters,
-)
+from gtcompile.compiler.blocks import compile_blocks
+from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.state.trained_set import trained_parameters
+from gtcompile.tools.compare.arms import ARMS, unchanged
+from gtcompile.tools.compare.text_batches import Batch, Batches, Data, Text
+from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile.training.checkpoint import load_training, save_training
 
 _CLIPPED_TO = 1.0
 _WEIGHT_DECAY = 0.01

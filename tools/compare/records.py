@@ -1,0 +1,42 @@
+"""Finished runs, kept on disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gtcompile.tools.common.terminal import say
+
+Row = dict[str, Any]
+
+
+class Records:
+    """Finished runs by key, one JSON line each. A line that was cut off when the process ended is dropped.
+
+    Args:
+        path: of the file; it need not exist.
+        console: where to say that a line was dropped.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path = path
+        self.rows: dict[str, Row] = {}
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+            try:
+                row: Row = json.loads(line)
+            except json.JSONDecodeError:
+                say(console, f"{path}: dropped an incomplete line")
+                continue
+            self.rows[row["key"]] = row
+        if path.is_file():
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), "utf-8")
+
+    def add(self, row: Row) -> None:
+        """Keep a run, on disk before this returns."""
+        self.rows[row["key"]] = row
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
