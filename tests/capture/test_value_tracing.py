@@ -234,7 +234,7 @@ def test_nothing_in_the_model_changes():
 def test_without_weights_the_reason_and_what_would_do_are_told():
     with torch.device("meta"):
         model = Model(LAYERS["sizes"])
-    with pytest.raises(CaptureError, match="Real weights") as raised:
+    with pytest.raises(CaptureError, match="real weights") as raised:
         capture(model, batch(1))
     assert "depends on data" in str(raised.value)
 
@@ -245,7 +245,7 @@ def test_an_error_in_the_forward_is_told_beside_the_other_reasons():
 
     with pytest.raises(CaptureError, match="too warm") as raised:
         capture(Model(lambda: Layer(fails)), batch(-1))
-    assert "Real weights" not in str(raised.value)
+    assert "real weights" not in str(raised.value)
 
 
 def test_every_selection_costs_the_way_its_own_batch_takes():
