@@ -125,7 +125,7 @@ def test_the_model_is_left_uncompiled_whole_and_able_to_generate(tmp_path):
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
-@pytest.mark.parametrize("every", ["epoch", 3])
+@pytest.mark.parametrize("every", ["epoch", pytest.param(3, marks=pytest.mark.long)])
 def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every):
     """Steps 3 and 6 select anew: a checkpoint in between, right before one, and right after one."""
     settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": 1}

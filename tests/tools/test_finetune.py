@@ -194,7 +194,14 @@ def die() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "action"), [(2, press_ctrl_c), (STEPS_PER_EPOCH, press_ctrl_c), (7, die)])
+@pytest.mark.parametrize(
+    ("step", "action"),
+    [
+        (2, press_ctrl_c),
+        pytest.param(STEPS_PER_EPOCH, press_ctrl_c, marks=pytest.mark.long),
+        pytest.param(7, die, marks=pytest.mark.long),
+    ],
+)
 def test_a_run_stopped_at_any_step_continues_bit_equal(
     step: int,
     action: Callable[[], None],
