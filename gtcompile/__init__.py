@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gtcompile.errors import GTCompileError as GTCompileError
     from gtcompile.graph.flop_registry import register_flops as register_flops
     from gtcompile.huggingface.callback import AdaptiveBackpropCallback as AdaptiveBackpropCallback
+    from gtcompile.huggingface.labelled_logits import add_labelled_positions as add_labelled_positions
+    from gtcompile.huggingface.labelled_logits import only_labelled_logits as only_labelled_logits
     from gtcompile.importance.estimators import measure_importance as measure_importance
     from gtcompile.selection import policies as policies
     from gtcompile.selection.selection import Selection as Selection
@@ -46,12 +48,14 @@ _NAMES = {
     "GTCompileError": "gtcompile.errors",
     "GraphContractError": "gtcompile.errors",
     "Selection": "gtcompile.selection.selection",
+    "add_labelled_positions": "gtcompile.huggingface.labelled_logits",
     "backward_costs": "gtcompile.costs.backward_costs",
     "compile_blocks": "gtcompile.compiler.blocks",
     "dependency_graph": "gtcompile.costs.dependency_graph",
     "gtcompile": "gtcompile.compiler.backend",
     "load_training": "gtcompile.training.checkpoint",
     "measure_importance": "gtcompile.importance.estimators",
+    "only_labelled_logits": "gtcompile.huggingface.labelled_logits",
     "register_flops": "gtcompile.graph.flop_registry",
     "save_training": "gtcompile.training.checkpoint",
     "select_parameters": "gtcompile.selection.selection",

@@ -23,6 +23,8 @@ class Arm:
     """Whether the method has a budget; if not, it trains everything that `prepare` left trainable."""
     learning_rate: float
     """The best known rate. A search also tries half and twice this rate."""
+    labelled: bool = False
+    """Whether logits are computed at labelled positions alone, see `only_labelled_logits`."""
 
 
 def unchanged(model: "nn.Module") -> "nn.Module":
@@ -46,26 +48,27 @@ def biases_and_norms(model: "nn.Module") -> "nn.Module":
     return model
 
 
-def _policy(name: str, learning_rate: float = 2e-4, prepare: Prepare = unchanged) -> Arm:
-    return Arm(prepare=prepare, policy=name, budgeted=True, learning_rate=learning_rate)
+def _today(policy: str, prepare: Prepare, learning_rate: float, *, budgeted: bool = False) -> Arm:
+    """What people do today, logits at every position."""
+    return Arm(prepare=prepare, policy=policy, budgeted=budgeted, learning_rate=learning_rate)
 
 
-def _whole(prepare: Prepare, learning_rate: float) -> Arm:
-    return Arm(prepare=prepare, policy="last_layers", budgeted=False, learning_rate=learning_rate)
+def _ours(policy: str, learning_rate: float = 2e-4, prepare: Prepare = unchanged) -> Arm:
+    return Arm(prepare=prepare, policy=policy, budgeted=True, learning_rate=learning_rate, labelled=True)
 
 
 ARMS: Mapping[str, Arm] = {
-    "full": _whole(unchanged, 1e-4),
-    "occasionally_full": _policy("occasionally_full"),
-    "best": _policy("best"),
-    "last_layers": _policy("last_layers"),
-    "lora": _whole(with_lora, 5e-4),
-    "sampled": _policy("sampled"),
-    "lora_occasionally_full": _policy("occasionally_full", 5e-4, with_lora),
-    "rotating": _policy("rotating"),
-    "lisa": _policy("lisa"),
-    "random": _policy("random"),
-    "paper": _policy("paper"),
-    "bitfit": _whole(biases_and_norms, 2e-3),
+    "full": _today("last_layers", unchanged, 1e-4),
+    "lora": _today("last_layers", with_lora, 1e-3),
+    "last_layers": _today("last_layers", unchanged, 2e-4, budgeted=True),
+    "lora_occasionally_full": _ours("occasionally_full", 1e-3, with_lora),
+    "occasionally_full": _ours("occasionally_full"),
+    "best": _ours("best"),
+    "sampled": _ours("sampled"),
+    "rotating": _ours("rotating"),
+    "lisa": _ours("lisa"),
+    "random": _today("random", unchanged, 2e-4, budgeted=True),
+    "paper": _today("paper", unchanged, 2e-4, budgeted=True),
+    "bitfit": _today("last_layers", biases_and_norms, 2e-3),
 }
 """Methods by name, in the order in which they are run."""

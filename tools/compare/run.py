@@ -14,6 +14,7 @@ from torch import nn
 
 from gtcompile.compiler.blocks import compile_blocks
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.huggingface.labelled_logits import add_labelled_positions, only_labelled_logits
 from gtcompile.state.trained_set import trained_parameters
 from gtcompile.tools.compare.arms import ARMS, unchanged
 from gtcompile.tools.compare.text_batches import Batch, Batches, Data, Text
@@ -22,6 +23,8 @@ from gtcompile.training.checkpoint import load_training, save_training
 
 _CLIPPED_TO = 1.0
 _WEIGHT_DECAY = 0.01
+_POSITIONS = 128
+"""Labelled positions are rounded up to a multiple of this, so that nearly all batches have one shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,12 @@ class _Training:
         self._run, self._setting, self._full = chosen, setting, full
         arm = ARMS[chosen.arm]
         self._model = arm.prepare(setting.load()).to(setting.device)
-        own = full if arm.prepare is unchanged else backward_costs(self._model, _example(setting))
+        self._labelled = arm.labelled
+        if arm.labelled:
+            only_labelled_logits(self._model)
+        example = self._prepared(_example(setting))
+        plain = arm.prepare is unchanged and not arm.labelled
+        own = full if plain else backward_costs(self._model, example)
         if setting.compiler is not None:
             compile_blocks(self._model, compiler=setting.compiler)
         trainable = [p for p in self._model.parameters() if p.requires_grad]
@@ -131,7 +139,7 @@ class _Training:
         self._adaptive = AdaptiveBackprop(
             self._model, self._optimizer, min(budget, 1.0), policy=arm.policy, seed=chosen.seed
         )
-        self._own_costs = own
+        self._own_costs, self._costs_of = own, {_shape(example): own}
         self.step = self._flops = self._measuring_flops = 0
         self._seconds = 0.0
         self._evaluations: list[dict[str, float]] = []
@@ -167,13 +175,15 @@ class _Training:
         began = time.perf_counter()
         if self._selects():
             self._select()
-        loss = _loss(self._model, next(self._data), self._setting)
+        batch = next(self._data)
+        costs = self._costs(batch)
+        loss = _loss(self._model, batch, self._setting)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _CLIPPED_TO)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
-        self._flops += self._own_costs.step_flops(trained_parameters(self._model))
+        self._flops += costs.step_flops(trained_parameters(self._model))
         self._adaptive.step()
         self._train_losses.append(loss.item())
         self.step += 1
@@ -208,7 +218,7 @@ class _Training:
     def _select(self) -> None:
         texts, seed = self._setting.data.train, self._run.seed
         spare = self._setting.batches.training(texts, seed=1_000_003 * (seed + 1) + self.step)
-        batches = [next(spare) for _ in range(self._setting.measured)]
+        batches = [self._prepared(next(spare)) for _ in range(self._setting.measured)]
         with _autocast(self._setting):
             self._adaptive.reselect(batches)
         if self._adaptive.importance:
@@ -233,11 +243,25 @@ class _Training:
         return data.search if self._run.purpose == "search" else data.test
 
     def _batches(self) -> Iterator[Batch]:
-        return self._setting.batches.training(self._setting.data.train, self._run.seed)
+        return map(self._prepared, self._setting.batches.training(self._setting.data.train, self._run.seed))
+
+    def _prepared(self, batch: Batch) -> Batch:
+        return add_labelled_positions(batch, multiple=_POSITIONS) if self._labelled else batch
+
+    def _costs(self, batch: Batch) -> BackwardCosts:
+        """Costs of this batch; with `labelled`, batches have a few different numbers of positions."""
+        shape = _shape(batch)
+        if shape not in self._costs_of:
+            self._costs_of[shape] = backward_costs(self._model, batch)
+        return self._costs_of[shape]
+
+
+def _shape(batch: Batch) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in batch.values())
 
 
 def _example(setting: Setting) -> Batch:
-    """Any batch: all have one shape."""
+    """Any batch: all have one shape, except for labelled positions."""
     return setting.batches.batch(setting.data.train[: setting.batches.size])
 
 

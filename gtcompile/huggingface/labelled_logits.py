@@ -1,0 +1,142 @@
+"""Logits and loss at labelled positions alone: exact, and cheaper where prompts and padding have no label.
+
+The head of a language model multiplies every hidden state by the whole vocabulary, but the loss ignores the
+positions whose label is -100. `add_labelled_positions` writes the others into the batch, on the CPU, where
+the collator runs; `only_labelled_logits` makes the head take just these hidden states. Loss and gradients are
+those of all logits, up to rounding: the same sum with the zeros left out.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from gtcompile.capture.model_io import unwrap
+from gtcompile.errors import GTCompileError
+
+POSITIONS: Final = "labelled_positions"
+"""Key in the batch: indices of hidden states, flattened over rows and tokens; int64 of shape [k]."""
+TARGETS: Final = "labelled_targets"
+"""Key in the batch: the next token at each of these positions, or -100 for padding; int64 of shape [k]."""
+IGNORED: Final = -100
+"""The label that transformers' losses ignore."""
+
+
+def add_labelled_positions(batch: Mapping[str, Any], *, multiple: int = 64) -> dict[str, Any]:
+    """Return a batch of a causal language model that also names its labelled positions.
+
+    Wrap the collator with it: `data_collator=lambda rows: add_labelled_positions(collate(rows))`.
+
+    Args:
+        batch: keyword arguments of the model's forward, among them `labels`, int64 of shape [rows, tokens].
+        multiple: the number of positions is rounded up to a multiple of this, so that few shapes occur. Costs
+            depend on shapes: with a larger multiple, batches cost more and differ less.
+
+    Raises:
+        ValueError: there are no labels of this shape, or `multiple` is below 1.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+        found = f"shape {list(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f'expected batch["labels"] to be a tensor of shape [rows, tokens], got {found}')
+    if multiple < 1:
+        raise ValueError(f"multiple: expected at least 1, got {multiple}")
+    next_tokens = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
+    positions = (next_tokens != IGNORED).nonzero().squeeze(1)
+    count = min(max(1, -(-len(positions) // multiple)) * multiple, len(next_tokens))
+    padding = (0, count - len(positions))
+    return {
+        **batch,
+        POSITIONS: nn.functional.pad(positions, padding),
+        TARGETS: nn.functional.pad(next_tokens[positions], padding, value=IGNORED),
+    }
+
+
+def only_labelled_logits(model: nn.Module) -> "Installed":
+    """Compute the head and the loss of a causal language model at labelled positions alone, in training.
+
+    It concerns batches from `add_labelled_positions`; for others, and in evaluation mode, nothing changes.
+    `output.logits` of such a training step has shape [1, k, vocabulary], k being the number of positions.
+
+    Call it on the module that the training loop calls, after `get_peft_model` and before
+    `DistributedDataParallel`.
+
+    Args:
+        model: of transformers, or one of peft around it.
+
+    Returns:
+        A handle whose `remove` undoes all of it.
+
+    Raises:
+        GTCompileError: the model is no causal language model of transformers.
+    """
+    base = _causal_model(model)
+    head, loss_function = base.get_output_embeddings(), base.loss_function
+    kept: dict[str, torch.Tensor] = {}
+
+    def take_from_batch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        found = {key: kwargs[key] for key in (POSITIONS, TARGETS) if key in kwargs}
+        kept.clear()
+        if module.training:
+            kept.update(found)
+        return args, {key: value for key, value in kwargs.items() if key not in found}
+
+    def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if POSITIONS not in kept:
+            return args
+        hidden, *rest = args
+        return hidden.flatten(0, 1)[kept[POSITIONS]].unsqueeze(0), *rest
+
+    @functools.wraps(loss_function)
+    def labelled_loss(logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if TARGETS in kept:
+            labels = kwargs["shift_labels"] = kept[TARGETS].unsqueeze(0)
+        return loss_function(logits, labels, *args, **kwargs)
+
+    def forget(module: nn.Module, args: Any, output: Any) -> None:
+        kept.clear()  # `generate` of a model in peft calls the model inside, and the hook above does not run
+
+    hooks = (
+        model.register_forward_pre_hook(take_from_batch, with_kwargs=True),
+        head.register_forward_pre_hook(select),
+        model.register_forward_hook(forget),
+    )
+    base.loss_function = labelled_loss
+    return Installed(hooks, base, loss_function)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What `only_labelled_logits` changed."""
+
+    hooks: tuple[RemovableHandle, ...]
+    base: nn.Module
+    former_loss: Callable[..., torch.Tensor]
+
+    def remove(self) -> None:
+        """Undo it: the head and the loss see every position again."""
+        for hook in self.hooks:
+            hook.remove()
+        self.base.loss_function = self.former_loss
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    """Return the causal language model of transformers that a model is or contains.
+
+    Its loss takes the shifted labels as an argument of its own, which is what makes a selection possible.
+    """
+    inner = unwrap(model)
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    takes_targets = "shift_labels" in inspect.signature(getattr(base, "loss_function", len)).parameters
+    if isinstance(head, nn.Module) and takes_targets:
+        return base
+    raise GTCompileError(
+        f"only_labelled_logits: expected a causal language model of transformers, with an output embedding "
+        f"and a loss_function that takes shift_labels; {type(base).__name__} is none"
+    )
