@@ -23,7 +23,7 @@ from gtcompile.training.checkpoint import load_training, save_training
 
 _CLIPPED_TO = 1.0
 _WEIGHT_DECAY = 0.01
-_POSITIONS = 128
+_POSITIONS = 64
 """Labelled positions are rounded up to a multiple of this, so that nearly all batches have one shape."""
 
 
