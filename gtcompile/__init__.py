@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gtcompile.training.adaptive import AdaptiveBackprop as AdaptiveBackprop
     from gtcompile.training.checkpoint import load_training as load_training
     from gtcompile.training.checkpoint import save_training as save_training
+    from gtcompile.training.prefix_cache import PrefixCache as PrefixCache
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _NAMES = {
     "CompileOptions": "gtcompile.compiler.options",
     "GTCompileError": "gtcompile.errors",
     "GraphContractError": "gtcompile.errors",
+    "PrefixCache": "gtcompile.training.prefix_cache",
     "Selection": "gtcompile.selection.selection",
     "add_labelled_positions": "gtcompile.huggingface.labelled_logits",
     "backward_costs": "gtcompile.costs.backward_costs",

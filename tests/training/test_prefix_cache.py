@@ -1,0 +1,277 @@
+"""The frozen prefix of a model computed once per example: the same training, for fewer FLOPs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import gtcompile
+
+BLOCKS = 4
+SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
+
+
+def make_llama(**changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, **changes)
+    model = LlamaForCausalLM(config)
+    model.config.use_cache = False
+    return model.train()
+
+
+def make_gpt2(dropout=0.0):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61,
+        n_embd=16,
+        n_layer=BLOCKS,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    model.config.use_cache = False
+    return model.train()
+
+
+def batches(epochs, examples=6, size=2, tokens=7, seed=0):
+    """Shuffled batches of the same examples in every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(3, 61, (examples, tokens), generator=generator)
+    for _ in range(epochs):
+        for rows in torch.randperm(examples, generator=generator).split(size):
+            yield {"input_ids": data[rows], "labels": data[rows]}
+
+
+def train(model, sets, *, epochs=4, seed=0):
+    """Train with a set per step, in turns; return the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step, batch in enumerate(batches(epochs, seed=seed)):
+        gtcompile.train_only(model, sets[step % len(sets)])
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+TOP = ["model.layers.3.*", "model.norm.weight"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_is_the_same_bit_for_bit_and_later_epochs_start_from_cached_values(compiled):
+    plain, cached = make_llama(), make_llama()
+    for model in (plain, cached):
+        if compiled:
+            gtcompile.compile_blocks(model, compiler="eager")
+    cache = gtcompile.PrefixCache(cached)
+    assert train(plain, [TOP]) == train(cached, [TOP])
+    # Of twelve steps, the first shows the order of the modules, three more store their examples, and the
+    # first that could start from cached values computes them again and compares.
+    assert (cache.stats.hits, cache.stats.misses) == (7, 4)
+    assert (cache.stats.depth, cache.stats.disabled) == (3, None)
+    for own, other in zip(plain.parameters(), cached.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+NAMES = sorted(name for name, _ in make_llama().named_parameters())
+SETS = st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=1, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SETS, st.integers(0, 100))
+def test_any_sets_in_any_order_train_as_without_a_cache(sets, seed):
+    cached = make_llama()
+    cache = gtcompile.PrefixCache(cached)
+    assert train(make_llama(), sets, seed=seed) == train(cached, sets, seed=seed)
+    assert cache.stats.disabled is None
+
+
+def test_predicted_flops_of_a_hit_are_counted():
+    model = make_llama()
+    gtcompile.compile_blocks(model, compiler="eager")
+    cache = gtcompile.PrefixCache(model)
+    train(model, [TOP])
+    batch = next(batches(1))
+    trained = gtcompile.trained_parameters(model)
+    whole = gtcompile.backward_costs(model, batch).step_flops(trained)
+    with cache.pretend_hit():
+        predicted = gtcompile.backward_costs(model, batch).step_flops(trained)
+    hits = cache.stats.hits
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    assert cache.stats.hits == hits + 1
+    assert predicted == counter.get_total_flops() < whole
+
+
+def test_labelled_logits_and_the_cache_together():
+    def run(model, prepare):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gtcompile.train_only(model, TOP)
+        losses = []
+        for batch in batches(4):
+            labels = batch["labels"].clone()
+            labels[:, :4] = -100
+            loss = model(**prepare({**batch, "labels": labels})).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    plain, both = make_llama(), make_llama()
+    cache = gtcompile.PrefixCache(both)
+    gtcompile.only_labelled_logits(both)
+    expected = run(plain, dict)
+    assert run(both, gtcompile.add_labelled_positions) == pytest.approx(expected, rel=1e-5)
+    assert cache.stats.hits == 7
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_in_the_upper_blocks_leave_a_prefix():
+    peft = pytest.importorskip("peft")
+
+    def make():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3])
+        return peft.get_peft_model(make_llama(), config)
+
+    plain, cached = make(), make()
+    cache = gtcompile.PrefixCache(cached)
+    assert train(plain, [None]) == train(cached, [None])
+    assert (cache.stats.hits, cache.stats.depth) == (7, 2)
+
+
+def test_the_encoder_of_an_encoder_decoder_is_a_prefix():
+    def make():
+        torch.manual_seed(0)
+        config = BartConfig(
+            vocab_size=61, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0, use_cache=False,
+        )  # fmt: skip
+        return BartForConditionalGeneration(config).train()
+
+    sets = [["model.decoder.layers.*"]]
+    plain, cached = make(), make()
+    cache = gtcompile.PrefixCache(cached)
+    assert train(plain, sets) == train(cached, sets)
+    assert (cache.stats.hits, cache.stats.depth) == (7, 2)
+
+
+def disabled_with_a_warning(model, sets, caplog):
+    cache = gtcompile.PrefixCache(model)
+    train(model, sets)
+    assert cache.stats.hits == 0
+    assert "not cached any more" in caplog.text
+    return cache.stats.disabled
+
+
+def test_dropout_in_the_prefix_disables_the_cache(caplog):
+    reason = disabled_with_a_warning(make_gpt2(dropout=0.5), [["transformer.h.3.*"]], caplog)
+    assert "dropout" in reason
+
+
+def test_blocks_that_hand_on_more_than_one_tensor_disable_the_cache(caplog):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=61,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config).train()
+    assert "one tensor" in disabled_with_a_warning(model, [["decoder.*"]], caplog)
+
+
+def warm(**settings_of_cache):
+    """A model with a cache that holds all examples and whose next training step is a hit."""
+    model = make_gpt2()
+    cache = gtcompile.PrefixCache(model, **settings_of_cache)
+    train(model, [["transformer.h.3.*"]])
+    return model, cache
+
+
+@pytest.mark.parametrize("how", ["in place", "loaded", "assigned"])
+def test_a_change_in_the_prefix_empties_the_cache(how):
+    model, cache = warm()
+    state = {name: value + 0.1 for name, value in model.state_dict().items()}
+    if how == "in place":
+        with torch.no_grad():
+            model.transformer.wpe.weight.add_(0.1)
+    else:
+        model.load_state_dict(state, assign=how == "assigned")
+    hits, batch = cache.stats.hits, next(batches(1))
+    loss = model(**batch).loss
+    assert cache.stats.hits == hits
+    cache.remove()
+    assert torch.equal(loss, model(**batch).loss)
+
+
+def test_evaluation_and_generation_compute_every_block():
+    model, cache = warm()
+    hits, batch = cache.stats.hits, next(batches(1))
+    model.eval()
+    model(**batch)
+    model.generate(batch["input_ids"], max_new_tokens=1, do_sample=False)
+    model.train()
+    with torch.no_grad():
+        model(**batch)
+    assert cache.stats.hits == hits
+    model(**batch)
+    assert cache.stats.hits == hits + 1
+
+
+def test_importance_is_measured_through_the_prefix():
+    model, cache = warm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with_cache = gtcompile.measure_importance(model, optimizer, list(batches(1)))
+    cache.remove()
+    assert with_cache == gtcompile.measure_importance(model, optimizer, list(batches(1)))
+    assert "transformer.h.0.attn.c_attn.weight" in with_cache
+
+
+def test_values_beyond_the_limit_are_computed_as_before():
+    row = 7 * 16 * 4
+    _, cache = warm(max_bytes=2 * row)
+    assert (cache.stats.bytes, cache.stats.disabled) == (2 * row, None)
+
+
+def test_a_forward_that_fails_leaves_the_blocks_as_they_were():
+    model, _ = warm()
+    assert "forward" not in vars(model.transformer.h[0])
+    forwards = [block.forward for block in model.transformer.h]
+    batch = next(batches(1))
+    with pytest.raises(ValueError, match="batch_size"):
+        model(**batch | {"labels": batch["labels"][:1]})
+    model(**batch)
+    assert [block.forward for block in model.transformer.h] == forwards
+    assert "forward" not in vars(model.transformer.h[0])
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(gtcompile.GTCompileError, match="no repeated blocks"):
+        gtcompile.PrefixCache(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"no module 'model\.layer\.0'; near names: model\.layers\.0"):
+        gtcompile.PrefixCache(make_llama(), blocks=["model.layer.0"])
+    with pytest.raises(gtcompile.GTCompileError, match="compiled as a whole"):
+        gtcompile.PrefixCache(torch.compile(make_llama(), backend="eager"))
+    cache = gtcompile.PrefixCache(make_llama())
+    with pytest.raises(gtcompile.GTCompileError, match="one training forward first"), cache.pretend_hit():
+        pass
