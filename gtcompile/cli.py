@@ -339,6 +339,7 @@ def compare(
     search: Annotated[bool, _option("Choose learning rates at a quarter of the steps.", "--search")] = False,
     batch_size: BatchSize = 8,
     length: Annotated[int, _option("Tokens per text.")] = 160,
+    texts: Annotated[int | None, _option("Texts to train on, in every epoch. Default: all.")] = None,
     held_out: Annotated[int, _option("Held-out texts on which the loss is measured.")] = 64,
     evaluations: Annotated[int, _option("How often a run measures this loss.")] = 4,
     selections: Annotated[int, _option("Selections in a run that measures importance.")] = 2,

@@ -25,6 +25,8 @@ class Arm:
     """The best known rate. A search also tries half and twice this rate."""
     labelled: bool = False
     """Whether logits are computed at labelled positions alone, see `only_labelled_logits`."""
+    cached: bool = False
+    """Whether the frozen prefix is computed once per text, see `PrefixCache`."""
 
 
 def unchanged(model: "nn.Module") -> "nn.Module":
@@ -53,16 +55,29 @@ def _today(policy: str, prepare: Prepare, learning_rate: float, *, budgeted: boo
     return Arm(prepare=prepare, policy=policy, budgeted=budgeted, learning_rate=learning_rate)
 
 
-def _ours(policy: str, learning_rate: float = 2e-4, prepare: Prepare = unchanged) -> Arm:
-    return Arm(prepare=prepare, policy=policy, budgeted=True, learning_rate=learning_rate, labelled=True)
+def _ours(
+    policy: str, learning_rate: float = 2e-4, prepare: Prepare = unchanged, *, cached: bool = False
+) -> Arm:
+    """With logits at labelled positions alone."""
+    return Arm(
+        prepare=prepare,
+        policy=policy,
+        budgeted=True,
+        learning_rate=learning_rate,
+        labelled=True,
+        cached=cached,
+    )
 
 
 ARMS: Mapping[str, Arm] = {
     "full": _today("last_layers", unchanged, 1e-4),
     "lora": _today("last_layers", with_lora, 1e-3),
     "last_layers": _today("last_layers", unchanged, 2e-4, budgeted=True),
-    "lora_occasionally_full": _ours("occasionally_full", 1e-3, with_lora),
+    "last_layers_cached": _ours("last_layers", cached=True),
+    "best_cached": _ours("best", cached=True),
+    "lora_cached": _ours("last_layers", 1e-3, with_lora, cached=True),
     "occasionally_full": _ours("occasionally_full"),
+    "lora_occasionally_full": _ours("occasionally_full", 1e-3, with_lora),
     "best": _ours("best"),
     "sampled": _ours("sampled"),
     "rotating": _ours("rotating"),

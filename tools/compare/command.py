@@ -73,10 +73,11 @@ def _setting(options: CompareOptions) -> Setting:
         moved: nn.Module = model.to(device)  # type: ignore[arg-type]
         return moved
 
+    data = demo_data() if options.data_dir is None else read_scitldr(options.data_dir)
     return Setting(
         load=load,
         batches=Batches(tokenizer, size=options.batch_size, length=options.length),
-        data=demo_data() if options.data_dir is None else read_scitldr(options.data_dir),
+        data=replace(data, train=data.train[: options.texts]),
         held_out=options.held_out,
         evaluations=options.evaluations,
         selections=options.selections,
@@ -113,7 +114,7 @@ def _planned(options: CompareOptions, finish: Callable[[Run], Row]) -> Iterator[
                     if purpose == "steps":
                         yield first
                     else:  # as many steps as the FLOPs of full fine-tuning pay for
-                        fraction = budget or finish(first)["flops_fraction"]
+                        fraction = finish(first)["flops_fraction"]
                         yield replace(first, steps=round(options.steps / fraction), purpose="flops")
 
 

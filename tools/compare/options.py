@@ -23,7 +23,17 @@ _COUNTS = (
     "measured",
     "save_every",
 )
-_FIXED = ("model", "dataset", "batch_size", "length", "held_out", "float32", "selections", "measured")
+_FIXED = (
+    "model",
+    "dataset",
+    "texts",
+    "batch_size",
+    "length",
+    "held_out",
+    "float32",
+    "selections",
+    "measured",
+)
 """Options that all runs in one folder share; with others, losses could not be compared."""
 
 
@@ -55,6 +65,8 @@ class CompareOptions:
     """Texts per step."""
     length: int = 160
     """Tokens per text."""
+    texts: int | None = None
+    """How many texts to train on; None trains on all. Steps beyond one pass repeat them in another order."""
     held_out: int = 64
     """Held-out texts on which the loss is measured."""
     evaluations: int = 4
@@ -81,7 +93,8 @@ class CompareOptions:
             ValueError: names the option, the expected value and the given one.
         """
         check_counts({name: getattr(self, name) for name in _COUNTS})
-        check_counts({} if self.threads is None else {"threads": self.threads})
+        optional = {"threads": self.threads, "texts": self.texts}
+        check_counts({name: value for name, value in optional.items() if value is not None})
         _check_each("arms", self.arms, tuple(ARMS))
         _check_each("purposes", self.purposes, PURPOSES)
         _check_each("dataset", (self.dataset,), DATASETS)

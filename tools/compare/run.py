@@ -1,5 +1,6 @@
 """One run: a method, a budget, a learning rate, a seed and a number of steps; saved as it goes."""
 
+import contextlib
 import copy
 import shutil
 import time
@@ -20,6 +21,7 @@ from gtcompile.tools.compare.arms import ARMS, unchanged
 from gtcompile.tools.compare.text_batches import Batch, Batches, Data, Text
 from gtcompile.training.adaptive import AdaptiveBackprop
 from gtcompile.training.checkpoint import load_training, save_training
+from gtcompile.training.prefix_cache import PrefixCache
 
 _CLIPPED_TO = 1.0
 _WEIGHT_DECAY = 0.01
@@ -139,7 +141,8 @@ class _Training:
         self._adaptive = AdaptiveBackprop(
             self._model, self._optimizer, min(budget, 1.0), policy=arm.policy, seed=chosen.seed
         )
-        self._own_costs, self._costs_of = own, {_shape(example): own}
+        self._own_costs, self._costs_of = own, {(_shape(example), 0): own}
+        self._cache = PrefixCache(self._model) if arm.cached else None
         self.step = self._flops = self._measuring_flops = 0
         self._seconds = 0.0
         self._evaluations: list[dict[str, float]] = []
@@ -176,14 +179,13 @@ class _Training:
         if self._selects():
             self._select()
         batch = next(self._data)
-        costs = self._costs(batch)
-        loss = _loss(self._model, batch, self._setting)
+        loss, skipped = self._forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _CLIPPED_TO)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
-        self._flops += costs.step_flops(trained_parameters(self._model))
+        self._flops += self._costs(batch, skipped).step_flops(trained_parameters(self._model))
         self._adaptive.step()
         self._train_losses.append(loss.item())
         self.step += 1
@@ -248,12 +250,22 @@ class _Training:
     def _prepared(self, batch: Batch) -> Batch:
         return add_labelled_positions(batch, multiple=_POSITIONS) if self._labelled else batch
 
-    def _costs(self, batch: Batch) -> BackwardCosts:
-        """Costs of this batch; with `labelled`, batches have a few different numbers of positions."""
-        shape = _shape(batch)
-        if shape not in self._costs_of:
-            self._costs_of[shape] = backward_costs(self._model, batch)
-        return self._costs_of[shape]
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The loss, and how many blocks of the forward came from the cache."""
+        if self._cache is None:
+            return _loss(self._model, batch, self._setting), 0
+        hits = self._cache.stats.hits
+        loss = _loss(self._model, batch, self._setting)
+        return loss, self._cache.stats.depth if self._cache.stats.hits > hits else 0
+
+    def _costs(self, batch: Batch, skipped: int) -> BackwardCosts:
+        """Costs of this batch; captured once for each number of labelled positions and of skipped blocks."""
+        key = (_shape(batch), skipped)
+        if key not in self._costs_of:
+            hit = self._cache.pretend_hit() if self._cache and skipped else contextlib.nullcontext()
+            with hit:
+                self._costs_of[key] = backward_costs(self._model, batch)
+        return self._costs_of[key]
 
 
 def _shape(batch: Batch) -> tuple[torch.Size, ...]:
