@@ -105,6 +105,13 @@ def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_t
     assert full["flops_fraction"] == 1.0
 
 
+def test_a_cached_prefix_and_labelled_logits_take_fewer_flops(tmp_path):
+    shared = ["--arms", "last_layers,last_layers_cached", "--budgets", "0.5", "--purposes", "steps"]
+    rows = tiny(tmp_path, *shared, "--texts", "4", "--steps", "8")
+    plain, cached = rows.values()
+    assert cached["flops"] < 0.8 * plain["flops"]
+
+
 def test_other_data_in_the_same_folder_is_refused(tmp_path):
     tiny(tmp_path, "--arms", "full", "--purposes", "steps")
     result = compare(tmp_path, "--batch-size", "3")

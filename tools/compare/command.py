@@ -114,7 +114,9 @@ def _planned(options: CompareOptions, finish: Callable[[Run], Row]) -> Iterator[
                     if purpose == "steps":
                         yield first
                     else:  # as many steps as the FLOPs of full fine-tuning pay for
-                        fraction = finish(first)["flops_fraction"]
+                        known = None if ARMS[name].cached else budget
+                        alike = replace(first, seed=options.seeds[0])  # all seeds run for as many steps
+                        fraction = known or finish(alike)["flops_fraction"]
                         yield replace(first, steps=round(options.steps / fraction), purpose="flops")
 
 
