@@ -25,7 +25,7 @@ from gtcompile.torch_internals import FakeTensor
 
 logger = logging.getLogger(__name__)
 
-NOT_READ_BY_BLOCKS = ("labels", "labelled_positions", "labelled_targets")
+NOT_READ_BY_BLOCKS = ("labels", "labelled_positions", "labelled_targets", "num_items_in_batch")
 """Arguments of a model that decide about its loss only, so that two examples may differ in them."""
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Arguments with which transformers' models return what every block computed."""

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, default_data_collator
 
+from gtcompile import PrefixCache, add_labelled_positions, only_labelled_logits
 from gtcompile.huggingface.trainer_loss import TrainerLoss
-from tests.support.trainer import adaptive, make_args, make_data, make_model, train
+from tests.support.trainer import adaptive, losses, make_args, make_data, make_model, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -41,3 +42,18 @@ def test_what_a_loss_counts_and_records_on_its_trainer_is_put_back_after_measuri
     own = TrainerLoss(trainer.model, trainer)
     assert own(**trainer.data_collator(make_data(2))).isfinite()
     assert (trainer.seen, trainer.records) == (0, {"train": [1.0]})
+
+
+def test_both_exact_savings_train_the_same_losses_under_the_callback(tmp_path):
+    def run(model, prepare):
+        collate = {"data_collator": lambda rows: prepare(default_data_collator(rows))}
+        callback = adaptive(policy="last_layers", every=100)
+        settings = {"trainer_settings": collate, "num_train_epochs": 5}
+        return losses(train(tmp_path, callback, model=model, data=make_data(6), **settings))
+
+    plain, saving = make_model(), make_model()
+    cache = PrefixCache(saving)
+    only_labelled_logits(saving)
+    assert run(saving, add_labelled_positions) == pytest.approx(run(plain, dict), rel=1e-4)
+    assert cache.stats.hits > 5
+    assert cache.stats.depth > 0
