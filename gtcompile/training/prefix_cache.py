@@ -113,7 +113,8 @@ class PrefixCache:
         self._store: _Store | None = None
         self._stack = contextlib.ExitStack()
         self._after: Callable[[], None] | None = None
-        self._handle_forwards = True
+        self.enabled = True
+        """Set it to False to compute every block for a while; values are kept."""
         self.stats = PrefixStats()
         self._handles: list[RemovableHandle] = [
             self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -141,13 +142,13 @@ class PrefixCache:
         """
         if self._depths is None:
             raise GTCompileError("run one training forward first: it shows in which order the modules run")
-        self._handle_forwards = False
+        enabled, self.enabled = self.enabled, False
         try:
             with contextlib.ExitStack() as stack:
                 self._bypass(self._frozen_depth(), None, stack)
                 yield
         finally:
-            self._handle_forwards = True
+            self.enabled = enabled
 
     # Hooks of the model.
 
@@ -167,12 +168,7 @@ class PrefixCache:
             after()
 
     def _is_concerned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if (
-            self.stats.disabled
-            or not self._handle_forwards
-            or not module.training
-            or not torch.is_grad_enabled()
-        ):
+        if self.stats.disabled or not self.enabled or not module.training or not torch.is_grad_enabled():
             return False
         if torch.compiler.is_compiling() or any(map(kwargs.get, _RECORDED)):
             return False
