@@ -55,7 +55,15 @@ def main(
 class Steps:
     """A compiled model with both savings, an eager one without, and steps of each."""
 
-    def __init__(self, layers: int, rows: int, length: int, budget: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        length: int,
+        budget: float,
+        device: torch.device,
+        compiler: str = "inductor",
+    ) -> None:
         self.device = device
         self._model, plain = _model(layers, device), _model(layers, device)
         ids = torch.randint(3, VOCABULARY, (rows, length), device=device)
@@ -66,7 +74,7 @@ class Steps:
         costs = gtcompile.backward_costs(plain, batch)
         self._full_flops, limit = costs.full_flops, budget_flops(costs.full_flops, budget)
         self._last = last_layers(costs, frozenset(costs.fqns), limit, frozenset())
-        gtcompile.compile_blocks(self._model)
+        gtcompile.compile_blocks(self._model, compiler=compiler)
         gtcompile.only_labelled_logits(self._model)
         self._cache = gtcompile.PrefixCache(self._model)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6)

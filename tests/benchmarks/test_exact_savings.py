@@ -7,7 +7,9 @@ from benchmarks import exact_savings
 
 def test_every_saving_leaves_fewer_flops_and_its_step_trains(monkeypatch):
     monkeypatch.setattr(exact_savings, "VOCABULARY", 2048)
-    steps = exact_savings.Steps(layers=6, rows=1, length=160, budget=0.7, device=torch.device("cpu"))
+    steps = exact_savings.Steps(
+        layers=6, rows=1, length=160, budget=0.7, device=torch.device("cpu"), compiler="eager"
+    )
     shares = {}
     for trained, kind, share, step in steps.trials():
         step()
@@ -15,4 +17,5 @@ def test_every_saving_leaves_fewer_flops_and_its_step_trains(monkeypatch):
     assert shares["everything", "as ever"] == 1
     assert shares["everything", "labelled logits"] < 1
     last = [share for (trained, _), share in shares.items() if trained == "last layers"]
-    assert 0.7 >= last[0] > max(last[1:]) and last[-1] == min(last)
+    assert 0.7 >= last[0] > max(last[1:])
+    assert last[-1] == min(last)
