@@ -10,6 +10,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names
 from gtcompile.state.trained_set import trained_parameters
 from gtcompile.torch_internals import FakeTensor
+from gtcompile.training.prefix_files import PrefixFiles, bytes_of, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class _Store:
     depth: int
     stamp: object
     rows: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    files: PrefixFiles | None = None
     verified: bool = False
 
 
@@ -80,8 +84,13 @@ class PrefixCache:
             one after the other, each on the output of the one before. Call it after `get_peft_model`.
         blocks: FQNs of these blocks, in the order in which they run, if `compile_blocks` would find others.
             By default the first list of repeated blocks: of an encoder-decoder, the encoder.
-        max_bytes: size of the values to keep; once it is reached, further examples are computed as before.
-        device: where to keep them.
+        max_bytes: size of the values to keep in memory. Once it is reached, further examples are computed as
+            before, or read from `folder`.
+        device: the memory to keep them in.
+        folder: a folder on disk for values, which later runs of the same model on the same examples use too,
+            and several at once. Files are found by the contents of the frozen weights, of the example, and by
+            the versions of torch and transformers. None keeps values in memory only.
+        max_disk_bytes: size of all files in `folder`.
         ignored: names of the forward's arguments on which no block of the prefix depends.
 
     Raises:
@@ -96,6 +105,8 @@ class PrefixCache:
         blocks: Sequence[str] | None = None,
         max_bytes: int = 2 << 30,
         device: torch.device | str = "cpu",
+        folder: str | Path | None = None,
+        max_disk_bytes: int = 16 << 30,
         ignored: Sequence[str] = NOT_READ_BY_BLOCKS,
     ) -> None:
         if runs_as_one_region(model):
@@ -105,6 +116,7 @@ class PrefixCache:
         self._model = unwrap(model)
         self._names = _first_stack(self._model, blocks)
         self._blocks = [self._model.get_submodule(name) for name in self._names]
+        self._folder, self._max_disk_bytes = None if folder is None else Path(folder), max_disk_bytes
         self._max_bytes, self._device, self._ignored = max_bytes, torch.device(device), frozenset(ignored)
         self._depths: dict[str, int] | None = None
         """By FQN of a parameter: how many blocks finish before the first module that owns it starts."""
@@ -238,7 +250,7 @@ class PrefixCache:
         """Start from cached values if all examples have some; otherwise store what the forward computes."""
         store = self._current(depth)
         keys = self._keys(args, kwargs)
-        found = [store.rows[key] for key in keys if key in store.rows]
+        found = [row for key in keys if (row := self._find(store, key)) is not None]
         if len(found) == len(keys) and store.verified:
             self.stats.hits += 1
             self._bypass(store.depth, torch.stack(found), self._stack)
@@ -262,8 +274,38 @@ class PrefixCache:
         stamp = self._stamp(depth)
         if self._store is None or (self._store.depth, self._store.stamp) != (depth, stamp):
             self.clear()
-            self._store, self.stats.depth = _Store(depth, stamp), depth
+            self._store, self.stats.depth = _Store(depth, stamp, files=self._files(depth)), depth
         return self._store
+
+    def _files(self, depth: int) -> PrefixFiles | None:
+        if self._folder is None:
+            return None
+        return PrefixFiles(self._folder, self._identity(depth), self._max_disk_bytes)
+
+    def _identity(self, depth: int) -> Iterator[bytes]:
+        """What decides the values of a prefix besides the example: code, configuration and weights."""
+        assert self._depths is not None
+        classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in self._model.modules()]
+        yield repr((depth, torch.__version__, version("transformers"), classes)).encode()
+        yield repr(getattr(self._model, "config", None)).encode()
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            if self._depths.get(name, 0) < depth:
+                yield name.encode() + digest_of(tensor)
+
+    def _find(self, store: _Store, key: bytes) -> torch.Tensor | None:
+        """The values of an example, from memory or from disk."""
+        if key in store.rows or store.files is None:
+            return store.rows.get(key)
+        row = store.files.read(key)
+        if row is not None:
+            row = row.to(self._device)
+            self._remember(store, key, row)
+        return row
+
+    def _remember(self, store: _Store, key: bytes, row: torch.Tensor) -> None:
+        if self.stats.bytes + row.nbytes <= self._max_bytes:
+            store.rows[key] = row
+            self.stats.bytes += row.nbytes
 
     def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
         """One digest per example, of everything that its row of the prefix can depend on."""
@@ -279,15 +321,16 @@ class PrefixCache:
             for row, digest in enumerate(digests):
                 part = tensor[row] if by_row else tensor
                 digest.update(repr((key, part.dtype, tuple(part.shape))).encode())
-                digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(bytes_of(part))
         return [digest.digest() for digest in digests]
 
     def _keep(self, store: _Store, keys: Sequence[bytes], hidden: torch.Tensor) -> None:
         for key, row in zip(keys, hidden, strict=True):
-            size = row.numel() * row.element_size()
-            if key not in store.rows and self.stats.bytes + size <= self._max_bytes:
-                store.rows[key] = row.to(self._device, copy=True)
-                self.stats.bytes += size
+            if key not in store.rows:
+                kept = row.to(self._device, copy=True)
+                self._remember(store, key, kept)
+                if store.files is not None:
+                    store.files.write(key, kept)
 
     def _verify(self, store: _Store, cached: torch.Tensor, hidden: torch.Tensor) -> None:
         cached = cached.to(hidden.device)

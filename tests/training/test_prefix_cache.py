@@ -275,3 +275,74 @@ def test_what_cannot_work_is_refused():
     cache = gtcompile.PrefixCache(make_llama())
     with pytest.raises(gtcompile.GTCompileError, match="one training forward first"), cache.pretend_hit():
         pass
+
+
+# Values on disk.
+
+
+def files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_a_second_run_starts_from_the_files_of_the_first(tmp_path):
+    expected = train(make_llama(), [TOP])
+    for hits in (7, 10):  # the second run computes one batch to see the modules' order, and one to compare
+        model = make_llama()
+        cache = gtcompile.PrefixCache(model, folder=tmp_path)
+        assert train(model, [TOP]) == expected
+        assert cache.stats.hits == hits
+    assert len(files(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("damage", ["truncated", "poisoned", "empty"])
+def test_a_damaged_file_is_deleted_and_its_example_computed_again(damage, tmp_path, caplog):
+    expected = train(make_llama(), [TOP])
+    gtcompile_cache = gtcompile.PrefixCache(model := make_llama(), folder=tmp_path)
+    train(model, [TOP])
+    gtcompile_cache.remove()
+    for path in files(tmp_path):
+        content = path.read_bytes()
+        whole = {"truncated": content[:-9], "poisoned": content[:-4] + b"\0\0\0\1", "empty": b""}
+        path.write_bytes(whole[damage])
+    model = make_llama()
+    cache = gtcompile.PrefixCache(model, folder=tmp_path)
+    assert train(model, [TOP]) == expected
+    assert "computed again" in caplog.text
+    assert cache.stats.hits == 7
+
+
+def test_other_weights_have_other_files(tmp_path):
+    for factor in (1.0, 2.0):
+        model = make_llama()
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(factor)
+        gtcompile.PrefixCache(model, folder=tmp_path)
+        train(model, [TOP])
+    assert len(files(tmp_path)) == 12
+
+
+def test_a_full_disk_and_a_limit_cost_time_only(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    expected = train(make_llama(), [TOP])
+    model = make_llama()
+    gtcompile.PrefixCache(model, folder=tmp_path / "limited", max_disk_bytes=1000)
+    assert train(model, [TOP]) == expected
+    assert len(files(tmp_path)) == 2  # 448 bytes each
+    monkeypatch.setattr("os.replace", full)
+    model = make_llama()
+    gtcompile.PrefixCache(model, folder=tmp_path / "full")
+    assert train(model, [TOP]) == expected
+    assert "No space left" in caplog.text
+    assert not list((tmp_path / "full").rglob(".*"))
+
+
+def test_files_of_an_older_prefix_make_room(tmp_path):
+    for factor in (1.0, 2.0):
+        model = make_llama()
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(factor)
+        gtcompile.PrefixCache(model, folder=tmp_path, max_disk_bytes=6 * 600)
+        train(model, [TOP])
+    assert len(files(tmp_path)) == 6
