@@ -75,12 +75,12 @@ def only_labelled_logits(model: nn.Module) -> "Installed":
     Raises:
         GTCompileError: the model is no causal language model of transformers.
     """
-    base = _causal_model(model)
+    base: Any = _causal_model(model)
     head, loss_function = base.get_output_embeddings(), base.loss_function
     kept: dict[str, torch.Tensor] = {}
 
     def take_from_batch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        found = {key: kwargs[key] for key in (POSITIONS, TARGETS) if key in kwargs}
+        found: dict[str, Any] = {key: kwargs[key] for key in (POSITIONS, TARGETS) if key in kwargs}
         kept.clear()
         if module.training:
             kept.update(found)
@@ -115,7 +115,7 @@ class Installed:
     """What `only_labelled_logits` changed."""
 
     hooks: tuple[RemovableHandle, ...]
-    base: nn.Module
+    base: Any
     former_loss: Callable[..., torch.Tensor]
 
     def remove(self) -> None:
@@ -130,11 +130,11 @@ def _causal_model(model: nn.Module) -> nn.Module:
 
     Its loss takes the shifted labels as an argument of its own, which is what makes a selection possible.
     """
-    inner = unwrap(model)
-    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner: Any = unwrap(model)
+    base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     takes_targets = "shift_labels" in inspect.signature(getattr(base, "loss_function", len)).parameters
-    if isinstance(head, nn.Module) and takes_targets:
+    if isinstance(base, nn.Module) and isinstance(head, nn.Module) and takes_targets:
         return base
     raise GTCompileError(
         f"only_labelled_logits: expected a causal language model of transformers, with an output embedding "

@@ -309,7 +309,8 @@ class PrefixCache:
 
     def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
         """One digest per example, of everything that its row of the prefix can depend on."""
-        inputs = {**dict(enumerate(args)), **{k: v for k, v in kwargs.items() if k not in self._ignored}}
+        inputs: dict[Any, Any] = dict(enumerate(args))
+        inputs |= {name: value for name, value in kwargs.items() if name not in self._ignored}
         tensors = {k: v.detach().cpu() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         rows = max(len(t) for t in tensors.values() if t.dim())
         shared = {k: v for k, v in inputs.items() if k not in tensors}

@@ -31,10 +31,10 @@ def digest_of(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return the contents of a tensor of any dtype and device."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 class PrefixFiles:
@@ -63,7 +63,8 @@ class PrefixFiles:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                tensor, checksum = file.get_tensor(_NAME), (file.metadata() or {}).get(_CHECKSUM)
+                tensor: torch.Tensor = file.get_tensor(_NAME)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
             if checksum == digest_of(tensor).hex():
                 return tensor
             problem = "its contents do not match their checksum"
