@@ -3,28 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from gtcompile.tools.common.terminal import say
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepComparison:
-    """Full steps and steps of the run's last selection, timed in turns on one batch; nothing is updated."""
-
-    full_flops: int
-    """FLOPs of a full step, predicted and counted."""
-    full_seconds: float
-    """Median seconds of a full forward and backward."""
-    plan_seconds: float
-    """Median seconds of forward and backward with the last selection."""
-    full_saved_bytes: int | None = None
-    """Bytes that a full step saves for backward, measured; None in older summaries."""
-    full_peak_bytes: int | None = None
-    """Most bytes that a full step allocates at once; None in older summaries."""
+from gtcompile.tools.finetune.step_comparison import StepComparison
+from gtcompile.tools.runs.preparation import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +19,7 @@ class Summary:
     """One finished run."""
 
     title: str
-    """Method and budget."""
+    """Policy and budget."""
     model: str
     """The model's name on the command line."""
     tokenizer: str
@@ -75,6 +62,42 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def summarise(
+    prepared: Prepared,
+    steps: Sequence[Mapping[str, Any]],
+    selections: Sequence[Mapping[str, Any]],
+    **scores: Any,
+) -> Summary:
+    """The summary of a run that has ended.
+
+    Args:
+        prepared: model and examples.
+        steps: as in `metrics.jsonl`.
+        selections: as in `selections.json`.
+        **scores: the fields `quality`, `quality_before` and `comparison`.
+    """
+    settings = prepared.settings
+    flops = ("predicted_flops", "flops"), ("counted_flops", "counted_flops"), ("full_flops", "full_flops")
+    return Summary(
+        title=settings.title,
+        model=settings.model,
+        tokenizer=prepared.language.tokenizer_origin,
+        data=str(prepared.task),
+        batch=prepared.collate.shape,
+        real_tokens=prepared.real_tokens,
+        compiler=settings.compiler,
+        device=str(prepared.device),
+        steps=len(steps),
+        step_seconds=median(step["passes"] for step in steps),
+        training_seconds=sum(step["seconds"] for step in steps),
+        selecting_seconds=sum(selection["seconds"] for selection in selections),
+        note=prepared.task.format.note,
+        processes=settings.processes,
+        **{total: sum(step[name] for step in steps) for total, name in flops},
+        **scores,
+    )
 
 
 def summary_from(values: Mapping[str, Any]) -> Summary:

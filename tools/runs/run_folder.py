@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gtcompile.tools.common.files import write_folder, write_json, write_lines
+from gtcompile.tools.common.files import read_lines, write_folder, write_json, write_lines
 from gtcompile.tools.common.options import is_run
 from gtcompile.tools.runs.settings import Settings
 
@@ -28,9 +29,9 @@ LOCK = ".lock"
 class RunFolder:
     """The output of one run; it is made when the first file is written.
 
-    `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what was trained in each
-    epoch, `checkpoint.pt` the state to resume from, `model/` the model with its tokenizer, `summary.json` the
-    result.
+    `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what every selection
+    trained, `checkpoint-<step>/` the state to resume from, `model/` the model with its tokenizer,
+    `summary.json` the result.
 
     Args:
         path: of the folder.
@@ -54,7 +55,7 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(
                 f"the output folder {self.path} is not empty. "
-                f"Choose another --output, or continue the run in it with --resume."
+                f"Choose another --output, or continue the run in it with --resume {self.path}."
             )
         self._check_writable()
 
@@ -88,22 +89,37 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def check_same_run(self, settings: Settings, *, besides: Collection[str] = ()) -> None:
-        """Refuse to continue a run with other settings.
+    def check_same_run(self, settings: Settings) -> None:
+        """Refuse to continue a run with other settings, except for more epochs.
 
         Args:
             settings: to continue with.
-            besides: names of settings that are not compared.
 
         Raises:
             ValueError: there is no run here, or it had other settings; names them.
         """
-        if not is_run(self.path):
-            raise ValueError(f"nothing to resume: {self.path} holds no run")
-        saved = json.loads((self.path / "run.json").read_text("utf-8"))
-        differences = settings.differences(saved, besides=besides)
-        if differences:
+        self.check_holds_a_run()
+        if differences := settings.differences(self.read_settings()):
             raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return is_run(self.path)
+
+    def check_holds_a_run(self) -> None:
+        """Refuse a folder without a run.
+
+        Raises:
+            ValueError: there is no `run.json`.
+        """
+        if not self.begun:
+            raise ValueError(f"nothing to resume: {self.path} holds no run")
+
+    def read_settings(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        settings: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
+        return settings
 
     def check_same_examples(self, digest: str) -> None:
         """Refuse to continue a run on other examples.
@@ -114,7 +130,7 @@ class RunFolder:
         Raises:
             ValueError: the run began with others.
         """
-        began = json.loads((self.path / "run.json").read_text("utf-8")).get("examples", digest)
+        began = self.read_settings().get("examples", digest)
         if began != digest:
             raise ValueError(
                 f"the run in {self.path} began with other examples: its data or tokenizer have changed since"
@@ -133,9 +149,14 @@ class RunFolder:
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
-            if (self.path / "run.json").exists():
+            if self.begun:
                 raise ValueError(f"another run has started in {self.path}; choose another --output")
             write_json(self.path / "run.json", {**settings.as_dict(), **batch})
+
+    def extend(self, epochs: int) -> None:
+        """Note that the run has more epochs than it began with, and is not finished."""
+        write_json(self.path / "run.json", {**self.read_settings(), "epochs": epochs})
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
@@ -143,41 +164,37 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def cut_metrics(self, steps: int) -> None:
-        """Drop the lines after `steps` steps, since the steps after the checkpoint are taken again."""
-        if not self.writes:
-            return
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        write_lines(path, [record for record in records if record["step"] <= steps])
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every step so far; a line that was cut off by a kill is left out."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def cut(self, steps: int) -> list[dict[str, Any]]:
+        """Drop everything after `steps` steps, since what follows the checkpoint is done again.
+
+        Returns:
+            The selections that stay.
+        """
+        write_lines(self.path / "metrics.jsonl", [m for m in self.metrics() if m["step"] <= steps])
+        path = self.path / "selections.json"
+        selections = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        kept: list[dict[str, Any]] = [s for s in selections if s["step"] < steps]
+        self.write_selections(kept)
+        return kept
 
     def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
         """Replace the selections."""
         if self.writes:
             write_json(self.path / "selections.json", list(selections))
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
-        if self.writes:
-            from gtcompile.tools.runs.checkpoints import save_checkpoint  # imports torch
+    def last_checkpoint(self, processes: int) -> Path | None:
+        """The newest checkpoint that is whole; a kill may have cut off a newer one.
 
-            save_checkpoint(self.checkpoint, state)
-
-    def load_state(self) -> dict[str, Any]:
-        """Read the checkpoint.
-
-        Raises:
-            ValueError: there is none, or it cannot be read.
+        Args:
+            processes: that wrote it; each has a file of its own.
         """
-        from gtcompile.tools.runs.checkpoints import load_checkpoint  # imports torch
-
-        return load_checkpoint(self.checkpoint)
-
-    @property
-    def checkpoint(self) -> Path:
-        """Path of the checkpoint."""
-        return self.path / "checkpoint.pt"
+        found = self.path.glob("checkpoint-*")
+        newest = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        return next((path for path in newest if is_whole(path, processes)), None)
 
     def save_model(self, language: LanguageModel) -> None:
         """Write model and tokenizer for `from_pretrained`."""
@@ -201,6 +218,34 @@ def _save(language: LanguageModel, folder: Path) -> None:
     finally:
         model.config.use_cache = False
     language.tokenizer.save_pretrained(folder)
+
+
+def is_whole(checkpoint: Path, processes: int) -> bool:
+    """Whether a checkpoint was written to its end: `Trainer` writes file by file, its own state last.
+
+    Args:
+        checkpoint: a folder.
+        processes: that wrote it; each has a file with its random state.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    archives = [path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")]
+    states = sum(path.name.startswith("rng_state") for path in archives)
+    weights = checkpoint.glob("*.safetensors")
+    return states == processes and all(map(zipfile.is_zipfile, archives)) and all(map(_fits_header, weights))
+
+
+def _fits_header(weights: Path) -> bool:
+    """Whether a file of safetensors is as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def next_free_folder(name: str) -> Path:

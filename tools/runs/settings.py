@@ -1,16 +1,34 @@
 """Everything that a fine-tuning run depends on; checked before torch is imported."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
+import yaml
+
+from gtcompile.graph.names import near_names
 from gtcompile.tools.common.options import check_budget, check_model, expect, option
 from gtcompile.tools.data.tasks import Source, find_source
+from gtcompile.tools.runs.training_arguments import OURS, check_argument, known_arguments, parse_value
 
-Method = Literal["adaptive", "full", "last-layers"]
+Policy = Literal[
+    "best",
+    "sampled",
+    "last_layers",
+    "random",
+    "rotating",
+    "lisa",
+    "occasionally_full",
+    "paper",
+    "full",
+]
+"""The policies of `gtcompile.policies`, and `full`, which trains everything whatever the budget."""
 Compiler = Literal["inductor", "eager"]
+RECORDED = ("format", "batch_shape", "batch", "examples")
+"""What `run.json` holds in addition to the settings."""
 
 _AT_LEAST_ONE = (
     "epochs",
@@ -20,7 +38,6 @@ _AT_LEAST_ONE = (
     "max_train_samples",
     "max_eval_samples",
     "max_new_tokens",
-    "checkpoint_every",
     "processes",
 )
 
@@ -32,7 +49,7 @@ class Settings:
     model: str
     """Hub id, local directory, or `demo`."""
     dataset: str
-    """A known dataset or the path of a `.jsonl`, `.json` or `.csv` file."""
+    """A known dataset, the path of a file, or a dataset of the hub."""
     tokenizer: str | None = None
     """Hub id or directory of another tokenizer, or `bytes`; None takes the model's own."""
     data_dir: str | None = None
@@ -55,8 +72,8 @@ class Settings:
     """Longest answer, in tokens; None takes the dataset's."""
     num_beams: int = 1
     """Beams of generation; 1 is greedy."""
-    method: Method = "adaptive"
-    """What is trained: the best within the budget, everything, or the last blocks that fit the budget."""
+    policy: Policy = "best"
+    """How the trained set is selected within the budget, or `full`."""
     budget: float = 0.5
     """Share of a full step's FLOPs that may be spent, in (0, 1]."""
     reselect_every: int = 1
@@ -75,10 +92,10 @@ class Settings:
     """The compiler of the rewritten graphs."""
     activation_memory_budget: float = 1.0
     """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
     processes: int = 1
     """Processes of torchrun that share the training examples, each with batches of `batch_size`."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Other arguments of transformers' `TrainingArguments`."""
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense.
@@ -86,6 +103,9 @@ class Settings:
         Raises:
             ValueError: names the option, the expected value and the given one.
         """
+        for own in fields(self):
+            value = getattr(self, own.name)
+            expect(_fits(value, own.type), own.name, f"a value of type {_name_of(own.type)}", value)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             expect(value is None or value >= 1, name, "at least 1", value)
@@ -96,18 +116,18 @@ class Settings:
         expect(0 < self.lr < math.inf, "lr", "greater than 0 and finite", self.lr)
         expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
         expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
-        expect(self.method in get_args(Method), "method", f"one of {_listed(Method)}", self.method)
+        expect(self.policy in get_args(Policy), "policy", f"one of {_listed(Policy)}", self.policy)
         expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
 
     @property
     def title(self) -> str:
-        """Method and budget in a few words."""
-        return "full fine-tuning" if self.method == "full" else f"{self.method}, budget {self.budget:g}"
+        """Policy and budget in a few words."""
+        return "full fine-tuning" if self.policy == "full" else f"{self.policy}, budget {self.budget:g}"
 
     @property
     def short_name(self) -> str:
-        """Model, data and method in a name for a folder."""
-        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.method}"
+        """Model, data and policy in a name for a folder."""
+        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
 
     @property
     def recomputes(self) -> bool:
@@ -123,14 +143,56 @@ class Settings:
         """The settings as plain values by name."""
         return asdict(self)
 
-    def differences(self, saved: Mapping[str, Any], *, besides: Collection[str] = ()) -> list[str]:
-        """The differences from the settings of a saved run, one phrase per setting."""
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """The differences from the settings of a saved run, one phrase per setting; more epochs are none."""
         own = self.as_dict()
         return [
-            f"{_name(field.name)} was {saved.get(field.name)!r} and is now {own[field.name]!r}"
-            for field in fields(self)
-            if field.name not in besides and saved.get(field.name) != own[field.name]
+            f"{_phrase(name)} was {saved.get(name)!r} and is now {value!r}"
+            for name, value in own.items()
+            if saved.get(name) != value and not (name == "epochs" and value > saved[name])
         ]
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Make settings of values by the names of `Settings` or of transformers' `TrainingArguments`.
+
+    Raises:
+        ValueError: an unknown name (lists the nearest ones), a value that makes no sense, no model or no data.
+    """
+    names = [setting.name for setting in fields(Settings) if setting.name != "args"]
+    own, others = {}, {}
+    for key, value in {**values.get("args", {}), **values}.items():
+        if (name := OURS.get(key, key)) in names:
+            own[name] = value
+        elif key in known_arguments():
+            check_argument(key, value)
+            others[key] = value
+        elif key != "args":
+            raise ValueError(
+                f"there is no setting {key!r}; {near_names(key, [*names, *known_arguments()])} (these are the "
+                f"options of finetune and the fields of transformers' TrainingArguments)"
+            )
+    for needed in ("model", "dataset"):
+        if needed not in own:
+            raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
+    return Settings(**own, args=others)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file, or from the `run.json` of a run.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else than names with values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected one setting a line, such as epochs: 3, got {values!r}")
+    # YAML takes 1e-4 for text
+    read = {key: parse_value(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {key: value for key, value in read.items() if key not in RECORDED}
 
 
 def source_of(settings: Settings) -> Source:
@@ -147,8 +209,19 @@ def source_of(settings: Settings) -> Source:
     )
 
 
-def _name(field: str) -> str:
-    return "the number of processes" if field == "processes" else option(field)
+def _phrase(name: str) -> str:
+    return "the number of processes" if name == "processes" else option(name)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a plain annotated type; a whole number is a number too."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = get_origin(kind) in (None, UnionType)
+    return not plain or type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _name_of(kind: Any) -> str:
+    return str(getattr(kind, "__name__", kind))
 
 
 def _listed(literal: Any) -> str:

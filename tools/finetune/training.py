@@ -1,0 +1,411 @@
+"""Training with transformers' Trainer: which arguments it gets, and what is recorded of every step."""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import get_available_reporting_integrations
+
+from gtcompile.compiler.blocks import find_blocks
+from gtcompile.distributed.ranks import Ranks
+from gtcompile.errors import GTCompileError
+from gtcompile.huggingface.callback import AdaptiveBackpropCallback
+from gtcompile.selection.selection import Selection
+from gtcompile.tools.common.flop_meter import check_step_flops
+from gtcompile.tools.common.step_memory import passes_memory
+from gtcompile.tools.finetune.evaluation import score
+from gtcompile.tools.finetune.progress import Reporter
+from gtcompile.tools.finetune.run_report import RunReport
+from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
+from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
+from gtcompile.tools.runs.run_folder import RunFolder
+from gtcompile.tools.runs.run_record import described_batch
+from gtcompile.tools.runs.settings import Settings
+
+ALONE = Ranks(None)
+NEVER_AGAIN = sys.maxsize
+"""Steps between selections of a policy that would choose the same set again."""
+
+
+class StoppedEarlyError(KeyboardInterrupt):
+    """The run was stopped between two steps with Ctrl-C and can be resumed."""
+
+
+class PlannedError(Exception):
+    """The first selection is made, and no step shall be taken."""
+
+
+def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArguments:
+    """The arguments of the trainer: those of the run, and where it has none, the paper's.
+
+    Args:
+        settings: of the run.
+        output: folder of the run.
+
+    Raises:
+        ValueError: transformers refuses a value.
+        ImportError: a logger is not installed.
+    """
+    defaults: dict[str, Any] = {
+        "logging_steps": 10,
+        "max_grad_norm": 0.0,
+        "per_device_eval_batch_size": settings.batch_size,
+        "report_to": "none",
+        # a kill may come when the first process has written its part of a checkpoint and another has not
+        "save_total_limit": 1 if settings.processes == 1 else 2,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    decided: dict[str, Any] = {
+        "output_dir": str(output),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "seed": settings.seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "generation_num_beams": settings.num_beams,
+    }
+    try:
+        arguments = Seq2SeqTrainingArguments(**defaults | dict(settings.args) | decided)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"transformers refuses these arguments: {error}") from error
+    if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
+        raise ImportError(
+            f"report_to={', '.join(sorted(missing))}: not installed, or no logger of transformers; "
+            f'TensorBoard comes with pip install "gtcompile[tensorboard]"'
+        )
+    return arguments
+
+
+def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
+    """The callback that selects what is trained, as the settings say."""
+    settings = prepared.settings
+    full, epochs = settings.policy == "full", settings.reselect_every
+    every: Any = "epoch" if epochs == 1 else epochs * prepared.steps_per_epoch
+    return AdaptiveBackpropCallback(
+        1.0 if full else settings.budget,
+        policy="last_layers" if full else settings.policy,
+        every=NEVER_AGAIN if settings.policy in ("full", "last_layers") else every,
+        batches=MEASURED_BATCHES,
+        compiler=settings.compiler,
+        activation_memory_budget=settings.activation_memory_budget,
+    )
+
+
+class Recorder(TrainerCallback):
+    """Writes every selection and every step to the run's folder, shows them, and stops between steps.
+
+    It comes after the callback that selects, and `BeforeSelection` comes before that one.
+
+    Args:
+        prepared: model and examples.
+        folder: for settings, metrics and selections.
+        reporter: shows progress.
+        adaptive: selects what is trained.
+        ranks: the processes that train together; each has its own batches.
+        resumed: whether the folder holds the beginning of this run.
+        plan_only: raise `PlannedError` after the first selection; nothing is written.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        reporter: Reporter,
+        adaptive: AdaptiveBackpropCallback,
+        ranks: Ranks,
+        *,
+        resumed: bool = False,
+        plan_only: bool = False,
+    ) -> None:
+        self.prepared, self.folder, self.reporter = prepared, folder, reporter
+        self.adaptive, self.ranks, self.plan_only, self._begun = adaptive, ranks, plan_only, resumed
+        self.model: nn.Module = prepared.language.model
+        self.report = RunReport(folder.path, reporter)
+        self.selections: list[dict[str, Any]] = []
+        self.comparison: StepComparison | None = None
+        self.stop_requested = False
+        """Whether Ctrl-C was pressed in this process."""
+        self.stopping = False
+        """Whether it was pressed in any, so that all stop."""
+        self.began_selecting = 0.0
+        self._shown: Selection | None = None
+        self._spent = self._full = 0
+        self._step: dict[str, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Continue the files of the run where the checkpoint was written, if there is one."""
+        count = len(list(find_blocks(self.model)))
+        what = f"{count} blocks" if count else "the whole model, which has no repeated blocks"
+        self.reporter.say(f"compiled: {what}, weight gradients hoisted: a new selection compiles nothing")
+        if self._begun:
+            self.selections = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
+            for step in self.folder.metrics():
+                self._add(step)
+        self._shown = self.adaptive.adaptive.selection
+        if self._shown is None:
+            self.reporter.say(f"selecting: costs of a step, then importance on {MEASURED_BATCHES} batches")
+        self.reporter.begin("training", state.max_steps, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the selection if it is new; start the record of the step."""
+        selection, epoch = self.adaptive.adaptive.selection, int(state.epoch or 0)
+        if selection is not None and selection is not self._shown:
+            batch = next(self.adaptive.measured_batches(args, state, kwargs["train_dataloader"]))
+            batch = {name: value.to(self.prepared.device) for name, value in batch.items()}
+            self._record(selection, batch, {"epoch": epoch, "step": state.global_step})
+            self._shown = selection
+        self._step = {
+            "step": state.global_step + 1,
+            "epoch": epoch,
+            "loss": 0.0,
+            "lr": kwargs["lr_scheduler"].get_last_lr()[0],
+            "seconds": -perf_counter(),
+            "passes": 0.0,
+            **dict.fromkeys(("flops", "counted_flops", "full_flops"), 0),
+        }
+
+    def passed(self, loss: float, seconds: float) -> None:
+        """Note a forward and backward.
+
+        Args:
+            loss: of this process, as a share of the step's loss.
+            seconds: that it took.
+
+        Raises:
+            GTCompileError: the loss is not finite.
+        """
+        step, last = self._step, self.selections[-1]
+        loss = self.ranks.mean({"loss": loss})["loss"]
+        if not math.isfinite(loss):
+            raise GTCompileError(
+                f"the loss became {loss} in step {step['step']}, and nothing was updated with it. "
+                f"Lower --lr; the last checkpoint is in {self.folder.path}."
+            )
+        flops = self.adaptive.adaptive.step_flops * self.ranks.count
+        step["loss"] += loss
+        step["passes"] += seconds
+        step["flops"] += flops
+        step["counted_flops"] += flops * last["counted_step_flops"] // last["step_flops"]
+        step["full_flops"] += last["full_flops"] * self.ranks.count
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the step; stop after it if Ctrl-C was pressed in any process."""
+        self._step["seconds"] += perf_counter()
+        self._add(self._step)
+        self.folder.add_metrics(self._step)
+        self.reporter.stepped(
+            self._step,
+            steps=(state.max_steps, self.prepared.steps_per_epoch),
+            spent=self._spent / self._full,
+            parameters=len(self.selections[-1]["trained"]),
+        )
+        if self.ranks.total({"stop": float(self.stop_requested)})["stop"] > 0:
+            self.stopping = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write a checkpoint; if the epoch was cut short, without the evaluation that belongs to its end."""
+        if self.stopping and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = False
+        if self.stopping or args.save_strategy != "no":
+            control.should_save = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show what the trainer has evaluated."""
+        scores = {k: v for k, v in kwargs["metrics"].items() if "_per_second" not in k and "runtime" not in k}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name != "epoch")
+        self.reporter.say(f"step {state.global_step}: {text}")
+
+    def _add(self, step: dict[str, Any]) -> None:
+        self._spent += step["flops"]
+        self._full += step["full_flops"]
+
+    def _record(self, selection: Selection, batch: Batch, when: dict[str, int]) -> None:
+        """Count and measure a step of a new selection, and write both."""
+        measured = self.ranks.from_first(lambda: self._measure(batch, selection))
+        importance = dict(self.adaptive.adaptive.importance)
+        record = {
+            **when,
+            "trained": sorted(selection.trained),
+            "selectable": selection.selectable,
+            "step_flops": selection.step_flops,
+            "budget_flops": selection.budget_flops,
+            "full_flops": selection.full_flops,
+            "importance": importance,
+            "importance_bound": selection.importance_bound if importance else None,
+            **measured,
+            "seconds": perf_counter() - self.began_selecting,
+        }
+        self.selections.append(record)
+        self.reporter.selected(record)
+        if self.plan_only:
+            self.compare(batch)
+            raise PlannedError
+        if not self._begun:
+            described = described_batch(batch, self.prepared.collate.shape)
+            recorded = {**described, "examples": self.prepared.digest}
+            self.folder.write_settings(self.prepared.settings, recorded)
+            self._begun = True
+        self.folder.write_selections(self.selections)
+        if self.folder.writes:
+            self.report.write(self.model, batch)
+
+    def _measure(self, batch: Batch, selection: Selection) -> dict[str, Any]:
+        """Count and measure a step of this process, unless one with the same set was measured before."""
+        for former in self.selections:
+            if frozenset(former["trained"]) == selection.trained:
+                return {key: former[key] for key in ("counted_step_flops", "saved_bytes", "peak_bytes")}
+        recomputes = self.prepared.settings.recomputes
+        counted = check_step_flops(self.model, batch, selection.step_flops, recomputes=recomputes)
+        memory = passes_memory(self.model, batch, self.prepared.device)
+        return {"counted_step_flops": counted, **memory.as_dict()}
+
+    def compare(self, batch: Batch) -> None:
+        """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
+        self.comparison = self.ranks.from_first(
+            lambda: compare_steps(
+                self.model, batch, self.selections[-1], recomputes=self.prepared.settings.recomputes
+            )
+        )
+
+
+class BeforeSelection(TrainerCallback):
+    """What has to happen before the callback that selects: at a step's begin and at the end of training."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when a selection may begin."""
+        self._recorder.began_selecting = perf_counter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare steps while the blocks are compiled."""
+        recorder = self._recorder
+        if not recorder.stopping and recorder.prepared.settings.policy != "full":
+            recorder.compare(recorder.prepared.sample())
+
+
+class RecordedTrainer(Trainer):
+    """A trainer that tells the recorder of every forward and backward."""
+
+    recorder: Recorder
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run forward and backward, and wait for the device."""
+        started = perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.recorder.passed(loss.item(), perf_counter() - started)
+        return loss
+
+
+class RecordedSeq2SeqTrainer(RecordedTrainer, Seq2SeqTrainer):
+    """The same for encoder-decoders, which can generate when they are evaluated during training."""
+
+
+def make_trainer(recorder: Recorder, arguments: Seq2SeqTrainingArguments) -> Trainer:
+    """The trainer of a run.
+
+    Args:
+        recorder: writes its steps.
+        arguments: of the trainer.
+    """
+    prepared = recorder.prepared
+    kind = RecordedSeq2SeqTrainer if prepared.language.encoder_decoder else RecordedTrainer
+    arguments.generation_max_length = arguments.generation_max_length or prepared.max_new_tokens + 1
+    trainer = kind(
+        model=prepared.language.model,
+        args=arguments,
+        data_collator=prepared.collate,  # type: ignore[arg-type]
+        train_dataset=prepared.examples,  # type: ignore[arg-type]
+        eval_dataset=prepared.prompts,  # type: ignore[arg-type]
+        compute_metrics=_scorer(prepared) if arguments.predict_with_generate else None,
+        callbacks=[BeforeSelection(recorder), recorder.adaptive, recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.recorder = recorder
+    return trainer
+
+
+def _scorer(prepared: Prepared) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Scores generated answers in evaluations during training."""
+    tokenizer, task = prepared.language.tokenizer, prepared.task
+
+    def scores(prediction: EvalPrediction) -> dict[str, float]:
+        ids: Any = prediction.predictions
+        ids = ids.clip(0, None)[: len(task.evaluation)]  # several processes may get examples twice
+        answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return score(task.format.metric, answers, [example.references for example in task.evaluation])
+
+    return scores
+
+
+def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the beginning, to the end.
+
+    Raises:
+        StoppedEarlyError: Ctrl-C was pressed; the checkpoint is written.
+        GTCompileError: the budget is too small, or a count contradicts the prediction.
+        ValueError: the checkpoint is of another model.
+    """
+    with recorder.reporter.display(), _ctrl_c_noted(recorder):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done, total = trainer.state.global_step, trainer.state.max_steps
+    if recorder.stopping and done < total:
+        raise StoppedEarlyError(f"stopped after step {done} of {total}")
+
+
+@contextlib.contextmanager
+def _ctrl_c_noted(recorder: Recorder) -> Iterator[None]:
+    """Within the block, Ctrl-C asks the recorder to stop after the step; a second one interrupts at once."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+        yield
+        return
+    former = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
