@@ -138,7 +138,7 @@ def finetune(
             raise ValueError("--resume continues a run in its folder; leave out --output and --config")
         folder = RunFolder(resume or output or Path())
         if resume:
-            folder.check_holds_a_run()
+            folder.read_settings()
             config = resume / "run.json"
         values = {
             **(read_config(config) if config else {}),

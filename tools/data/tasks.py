@@ -1,25 +1,24 @@
 """Load the two splits of a dataset: the examples to learn from and those to answer afterwards."""
 
-import contextlib
 import glob
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gtcompile.tools.data.formats import FORMATS, Example, TaskFormat, format_of_fields
+from gtcompile.tools.data.formats import FORMATS, Example, Record, TaskFormat, format_of_fields
 from gtcompile.tools.models.demo_data import summarisation_examples
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The builder of `datasets` that reads files with a suffix."""
 DEMO_COUNTS = {"train": 1024, "test": 128}
 """Number of examples that are generated for each of the demo's splits."""
-Reader = Callable[[str], tuple[str, Any]]
-"""Reads a split or a share of one; returns its name for messages, and a `datasets.Dataset`."""
+Reader = Callable[[str], tuple[str, Sequence[Record]]]
+"""Reads a split by its name: returns the name of the file (or of the split) for messages, and the records."""
 _SPLIT = re.compile(r"(?P<split>[\w.-]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
 _ON_THE_HUB = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<name>[\w.-]+))?")
 
@@ -83,22 +82,27 @@ def find_source(
     """
     known, defaults, read = _origin(dataset, data_dir, fields)
     train, evaluation = (given or usual for given, usual in zip(splits, defaults, strict=True))
-    _check_apart(train, evaluation)
-    return Source(dataset=dataset, format=known, splits=(train, evaluation), read=read)
-
-
-def _check_apart(train: str, evaluation: str) -> None:
-    """Refuse splits that cannot be read or that share records; `datasets` itself takes seconds to import."""
-    (name, start, stop), (other, begin, end) = map(_share, (train, evaluation))
+    (name, start, stop), (other, begin, end) = map(parse_split, (train, evaluation))
     if name == other and start < end and begin < stop:
         raise ValueError(
             f"training on {train} and evaluation on {evaluation} would share records. "
             f"Choose --train-split and --eval-split apart, or shares such as valid[:80%] and valid[80%:]."
         )
+    return Source(dataset=dataset, format=known, splits=(train, evaluation), read=read)
 
 
-def _share(text: str) -> tuple[str, int, int]:
-    """The split's name, and where the share begins and ends, in percent."""
+def parse_split(text: str) -> tuple[str, int, int]:
+    """Read `split`, `split[:80%]`, `split[80%:]` or `split[20%:40%]`; `datasets` takes seconds to import.
+
+    Returns:
+        The split's name, and where the share begins and ends, in percent of its records.
+
+    Raises:
+        ValueError: `text` is not of this form, or the share is empty.
+
+    >>> parse_split("valid[80%:]")
+    ('valid', 80, 100)
+    """
     match = _SPLIT.fullmatch(text)
     if match is None:
         raise ValueError(f"expected a split such as train or valid[:80%], got {text!r}")
@@ -128,16 +132,17 @@ def load_task(source: Source, limits: tuple[int | None, int | None] = (None, Non
     )
 
 
-def _examples(source: Source, split: str) -> tuple[Example, ...]:
-    examples = []
+def _examples(source: Source, share: str) -> tuple[Example, ...]:
+    split, start, stop = parse_split(share)
     name, records = source.read(split)
-    for number, record in enumerate(records, 1):
+    examples = []
+    for index in range(len(records) * start // 100, len(records) * stop // 100):
         try:
-            examples.append(source.format.read(record))
+            examples.append(source.format.read(records[index]))
         except ValueError as error:
-            raise ValueError(f"{name}, record {number} of {split}: {error}") from error
+            raise ValueError(f"{name}, record {index + 1}: {error}") from error
     if not examples:
-        raise ValueError(f"{name} has no record in {split}")
+        raise ValueError(f"{name} has no record in {share}")
     return tuple(examples)
 
 
@@ -145,127 +150,102 @@ def _origin(
     dataset: str, data_dir: Path | None, fields: tuple[str | None, str | None]
 ) -> tuple[TaskFormat, tuple[str, str], Reader]:
     """The format of a dataset, its usual splits, and how to read a split."""
-    known, path = FORMATS.get(dataset), Path(dataset)
-    if known is None and path.suffix in BUILDERS and path.is_file():
-        return format_of_fields(path.name, *fields), ("all[:90%]", "all[90%:]"), partial(read_file, path)
-    if known is None and path.suffix not in BUILDERS and (match := _ON_THE_HUB.fullmatch(dataset)):
-        known = format_of_fields(dataset, *fields, hub={k: v for k, v in match.groupdict().items() if v})
-        return known, known.hub_splits, partial(read_hub, known)
-    if known is None:
+    path, hub = Path(dataset), _ON_THE_HUB.fullmatch(dataset)
+    if dataset not in FORMATS and path.suffix in BUILDERS and path.is_file():
+        own = format_of_fields(path.name, *fields)
+        return own, ("all[:90%]", "all[90%:]"), lambda split: (str(path), read_file(path, split))
+    if dataset not in FORMATS and path.suffix not in BUILDERS and hub:
+        where = {key: value for key, value in hub.groupdict().items() if value}
+        own = format_of_fields(dataset, *fields, hub=where)
+        return own, own.hub_splits, partial(read_hub, own)
+    if dataset not in FORMATS:
         raise ValueError(
             f"--dataset: expected one of {', '.join(FORMATS)}, a file that exists ({', '.join(BUILDERS)}), "
             f"or owner/name on the hub, got {dataset!r}"
         )
+    known = FORMATS[dataset]
     if any(fields):
         raise ValueError(
             f"--source-field and --target-field are for data of your own; {dataset} has its own fields"
         )
     if dataset == "demo":
         return known, known.file_splits, _generate
-    if data_dir is not None:
-        return known, known.file_splits, partial(read_folder, _data_folder(data_dir, dataset), dataset)
-    return known, known.hub_splits, partial(read_hub, known)
-
-
-def _data_folder(data_dir: Path, dataset: str) -> Path:
+    if data_dir is None:
+        return known, known.hub_splits, partial(read_hub, known)
     folder = data_dir / dataset if (data_dir / dataset).is_dir() else data_dir
     if not folder.is_dir():
         raise ValueError(f"--data-dir: no folder {folder}")
-    return folder
+    return known, known.file_splits, partial(read_folder, folder, dataset)
 
 
-def _generate(split: str) -> tuple[str, Any]:
-    name, start, stop = _share(split)
-    if name not in DEMO_COUNTS:
-        raise ValueError(f"the demo has the splits {', '.join(DEMO_COUNTS)}; got {name!r}")
-    count = DEMO_COUNTS[name]
-    records = summarisation_examples(name, count)  # type: ignore[arg-type]
-    return f"the demo's {name} split", records[count * start // 100 : count * stop // 100]
+def _generate(split: str) -> tuple[str, list[Record]]:
+    if split not in DEMO_COUNTS:
+        raise ValueError(f"the demo has the splits {', '.join(DEMO_COUNTS)}; got {split!r}")
+    return f"the demo's {split} split", list(summarisation_examples(split, DEMO_COUNTS[split]))  # type: ignore[arg-type]
 
 
-def read_file(path: Path, split: str = "all") -> tuple[str, Any]:
-    """Read a file that is one split, or a share of it.
+def read_file(path: Path, split: str = "all") -> list[Record]:
+    """Read the records of a file with `datasets`, which decides by the suffix how.
 
     Fields of a `.csv` file are texts, whatever they look like. No cache is kept.
 
     Args:
-        path: its suffix decides how it is read.
-        split: the split's name, whatever it is, or a share such as `all[:90%]`.
-
-    Returns:
-        The path for messages, and a `datasets.Dataset`.
+        path: of the file.
+        split: expected to be `all`, the only split of a file.
 
     Raises:
         ValueError: the file cannot be read, or holds no record; names the file.
     """
-    import datasets  # takes seconds to import
+    import datasets  # takes seconds to import, and only files need it
 
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} holds no record")
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors reach the user by their exception
     builder = BUILDERS[path.suffix]
     # a bracket in the path would be taken for a pattern
-    files = {_share(split)[0]: glob.escape(str(path))}
-    where: dict[str, Any] = {"data_files": files, "split": split, "keep_in_memory": True}
+    where: dict[str, Any] = {"data_files": {"all": glob.escape(str(path))}, "split": split}
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} holds no record")
     try:
-        with tempfile.TemporaryDirectory() as cache, _without_messages():
+        with tempfile.TemporaryDirectory() as cache:
             table = datasets.load_dataset(builder, cache_dir=cache, **where)
             if builder == "csv":
                 texts = datasets.Features({name: datasets.Value("string") for name in table.column_names})
                 options = {"features": texts, "keep_default_na": False}
                 table = datasets.load_dataset(builder, cache_dir=cache, **where, **options)
+            records: list[Record] = table.to_list()
     except Exception as error:  # each reader behind `datasets` raises errors of its own
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} holds no record") from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{path} cannot be read: {reason}") from error
-    return str(path), table
+    return records
 
 
-@contextlib.contextmanager
-def _without_messages() -> Iterator[None]:
-    """Turn off the progress bars and log lines of `datasets`; an error reaches the user by its exception."""
-    import datasets
-
-    logger, bars = logging.getLogger("datasets"), datasets.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def read_folder(folder: Path, dataset: str, split: str) -> tuple[str, Any]:
-    """Read a split, or a share of one, from a folder with a file per split; otherwise as `read_file`.
+def read_folder(folder: Path, dataset: str, split: str) -> tuple[str, list[Record]]:
+    """Read one split from a folder that holds a file per split; returns the file's path and the records.
 
     A file `<split>-labels.lst` in it holds one label per record; they become the field `label`.
 
     Raises:
         ValueError: the split is not there; the message lists the splits that are.
     """
-    name, start, stop = _share(split)
     found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS}
-    if name not in found:
+    if split not in found:
         raise ValueError(
-            f"{dataset} in {folder} has no {name!r} split; it has {', '.join(found) or 'none'}. "
+            f"{dataset} in {folder} has no {split!r} split; it has {', '.join(found) or 'none'}. "
             f"Name another with --train-split or --eval-split; a share of one is written valid[:80%]."
         )
-    labels = folder / f"{name}-labels.lst"
-    if not labels.exists():
-        return read_file(found[name], split)
-    path, table = read_file(found[name], name)
-    values = labels.read_text("utf-8").split()
-    if len(values) != len(table):
-        raise ValueError(f"{labels} has {len(values)} labels for {len(table)} records")
-    rows = range(len(table) * start // 100, len(table) * stop // 100)
-    return path, table.add_column("label", list(map(int, values))).select(rows)
+    records, labels = read_file(found[split]), folder / f"{split}-labels.lst"
+    if labels.exists():
+        values = labels.read_text("utf-8").split()
+        if len(values) != len(records):
+            raise ValueError(f"{labels} has {len(values)} labels for {len(records)} records")
+        records = [{**record, "label": int(value)} for record, value in zip(records, values, strict=True)]
+    return str(found[split]), records
 
 
-def read_hub(known: TaskFormat, split: str) -> tuple[str, Any]:
-    """Read a split, or a share of one, from the Hugging Face hub; otherwise as `read_file`.
+def read_hub(known: TaskFormat, split: str) -> tuple[str, Sequence[Record]]:
+    """Read one split from the Hugging Face hub; returns its name and the records.
 
     Raises:
         ValueError: it could not be loaded; the message says how to use a local copy.
@@ -273,7 +253,7 @@ def read_hub(known: TaskFormat, split: str) -> tuple[str, Any]:
     import datasets
 
     try:
-        return known.hub["path"], datasets.load_dataset(**known.hub, split=split)
+        return f"{known.hub['path']}, {split}", datasets.load_dataset(**known.hub, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

@@ -21,7 +21,6 @@ from gtcompile.tools.finetune.training import (
     ALONE,
     PlannedError,
     Recorder,
-    adaptive_callback,
     make_trainer,
     train,
     training_arguments,
@@ -66,14 +65,14 @@ def finetune(
         prepared = _prepare(settings, reporter)
         before = checkpoint = None
         if resume:
-            folder.check_same_examples(prepared.digest)
-            checkpoint = folder.last_checkpoint(settings.processes)
+            folder.check_same_run(settings, prepared.digest)
+            ranks.from_first(lambda: folder.extend(settings.epochs))
+            checkpoint = folder.last_checkpoint()
             reporter.say(f"continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}")
         elif evaluate_before:
             with restored(prepared.language.model):
                 before = ranks.from_first(lambda: evaluate(prepared, reporter))
-        adaptive = adaptive_callback(prepared)
-        recorder = Recorder(prepared, folder, reporter, adaptive, ranks, resumed=resume)
+        recorder = Recorder(prepared, folder, reporter, ranks, resumed=resume)
         train(make_trainer(recorder, arguments), recorder, checkpoint)
         return ranks.from_first(lambda: _conclude(recorder, before))
 
@@ -88,7 +87,7 @@ def plan(settings: Settings, reporter: Reporter, *, ranks: Ranks = ALONE) -> Non
         arguments = training_arguments(settings, Path(scratch))
         prepared = _prepare(settings, reporter)
         folder = RunFolder(Path(scratch), writes=False)
-        recorder = Recorder(prepared, folder, reporter, adaptive_callback(prepared), ranks, plan_only=True)
+        recorder = Recorder(prepared, folder, reporter, ranks, plan_only=True)
         trainer = make_trainer(recorder, arguments)
         with contextlib.suppress(PlannedError):
             train(trainer, recorder, None)
@@ -112,10 +111,8 @@ def compare_with_full(
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
     """Generate answers for the evaluation split and score them, in percent."""
-    count = len(prepared.prompts)
-    reporter.say(f"answering {count} prompts")
-    with reporter.display():
-        reporter.begin("answering", count)
+    reporter.say(f"answering {len(prepared.prompts)} prompts")
+    with reporter.bar("answering", len(prepared.prompts)):
         answers = generate_answers(
             prepared.language.model,
             prepared.language.tokenizer,
@@ -154,7 +151,6 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
     if settings.epochs == folder.read_settings()["epochs"] and (values := folder.read_summary()):
         return summary_from(values)
     folder.hold()
-    folder.extend(settings.epochs)
     return None
 
 

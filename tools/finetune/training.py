@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    EvalPrediction,
     PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -22,7 +21,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
 
@@ -43,8 +41,6 @@ from gtcompile.tools.runs.run_record import described_batch
 from gtcompile.tools.runs.settings import Settings
 
 ALONE = Ranks(None)
-NEVER_AGAIN = sys.maxsize
-"""Steps between selections of a policy that would choose the same set again."""
 
 
 class StoppedEarlyError(KeyboardInterrupt):
@@ -56,38 +52,35 @@ class PlannedError(Exception):
 
 
 def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArguments:
-    """The arguments of the trainer: those of the run, and where it has none, the paper's.
-
-    Args:
-        settings: of the run.
-        output: folder of the run.
+    """The trainer's arguments: those that the settings name, and for the rest the paper's.
 
     Raises:
         ValueError: transformers refuses a value.
         ImportError: a logger is not installed.
     """
-    defaults: dict[str, Any] = {
+    given: dict[str, Any] = {
         "logging_steps": 10,
         "max_grad_norm": 0.0,
         "per_device_eval_batch_size": settings.batch_size,
         "report_to": "none",
-        # a kill may come when the first process has written its part of a checkpoint and another has not
-        "save_total_limit": 1 if settings.processes == 1 else 2,
         "use_cpu": not torch.cuda.is_available(),
-    }
-    decided: dict[str, Any] = {
-        "output_dir": str(output),
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "learning_rate": settings.lr,
-        "weight_decay": settings.weight_decay,
-        "seed": settings.seed,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
         "generation_num_beams": settings.num_beams,
+        **settings.args,
     }
     try:
-        arguments = Seq2SeqTrainingArguments(**defaults | dict(settings.args) | decided)
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.lr,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            # the last whole checkpoint must stay until the next one is whole
+            save_total_limit=max(2, given.pop("save_total_limit", 2)),
+            **given,
+        )
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"transformers refuses these arguments: {error}") from error
     if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
@@ -100,13 +93,13 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
 
 def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
     """The callback that selects what is trained, as the settings say."""
-    settings = prepared.settings
-    full, epochs = settings.policy == "full", settings.reselect_every
-    every: Any = "epoch" if epochs == 1 else epochs * prepared.steps_per_epoch
+    settings, every = prepared.settings, prepared.settings.reselect_every
+    full, fixed = settings.policy == "full", settings.policy in ("full", "last_layers")
+    later: Any = "epoch" if every == 1 else every * prepared.steps_per_epoch
     return AdaptiveBackpropCallback(
         1.0 if full else settings.budget,
         policy="last_layers" if full else settings.policy,
-        every=NEVER_AGAIN if settings.policy in ("full", "last_layers") else every,
+        every=sys.maxsize if fixed else later,
         batches=MEASURED_BATCHES,
         compiler=settings.compiler,
         activation_memory_budget=settings.activation_memory_budget,
@@ -116,31 +109,32 @@ def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
 class Recorder(TrainerCallback):
     """Writes every selection and every step to the run's folder, shows them, and stops between steps.
 
-    It comes after the callback that selects, and `BeforeSelection` comes before that one.
+    Among the trainer's callbacks it comes before the one that selects.
 
     Args:
         prepared: model and examples.
         folder: for settings, metrics and selections.
         reporter: shows progress.
-        adaptive: selects what is trained.
         ranks: the processes that train together; each has its own batches.
         resumed: whether the folder holds the beginning of this run.
         plan_only: raise `PlannedError` after the first selection; nothing is written.
     """
+
+    trainer: Trainer
+    """Set by `make_trainer`."""
 
     def __init__(
         self,
         prepared: Prepared,
         folder: RunFolder,
         reporter: Reporter,
-        adaptive: AdaptiveBackpropCallback,
         ranks: Ranks,
         *,
         resumed: bool = False,
         plan_only: bool = False,
     ) -> None:
-        self.prepared, self.folder, self.reporter = prepared, folder, reporter
-        self.adaptive, self.ranks, self.plan_only, self._begun = adaptive, ranks, plan_only, resumed
+        self.prepared, self.folder, self.reporter, self.ranks = prepared, folder, reporter, ranks
+        self.adaptive, self._begun, self._plan_only = adaptive_callback(prepared), resumed, plan_only
         self.model: nn.Module = prepared.language.model
         self.report = RunReport(folder.path, reporter)
         self.selections: list[dict[str, Any]] = []
@@ -149,14 +143,10 @@ class Recorder(TrainerCallback):
         """Whether Ctrl-C was pressed in this process."""
         self.stopping = False
         """Whether it was pressed in any, so that all stop."""
-        self.began_selecting = 0.0
-        self._shown: Selection | None = None
         self._spent = self._full = 0
         self._step: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Continue the files of the run where the checkpoint was written, if there is one."""
         count = len(list(find_blocks(self.model)))
         what = f"{count} blocks" if count else "the whole model, which has no repeated blocks"
@@ -165,30 +155,30 @@ class Recorder(TrainerCallback):
             self.selections = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
             for step in self.folder.metrics():
                 self._add(step)
-        self._shown = self.adaptive.adaptive.selection
-        if self._shown is None:
+        if not self.selections:
             self.reporter.say(f"selecting: costs of a step, then importance on {MEASURED_BATCHES} batches")
-        self.reporter.begin("training", state.max_steps, state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Record the selection if it is new; start the record of the step."""
-        selection, epoch = self.adaptive.adaptive.selection, int(state.epoch or 0)
-        if selection is not None and selection is not self._shown:
-            batch = next(self.adaptive.measured_batches(args, state, kwargs["train_dataloader"]))
-            batch = {name: value.to(self.prepared.device) for name, value in batch.items()}
-            self._record(selection, batch, {"epoch": epoch, "step": state.global_step})
-            self._shown = selection
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the record of the step, before a selection may be made for it."""
         self._step = {
             "step": state.global_step + 1,
-            "epoch": epoch,
+            "epoch": int(state.epoch or 0),
             "loss": 0.0,
             "lr": kwargs["lr_scheduler"].get_last_lr()[0],
             "seconds": -perf_counter(),
-            "passes": 0.0,
-            **dict.fromkeys(("flops", "counted_flops", "full_flops"), 0),
+            **dict.fromkeys(("passes", "flops", "counted_flops", "full_flops"), 0),
         }
+
+    def selected(self) -> None:
+        """Record the selection of the step to come, if it is new."""
+        adaptive = self.adaptive.adaptive
+        if len(adaptive.history) > len(self.selections):
+            trainer, began = self.trainer, self._step["seconds"]
+            loader = trainer.callback_handler.train_dataloader
+            batch = next(self.adaptive.measured_batches(trainer.args, trainer.state, loader))
+            batch = {name: value.to(self.prepared.device) for name, value in batch.items()}
+            self._record(adaptive.history[-1], batch, began)
+            self._step["seconds"] = -perf_counter()
 
     def passed(self, loss: float, seconds: float) -> None:
         """Note a forward and backward.
@@ -214,49 +204,61 @@ class Recorder(TrainerCallback):
         step["counted_flops"] += flops * last["counted_step_flops"] // last["step_flops"]
         step["full_flops"] += last["full_flops"] * self.ranks.count
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step; stop after it if Ctrl-C was pressed in any process."""
         self._step["seconds"] += perf_counter()
         self._add(self._step)
         self.folder.add_metrics(self._step)
-        self.reporter.stepped(
-            self._step,
-            steps=(state.max_steps, self.prepared.steps_per_epoch),
-            spent=self._spent / self._full,
-            parameters=len(self.selections[-1]["trained"]),
-        )
+        spent, note = self._spent / self._full, f"{len(self.selections[-1]['trained'])} parameters"
+        self.reporter.stepped(self._step, spent, state.max_steps, self.prepared.steps_per_epoch, note)
         if self.ranks.total({"stop": float(self.stop_requested)})["stop"] > 0:
             self.stopping = control.should_training_stop = True
+        if control.should_training_stop or float(state.epoch or 0).is_integer():
+            control.should_save = False  # `on_epoch_end` follows
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write a checkpoint; if the epoch was cut short, without the evaluation that belongs to its end."""
         if self.stopping and not float(state.epoch or 0).is_integer():
             control.should_evaluate = False
         if self.stopping or args.save_strategy != "no":
             control.should_save = True
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show what the trainer has evaluated."""
-        scores = {k: v for k, v in kwargs["metrics"].items() if "_per_second" not in k and "runtime" not in k}
-        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name != "epoch")
-        self.reporter.say(f"step {state.global_step}: {text}")
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note that the checkpoint is whole; a kill may leave a part of the next one."""
+        self.ranks.gather(None)  # every process has written its part
+        self.folder.note_checkpoint(f"checkpoint-{state.global_step}")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show the scores of an evaluation during training."""
+        scores = {
+            name: value for name, value in kwargs["metrics"].items() if not name.endswith("_per_second")
+        }
+        self.reporter.say(f"step {state.global_step}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Compare steps while the blocks are still compiled."""
+        if not self.stopping and self.prepared.settings.policy != "full":
+            self.compare(self.prepared.sample())
+
+    def compare(self, batch: Batch) -> None:
+        """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
+        recomputes, last = self.prepared.settings.recomputes, self.selections[-1]
+        self.comparison = self.ranks.from_first(
+            lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
+        )
 
     def _add(self, step: dict[str, Any]) -> None:
         self._spent += step["flops"]
         self._full += step["full_flops"]
 
-    def _record(self, selection: Selection, batch: Batch, when: dict[str, int]) -> None:
-        """Count and measure a step of a new selection, and write both."""
+    def _record(self, selection: Selection, batch: Batch, began: float) -> None:
+        """Count and measure a step of a new selection, write both and show the selection."""
         measured = self.ranks.from_first(lambda: self._measure(batch, selection))
         importance = dict(self.adaptive.adaptive.importance)
+        epoch = self._step["epoch"]
         record = {
-            **when,
+            "epoch": epoch,
+            "step": self._step["step"] - 1,
             "trained": sorted(selection.trained),
             "selectable": selection.selectable,
             "step_flops": selection.step_flops,
@@ -265,17 +267,18 @@ class Recorder(TrainerCallback):
             "importance": importance,
             "importance_bound": selection.importance_bound if importance else None,
             **measured,
-            "seconds": perf_counter() - self.began_selecting,
+            "seconds": perf_counter() + began,
         }
         self.selections.append(record)
-        self.reporter.selected(record)
-        if self.plan_only:
+        count = f"{len(selection.trained)} of {selection.selectable} parameters"
+        share = f"{selection.step_fraction:.1%} of a full step's FLOPs"
+        self.reporter.say(f"epoch {epoch + 1}: training {count}, {share}")
+        if self._plan_only:
             self.compare(batch)
             raise PlannedError
         if not self._begun:
             described = described_batch(batch, self.prepared.collate.shape)
-            recorded = {**described, "examples": self.prepared.digest}
-            self.folder.write_settings(self.prepared.settings, recorded)
+            self.folder.begin(self.prepared.settings, {**described, "examples": self.prepared.digest})
             self._begun = True
         self.folder.write_selections(self.selections)
         if self.folder.writes:
@@ -291,45 +294,15 @@ class Recorder(TrainerCallback):
         memory = passes_memory(self.model, batch, self.prepared.device)
         return {"counted_step_flops": counted, **memory.as_dict()}
 
-    def compare(self, batch: Batch) -> None:
-        """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
-        self.comparison = self.ranks.from_first(
-            lambda: compare_steps(
-                self.model, batch, self.selections[-1], recomputes=self.prepared.settings.recomputes
-            )
-        )
-
-
-class BeforeSelection(TrainerCallback):
-    """What has to happen before the callback that selects: at a step's begin and at the end of training."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note when a selection may begin."""
-        self._recorder.began_selecting = perf_counter()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Compare steps while the blocks are compiled."""
-        recorder = self._recorder
-        if not recorder.stopping and recorder.prepared.settings.policy != "full":
-            recorder.compare(recorder.prepared.sample())
-
 
 class RecordedTrainer(Trainer):
     """A trainer that tells the recorder of every forward and backward."""
 
     recorder: Recorder
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward, and wait for the device."""
+        self.recorder.selected()
         started = perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.recorder.passed(loss.item(), perf_counter() - started)
@@ -341,40 +314,29 @@ class RecordedSeq2SeqTrainer(RecordedTrainer, Seq2SeqTrainer):
 
 
 def make_trainer(recorder: Recorder, arguments: Seq2SeqTrainingArguments) -> Trainer:
-    """The trainer of a run.
-
-    Args:
-        recorder: writes its steps.
-        arguments: of the trainer.
-    """
+    """The trainer of a run, whose steps the recorder writes."""
     prepared = recorder.prepared
-    kind = RecordedSeq2SeqTrainer if prepared.language.encoder_decoder else RecordedTrainer
+    tokenizer, task = prepared.language.tokenizer, prepared.task
     arguments.generation_max_length = arguments.generation_max_length or prepared.max_new_tokens + 1
+
+    def scores(prediction: Any) -> dict[str, float]:
+        ids = prediction.predictions.clip(0, None)[: len(task.evaluation)]  # the last may be there twice
+        answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return score(task.format.metric, answers, [example.references for example in task.evaluation])
+
+    kind = RecordedSeq2SeqTrainer if prepared.language.encoder_decoder else RecordedTrainer
     trainer = kind(
         model=prepared.language.model,
         args=arguments,
         data_collator=prepared.collate,  # type: ignore[arg-type]
         train_dataset=prepared.examples,  # type: ignore[arg-type]
         eval_dataset=prepared.prompts,  # type: ignore[arg-type]
-        compute_metrics=_scorer(prepared) if arguments.predict_with_generate else None,
-        callbacks=[BeforeSelection(recorder), recorder.adaptive, recorder],
+        compute_metrics=scores if arguments.predict_with_generate else None,
+        callbacks=[recorder, recorder.adaptive],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.recorder = recorder
+    recorder.trainer, trainer.recorder = trainer, recorder
     return trainer
-
-
-def _scorer(prepared: Prepared) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Scores generated answers in evaluations during training."""
-    tokenizer, task = prepared.language.tokenizer, prepared.task
-
-    def scores(prediction: EvalPrediction) -> dict[str, float]:
-        ids: Any = prediction.predictions
-        ids = ids.clip(0, None)[: len(task.evaluation)]  # several processes may get examples twice
-        answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        return score(task.format.metric, answers, [example.references for example in task.evaluation])
-
-    return scores
 
 
 def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
@@ -385,11 +347,13 @@ def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         GTCompileError: the budget is too small, or a count contradicts the prediction.
         ValueError: the checkpoint is of another model.
     """
-    with recorder.reporter.display(), _ctrl_c_noted(recorder):
+    steps = recorder.prepared.settings.epochs * recorder.prepared.steps_per_epoch
+    steps = steps if trainer.args.max_steps < 0 else trainer.args.max_steps
+    with recorder.reporter.bar("training", steps), _ctrl_c_noted(recorder):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    done, total = trainer.state.global_step, trainer.state.max_steps
-    if recorder.stopping and done < total:
-        raise StoppedEarlyError(f"stopped after step {done} of {total}")
+    done = trainer.state.global_step
+    if recorder.stopping and done < trainer.state.max_steps:
+        raise StoppedEarlyError(f"stopped after step {done} of {trainer.state.max_steps}")
 
 
 @contextlib.contextmanager

@@ -1,16 +1,15 @@
-"""The folder of a run: settings, metrics, selections, checkpoint, model and summary."""
+"""The folder of a run: settings, metrics, selections, checkpoints, model and summary."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gtcompile.tools.common.files import read_lines, write_folder, write_json, write_lines
+from gtcompile.tools.common.files import read_lines, write_folder, write_json, write_lines, write_text
 from gtcompile.tools.common.options import is_run
 from gtcompile.tools.runs.settings import Settings
 
@@ -30,8 +29,8 @@ class RunFolder:
     """The output of one run; it is made when the first file is written.
 
     `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what every selection
-    trained, `checkpoint-<step>/` the state to resume from, `model/` the model with its tokenizer,
-    `summary.json` the result.
+    trained, `checkpoint-<step>/` a state to resume from, `checkpoint` the name of the last one that is whole,
+    `model/` the model with its tokenizer, `summary.json` the result.
 
     Args:
         path: of the folder.
@@ -46,27 +45,18 @@ class RunFolder:
         """Refuse a path that is not free.
 
         Raises:
-            ValueError: the path is a file, or a folder that is not empty.
+            ValueError: the path is a file, a folder that is not empty, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
-                f"the output {self.path} is a file; expected a folder that is empty or does not exist"
-            )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(
                 f"the output folder {self.path} is not empty. "
                 f"Choose another --output, or continue the run in it with --resume {self.path}."
             )
-        self._check_writable()
-
-    def _check_writable(self) -> None:
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        try:
-            tempfile.TemporaryDirectory(dir=existing).cleanup()
-        except OSError as error:
-            raise ValueError(
-                f"the output {self.path} cannot be written: {existing}: {error.strerror}"
-            ) from error
+        if not existing.is_dir():
+            raise ValueError(f"the output {self.path} cannot be made: {existing} is a file")
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f"the output {self.path} cannot be made: {existing} cannot be written to")
 
     def hold(self) -> None:
         """Keep other processes from writing to the folder, until `close` or the end of this one.
@@ -89,59 +79,41 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def check_same_run(self, settings: Settings) -> None:
-        """Refuse to continue a run with other settings, except for more epochs.
-
-        Args:
-            settings: to continue with.
-
-        Raises:
-            ValueError: there is no run here, or it had other settings; names them.
-        """
-        self.check_holds_a_run()
-        if differences := settings.differences(self.read_settings()):
-            raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a run in the folder."""
-        return is_run(self.path)
-
-    def check_holds_a_run(self) -> None:
-        """Refuse a folder without a run.
-
-        Raises:
-            ValueError: there is no `run.json`.
-        """
-        if not self.begun:
-            raise ValueError(f"nothing to resume: {self.path} holds no run")
-
     def read_settings(self) -> dict[str, Any]:
-        """The content of `run.json`."""
+        """The content of `run.json`.
+
+        Raises:
+            ValueError: there is no run in the folder.
+        """
+        if not is_run(self.path):
+            raise ValueError(f"nothing to resume: {self.path} holds no run")
         settings: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
         return settings
 
-    def check_same_examples(self, digest: str) -> None:
-        """Refuse to continue a run on other examples.
+    def check_same_run(self, settings: Settings, digest: str | None = None) -> None:
+        """Refuse to continue a run with other settings, except for more epochs, or on other examples.
 
         Args:
-            digest: of the examples; runs of older versions have none.
+            settings: to continue with.
+            digest: of the examples, if they are known yet.
 
         Raises:
-            ValueError: the run began with others.
+            ValueError: there is no run here, or it was another; names the differences.
         """
-        began = self.read_settings().get("examples", digest)
-        if began != digest:
+        saved = self.read_settings()
+        if differences := settings.differences(saved):
+            raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
+        if digest not in (None, saved["examples"]):
             raise ValueError(
                 f"the run in {self.path} began with other examples: its data or tokenizer have changed since"
             )
 
-    def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
+    def begin(self, settings: Settings, described: Mapping[str, Any]) -> None:
         """Create the folder and write `run.json`.
 
         Args:
             settings: of the run.
-            batch: the description of its batches by `described_batch`, and the digest of its examples.
+            described: its batches as `described_batch` does, and the digest of its examples.
 
         Raises:
             ValueError: another process has begun a run here.
@@ -149,12 +121,12 @@ class RunFolder:
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
-            if self.begun:
+            if is_run(self.path):
                 raise ValueError(f"another run has started in {self.path}; choose another --output")
-            write_json(self.path / "run.json", {**settings.as_dict(), **batch})
+            write_json(self.path / "run.json", {**settings.as_dict(), **described})
 
     def extend(self, epochs: int) -> None:
-        """Note that the run has more epochs than it began with, and is not finished."""
+        """Note that the run goes on, for this many epochs in all."""
         write_json(self.path / "run.json", {**self.read_settings(), "epochs": epochs})
         (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -165,8 +137,13 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics of every step so far; a line that was cut off by a kill is left out."""
+        """The metrics of every step so far."""
         return read_lines(self.path / "metrics.jsonl")
+
+    def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the selections."""
+        if self.writes:
+            write_json(self.path / "selections.json", list(selections))
 
     def cut(self, steps: int) -> list[dict[str, Any]]:
         """Drop everything after `steps` steps, since what follows the checkpoint is done again.
@@ -181,24 +158,26 @@ class RunFolder:
         self.write_selections(kept)
         return kept
 
-    def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the selections."""
+    def note_checkpoint(self, name: str) -> None:
+        """Note the name of the last checkpoint that is whole."""
         if self.writes:
-            write_json(self.path / "selections.json", list(selections))
+            write_text(self.path / "checkpoint", name)
 
-    def last_checkpoint(self, processes: int) -> Path | None:
-        """The newest checkpoint that is whole; a kill may have cut off a newer one.
-
-        Args:
-            processes: that wrote it; each has a file of its own.
-        """
-        found = self.path.glob("checkpoint-*")
-        newest = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        return next((path for path in newest if is_whole(path, processes)), None)
+    def last_checkpoint(self) -> Path | None:
+        """The last checkpoint that is whole; None before the first."""
+        path = self.path / "checkpoint"
+        return self.path / path.read_text("utf-8") if path.is_file() else None
 
     def save_model(self, language: LanguageModel) -> None:
         """Write model and tokenizer for `from_pretrained`."""
-        write_folder(self.path / "model", lambda folder: _save(language, folder))
+
+        def save(folder: Path) -> None:
+            language.model.config.use_cache = True
+            language.model.save_pretrained(folder)
+            language.model.config.use_cache = False
+            language.tokenizer.save_pretrained(folder)
+
+        write_folder(self.path / "model", save)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the result: the run is finished."""
@@ -208,44 +187,6 @@ class RunFolder:
         """The result of a finished run; None before."""
         path = self.path / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
-def _save(language: LanguageModel, folder: Path) -> None:
-    model = language.model
-    model.config.use_cache = True
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.config.use_cache = False
-    language.tokenizer.save_pretrained(folder)
-
-
-def is_whole(checkpoint: Path, processes: int) -> bool:
-    """Whether a checkpoint was written to its end: `Trainer` writes file by file, its own state last.
-
-    Args:
-        checkpoint: a folder.
-        processes: that wrote it; each has a file with its random state.
-    """
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    archives = [path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")]
-    states = sum(path.name.startswith("rng_state") for path in archives)
-    weights = checkpoint.glob("*.safetensors")
-    return states == processes and all(map(zipfile.is_zipfile, archives)) and all(map(_fits_header, weights))
-
-
-def _fits_header(weights: Path) -> bool:
-    """Whether a file of safetensors is as long as its header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, "numpy"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def next_free_folder(name: str) -> Path:

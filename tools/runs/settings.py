@@ -4,15 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import yaml
 
 from gtcompile.graph.names import near_names
 from gtcompile.tools.common.options import check_budget, check_model, expect, option
 from gtcompile.tools.data.tasks import Source, find_source
-from gtcompile.tools.runs.training_arguments import OURS, check_argument, known_arguments, parse_value
+from gtcompile.tools.runs.training_arguments import OURS, check_type, known_arguments, parse_value
 
 Policy = Literal[
     "best",
@@ -103,9 +102,6 @@ class Settings:
         Raises:
             ValueError: names the option, the expected value and the given one.
         """
-        for own in fields(self):
-            value = getattr(self, own.name)
-            expect(_fits(value, own.type), own.name, f"a value of type {_name_of(own.type)}", value)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             expect(value is None or value >= 1, name, "at least 1", value)
@@ -159,23 +155,25 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: an unknown name (lists the nearest ones), a value that makes no sense, no model or no data.
     """
-    names = [setting.name for setting in fields(Settings) if setting.name != "args"]
-    own, others = {}, {}
+    kinds = {
+        setting.name: getattr(setting.type, "__name__", str(setting.type)) for setting in fields(Settings)
+    }
+    own: dict[str, Any] = {"args": {}}
     for key, value in {**values.get("args", {}), **values}.items():
-        if (name := OURS.get(key, key)) in names:
-            own[name] = value
-        elif key in known_arguments():
-            check_argument(key, value)
-            others[key] = value
-        elif key != "args":
+        name = OURS.get(key, key)
+        kind = (known_arguments() | kinds).get(name)
+        if kind is None:
+            near = near_names(key, [*kinds, *known_arguments()])
             raise ValueError(
-                f"there is no setting {key!r}; {near_names(key, [*names, *known_arguments()])} (these are the "
-                f"options of finetune and the fields of transformers' TrainingArguments)"
+                f"no option of finetune or of transformers' TrainingArguments is {key!r}; {near}"
             )
+        if name != "args":
+            check_type(name, value, kind)
+            (own if name in kinds else own["args"])[name] = value
     for needed in ("model", "dataset"):
         if needed not in own:
             raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
-    return Settings(**own, args=others)
+    return Settings(**own)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -211,17 +209,6 @@ def source_of(settings: Settings) -> Source:
 
 def _phrase(name: str) -> str:
     return "the number of processes" if name == "processes" else option(name)
-
-
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a plain annotated type; a whole number is a number too."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    plain = get_origin(kind) in (None, UnionType)
-    return not plain or type(value) in kinds or (type(value) is int and float in kinds)
-
-
-def _name_of(kind: Any) -> str:
-    return str(getattr(kind, "__name__", kind))
 
 
 def _listed(literal: Any) -> str:

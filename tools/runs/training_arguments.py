@@ -13,13 +13,9 @@ OURS = {
     "learning_rate": "lr",
 }
 """The settings of a run that transformers knows by another name."""
-NOT_TO_SET = {
-    "output_dir": "pass --output",
-    "resume_from_checkpoint": "pass --resume with the folder of the run",
-    "remove_unused_columns": "batches hold what the model takes, and nothing else",
-}
-"""Arguments that a run decides, with what to do instead."""
-_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
+DECIDED = ("output_dir", "resume_from_checkpoint", "remove_unused_columns", "disable_tqdm")
+"""Arguments that a run decides itself."""
+_PLAIN = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
 
 
 @functools.cache
@@ -35,23 +31,26 @@ def known_arguments() -> dict[str, str]:
         for kind in ast.parse((folder / file).read_text("utf-8")).body
         if isinstance(kind, ast.ClassDef) and kind.name.endswith("TrainingArguments")
         for node in kind.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.islower()
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if node.target.id not in DECIDED
     }
 
 
-def check_argument(name: str, value: Any) -> None:
-    """Refuse a value of the wrong type where the type is a plain one, and an argument that a run decides.
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Refuse a value of the wrong type, if the type is a plain one.
+
+    Args:
+        name: of the setting.
+        value: that is given.
+        annotation: such as `int | None`; nothing is checked if it names other types.
 
     Raises:
-        ValueError: names the argument, the expected type and the value.
+        ValueError: names the setting, the expected type and the value.
     """
-    if name in NOT_TO_SET:
-        raise ValueError(f"{name} cannot be set; {NOT_TO_SET[name]}")
-    annotation, *rest = known_arguments()[name].split(" | ")
-    kinds = _KINDS.get(annotation)
-    if kinds is None or rest not in ([], ["None"]) or (rest and value is None):
-        return
-    if not isinstance(value, kinds) or (isinstance(value, bool) and annotation != "bool"):
+    kinds = annotation.split(" | ")
+    if all(kind in _PLAIN for kind in kinds) and not any(
+        isinstance(value, _PLAIN[kind]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds
+    ):
         raise ValueError(f"{name}: expected a value of type {annotation}, got {value!r}")
 
 
