@@ -36,14 +36,9 @@ class Reporter:
         if not self.console.is_terminal:
             yield
             return
-        text = TextColumn("{task.fields[text]}")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(BAR),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, text, console=self.console) as self._live:
+        what, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (what, BarColumn(BAR), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        with Progress(*columns, console=self.console) as self._live:
             self._live.add_task(name, total=total, text="")
             try:
                 yield

@@ -97,10 +97,7 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         language.model.to(default_device())  # type: ignore[arg-type]
     language.model.config.use_cache = False  # generation turns it on itself
     if settings.args.get("predict_with_generate") and not language.encoder_decoder:
-        raise ValueError(
-            "predict_with_generate is for encoder-decoders, and this model is a decoder; answers are generated "
-            "after training"
-        )
+        raise ValueError("predict_with_generate is for encoder-decoders, and this model is a decoder")
     max_new_tokens = settings.max_new_tokens or task.format.max_new_tokens
     encode = Encoder(
         tokenizer=language.tokenizer,

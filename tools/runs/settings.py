@@ -153,15 +153,13 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     """Make settings of values by the names of `Settings` or of transformers' `TrainingArguments`.
 
     Raises:
-        ValueError: an unknown name (lists the nearest ones), a value that makes no sense, no model or no data.
+        ValueError: an unknown name (lists the nearest ones), a wrong value, no model or no data.
     """
-    kinds = {
-        setting.name: getattr(setting.type, "__name__", str(setting.type)) for setting in fields(Settings)
-    }
+    kinds = {s.name: getattr(s.type, "__name__", str(s.type)) for s in fields(Settings)}
     own: dict[str, Any] = {"args": {}}
     for key, value in {**values.get("args", {}), **values}.items():
         name = OURS.get(key, key)
-        kind = (known_arguments() | kinds).get(name)
+        kind = kinds.get(name) or known_arguments().get(name)
         if kind is None:
             near = near_names(key, [*kinds, *known_arguments()])
             raise ValueError(
