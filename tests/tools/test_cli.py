@@ -121,8 +121,13 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert "not empty" in refused("finetune", "--model", "demo", "--dataset", "demo", "--output", tmp_path)
 
 
-def test_resume_needs_the_folder() -> None:
-    assert "--output" in refused("finetune", "--model", "demo", "--dataset", "demo", "--resume")
+def test_a_run_needs_a_model_and_data() -> None:
+    assert "expected --dataset, or a --config or --resume" in refused("finetune", "--model", "demo")
+
+
+def test_a_run_is_resumed_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"model": "demo", "dataset": "demo"}')
+    assert "leave out --output" in refused("finetune", "--resume", tmp_path, "--output", tmp_path / "other")
 
 
 def test_a_dataset_without_the_fields_is_refused(tmp_path: Path) -> None:
@@ -141,10 +146,10 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(data: Path, tmp_path: Pa
     assert "vocabulary of 99 is too small" in refused("finetune", "--model", model, *arguments)
 
 
-def test_an_unknown_method_lists_the_known() -> None:
-    result = run("finetune", "--model", "demo", "--dataset", "demo", "--method", "best")
+def test_an_unknown_policy_lists_the_known() -> None:
+    result = run("finetune", "--model", "demo", "--dataset", "demo", "--policy", "lora")
     assert result.exit_code == 2
-    assert "last-layers" in result.output
+    assert "last_layers" in result.output
 
 
 def test_inspect_prints_the_plan_of_a_configuration(tmp_path: Path) -> None:

@@ -349,8 +349,13 @@ def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None
     """
     steps = recorder.prepared.settings.epochs * recorder.prepared.steps_per_epoch
     steps = steps if trainer.args.max_steps < 0 else trainer.args.max_steps
-    with recorder.reporter.bar("training", steps), _ctrl_c_noted(recorder):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        with recorder.reporter.bar("training", steps), _ctrl_c_noted(recorder):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ValueError(f"{checkpoint} is a checkpoint of another model: {error}") from error
     done = trainer.state.global_step
     if recorder.stopping and done < trainer.state.max_steps:
         raise StoppedEarlyError(f"stopped after step {done} of {trainer.state.max_steps}")

@@ -145,7 +145,7 @@ class Settings:
         return [
             f"{_phrase(name)} was {saved.get(name)!r} and is now {value!r}"
             for name, value in own.items()
-            if saved.get(name) != value and not (name == "epochs" and value > saved[name])
+            if saved.get(name) != value and not (name == "epochs" and value > saved.get(name, value))
         ]
 
 
@@ -163,7 +163,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         if kind is None:
             near = near_names(key, [*kinds, *known_arguments()])
             raise ValueError(
-                f"no option of finetune or of transformers' TrainingArguments is {key!r}; {near}"
+                f"{key!r} is neither an option of finetune nor of transformers' TrainingArguments; {near}"
             )
         if name != "args":
             check_type(name, value, kind)
