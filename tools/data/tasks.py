@@ -191,7 +191,7 @@ def read_file(path: Path, split: str = "all") -> list[Record]:
 
     Args:
         path: of the file.
-        split: expected to be `all`, the only split of a file.
+        split: `all`; to `datasets`, a file is a split named train, and all splits are `all`.
 
     Raises:
         ValueError: the file cannot be read, or holds no record; names the file.
@@ -202,7 +202,7 @@ def read_file(path: Path, split: str = "all") -> list[Record]:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors reach the user by their exception
     builder = BUILDERS[path.suffix]
     # a bracket in the path would be taken for a pattern
-    where: dict[str, Any] = {"data_files": {"all": glob.escape(str(path))}, "split": split}
+    where: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": split}
     if path.stat().st_size == 0:
         raise ValueError(f"{path} holds no record")
     try:

@@ -352,8 +352,8 @@ def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None
     try:
         with recorder.reporter.bar("training", steps), _ctrl_c_noted(recorder):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
             raise
         raise ValueError(f"{checkpoint} is a checkpoint of another model: {error}") from error
     done = trainer.state.global_step
