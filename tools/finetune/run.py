@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.errors import some
+from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.state.restore import restored
 from gtcompile.tools.finetune.evaluation import generate_answers, score
@@ -25,9 +25,13 @@ from gtcompile.tools.finetune.training import (
     train,
     training_arguments,
 )
+from gtcompile.tools.inspect import inspect_run, write_report
 from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.settings import Settings
+
+REPORT = "report.html"
+"""Name of the report in the folder of a finished run."""
 
 
 def finetune(
@@ -138,7 +142,12 @@ def _conclude(recorder: Recorder, before: dict[str, float] | None) -> Summary:
         comparison=recorder.comparison,
     )
     folder.write_summary(summary.as_dict())
-    recorder.report.write(recorder.model, prepared.sample())
+    try:
+        write_report(inspect_run(folder.path), folder.path / REPORT)
+    except (OSError, ValueError, GTCompileError) as error:
+        recorder.reporter.say(
+            f"{REPORT} could not be written: {error}; later: gtcompile inspect {folder.path} --html FILE"
+        )
     return summary
 
 

@@ -33,7 +33,6 @@ from gtcompile.tools.common.flop_meter import check_step_flops
 from gtcompile.tools.common.step_memory import passes_memory
 from gtcompile.tools.finetune.evaluation import score
 from gtcompile.tools.finetune.progress import Reporter
-from gtcompile.tools.finetune.run_report import RunReport
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
 from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
 from gtcompile.tools.runs.run_folder import RunFolder
@@ -136,7 +135,6 @@ class Recorder(TrainerCallback):
         self.prepared, self.folder, self.reporter, self.ranks = prepared, folder, reporter, ranks
         self.adaptive, self._begun, self._plan_only = adaptive_callback(prepared), resumed, plan_only
         self.model: nn.Module = prepared.language.model
-        self.report = RunReport(folder.path, reporter)
         self.selections: list[dict[str, Any]] = []
         self.comparison: StepComparison | None = None
         self.stop_requested = False
@@ -281,8 +279,6 @@ class Recorder(TrainerCallback):
             self.folder.begin(self.prepared.settings, {**described, "examples": self.prepared.digest})
             self._begun = True
         self.folder.write_selections(self.selections)
-        if self.folder.writes:
-            self.report.write(self.model, batch)
 
     def _measure(self, batch: Batch, selection: Selection) -> dict[str, Any]:
         """Count and measure a step of this process, unless one with the same set was measured before."""
