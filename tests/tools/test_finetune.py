@@ -257,21 +257,32 @@ def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
     assert sum(flops) == summary.predicted_flops == summary.counted_flops <= 0.6 * summary.full_flops
 
 
-def test_flops_of_accumulated_batches_are_those_of_all_and_the_trainers_arguments_reach_it(
+def test_what_the_trainer_can_do_is_reached_by_its_arguments_and_counted(
     settings: Settings, tmp_path: Path
 ) -> None:
-    arguments = {"gradient_accumulation_steps": 3, "warmup_steps": 1, "eval_strategy": "epoch", "bf16": True}
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = {
+        "gradient_accumulation_steps": 3,
+        "warmup_steps": 1,
+        "bf16": True,
+        "eval_strategy": "epoch",
+        "logging_steps": 1,
+        "report_to": "tensorboard",
+    }
     stream = StringIO()
     run = replace(settings, epochs=1, args=arguments)
     summary = finetune(run, tmp_path / "run", Reporter(Console(file=stream, width=200)))
-    metrics, step_flops = (
-        lines(tmp_path / "run" / "metrics.jsonl"),
-        selections(tmp_path / "run")[0]["step_flops"],
-    )
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    step_flops = selections(tmp_path / "run")[0]["step_flops"]
     assert [line["flops"] // step_flops for line in metrics] == [3, 1]
     assert summary.predicted_flops == summary.counted_flops == STEPS_PER_EPOCH * step_flops
     assert [line["lr"] for line in metrics] == [0.0, settings.lr]
     assert "step 2: eval_loss" in stream.getvalue()
+    trace = events.EventAccumulator(str(next((tmp_path / "run").rglob("events.out.*")).parent))
+    trace.Reload()
+    losses = {event.step: event.value for event in trace.Scalars("train/loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics}, rel=1e-3)
+    assert len(trace.Scalars("train/adaptive/flops_fraction")) == 1
 
 
 def test_a_finished_run_is_not_run_again(finished: tuple[Path, Summary], settings: Settings) -> None:

@@ -21,9 +21,9 @@ def joined_processes() -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield Ranks(None)
         return
-    state = PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available())
     try:
         yield Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         gc.collect()  # models hold groups, and gloo's threads may abort a process whose Python has ended
-        state.destroy_process_group()
+        dist.destroy_process_group()

@@ -66,6 +66,7 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
         "generation_num_beams": settings.num_beams,
         **settings.args,
     }
+    limit = given.pop("save_total_limit", 2)
     try:
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(output),
@@ -76,8 +77,7 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
             seed=settings.seed,
             disable_tqdm=True,
             remove_unused_columns=False,
-            # the last whole checkpoint must stay until the next one is whole
-            save_total_limit=max(2, given.pop("save_total_limit", 2)),
+            save_total_limit=limit and max(limit, 2),  # the last whole one stays until the next is whole
             **given,
         )
     except (TypeError, RuntimeError) as error:

@@ -130,11 +130,6 @@ class Settings:
         """Whether the backward recomputes activations to save memory."""
         return self.activation_memory_budget < 1
 
-    @property
-    def data_folder(self) -> Path | None:
-        """`data_dir` as a path."""
-        return None if self.data_dir is None else Path(self.data_dir)
-
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values by name."""
         return asdict(self)
@@ -199,7 +194,7 @@ def source_of(settings: Settings) -> Source:
     """
     return find_source(
         settings.dataset,
-        data_dir=settings.data_folder,
+        data_dir=None if settings.data_dir is None else Path(settings.data_dir),
         splits=(settings.train_split, settings.eval_split),
         fields=(settings.source_field, settings.target_field),
     )
