@@ -203,8 +203,8 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
     batches = steps * int(recorder.prepared.settings.args.get("gradient_accumulation_steps", 1))
     yield (
-        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s, and {selection['seconds']:.1f} s "
-        f"for the first selection; nothing was trained or written"
+        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s; the first selection took "
+        f"{selection['seconds']:.1f} s; nothing was trained or written"
     )
 
 
