@@ -228,10 +228,8 @@ class Recorder(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the scores of an evaluation during training."""
-        scores = {
-            name: value for name, value in kwargs["metrics"].items() if not name.endswith("_per_second")
-        }
-        self.reporter.say(f"step {state.global_step}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
+        shown = (f"{k} {v:.4g}" for k, v in kwargs["metrics"].items() if not k.endswith("_per_second"))
+        self.reporter.say(f"step {state.global_step}: {', '.join(shown)}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Compare steps while the blocks are still compiled."""
