@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,21 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+GENERATED = ["--args", "predict_with_generate=true", "--args", "eval_strategy=epoch"]
+
+
 @pytest.mark.parametrize(
-    "make", [llama, pytest.param(opt, marks=pytest.mark.long), pytest.param(t5, marks=pytest.mark.long)]
+    ("make", "more", "said"),
+    [
+        (llama, [], "plain PyTorch"),
+        pytest.param(opt, [], "plain PyTorch", marks=pytest.mark.long),
+        pytest.param(t5, GENERATED, "eval_rouge1", marks=pytest.mark.long),
+    ],
 )
-def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(make: object, data: Path, tmp_path: Path) -> None:
-    model = save(make(), tmp_path / "model")  # type: ignore[operator]
+def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(
+    make: Callable[[], PreTrainedModel], more: list[str], said: str, data: Path, tmp_path: Path
+) -> None:
+    model = save(make(), tmp_path / "model")
     output = tmp_path / "out"
     arguments = [
         "--dataset",
@@ -85,8 +96,9 @@ def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(make: object, data: 
         "--output",
         output,
     ]
-    result = run("finetune", "--model", model, *arguments)
+    result = run("finetune", "--model", model, *arguments, *more)
     assert result.exit_code == 0, result.output
+    assert said in result.output
     assert "one token per byte was made for it" in result.output
     assert "FLOPs counted" in result.output
     assert (output / "model" / "model.safetensors").is_file()
