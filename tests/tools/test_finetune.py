@@ -285,6 +285,17 @@ def test_what_the_trainer_can_do_is_reached_by_its_arguments_and_counted(
     assert len(trace.Scalars("train/adaptive/flops_fraction")) == 1
 
 
+def test_a_run_killed_while_it_was_evaluated_is_evaluated_and_not_trained_again(
+    finished: tuple[Path, Summary], settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    summary = finetune(settings, tmp_path / "run", reporter(), resume=True)
+    assert_same_run(tmp_path / "run", finished[0])
+    assert (summary.quality, summary.steps) == (finished[1].quality, finished[1].steps)
+    assert summary.comparison is not None
+
+
 def test_a_finished_run_is_not_run_again(finished: tuple[Path, Summary], settings: Settings) -> None:
     output, summary = finished
     assert finetune(settings, output, reporter(), resume=True) == summary

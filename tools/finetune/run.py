@@ -60,7 +60,7 @@ def finetune(
         ValueError, GTCompileError: something is missing or does not fit; nothing is written then.
         StoppedEarlyError: Ctrl-C was pressed; `resume` continues.
     """
-    with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder, _kept_away(output):
+    with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder, _left_if_filled(output):
         finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
         if finished is not None:
             reporter.say(f"the run in {output} is finished; more --epochs extend it")
@@ -164,8 +164,8 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
 
 
 @contextlib.contextmanager
-def _kept_away(output: Path) -> Iterator[None]:
-    """Remove the folder that `Trainer` makes, if it did not exist before and nothing is written into it."""
+def _left_if_filled(output: Path) -> Iterator[None]:
+    """Remove the folder that `Trainer` makes, if it did not exist before and nothing was written into it."""
     existed = output.exists()
     try:
         yield
