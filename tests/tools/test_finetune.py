@@ -406,8 +406,17 @@ def test_a_prediction_that_is_not_exact_stops_the_run_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_recomputed_to_save_memory_is_counted_and_said(settings: Settings, tmp_path: Path) -> None:
-    frugal = replace(settings, activation_memory_budget=0.2, epochs=1)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"activation_memory_budget": 0.2},
+        pytest.param({"args": {"activation_checkpointing": True}}, marks=pytest.mark.long),
+    ],
+)
+def test_what_is_recomputed_to_save_memory_is_counted_and_said(
+    how: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    frugal = replace(settings, epochs=1, **how)
     summary = finetune(frugal, tmp_path / "run", reporter())
     assert summary.counted_flops > summary.predicted_flops
     assert "recomputed to save memory" in " ".join(notes([summary]))
@@ -498,6 +507,8 @@ def test_values_that_transformers_refuses_are_refused_before_any_work(
     for args in ({"optim": "none such"}, {"save_strategy": "sometimes"}):
         with pytest.raises(ValueError, match="is not a valid"):
             finetune(replace(settings, args=args), tmp_path / "run", reporter())
+    with pytest.raises(ValueError, match="leave out fsdp and auto_find_batch_size"):
+        finetune(replace(settings, args={"auto_find_batch_size": True}), tmp_path / "run", reporter())
     with pytest.raises(ImportError, match="report_to=paper: not installed"):
         finetune(replace(settings, args={"report_to": "paper"}), tmp_path / "run", reporter())
     assert not (tmp_path / "run").exists()

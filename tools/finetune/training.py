@@ -82,6 +82,11 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
         )
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"transformers refuses these arguments: {error}") from error
+    if arguments.fsdp or arguments.auto_find_batch_size:
+        raise ValueError(
+            "finetune trains a whole model in each process, on batches of one size; leave out fsdp and "
+            "auto_find_batch_size"
+        )
     if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
         raise ImportError(
             f"report_to={', '.join(sorted(missing))}: not installed, or no logger of transformers; "

@@ -128,7 +128,8 @@ class Settings:
     @property
     def recomputes(self) -> bool:
         """Whether the backward recomputes activations to save memory."""
-        return self.activation_memory_budget < 1
+        checkpoints = self.args.get("activation_checkpointing") or self.args.get("gradient_checkpointing")
+        return bool(checkpoints) or self.activation_memory_budget < 1
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values by name."""
