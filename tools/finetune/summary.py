@@ -53,7 +53,7 @@ class Summary:
     selecting_seconds: float
     """Seconds of all selections: capturing, measuring, solving and counting."""
     compiling_seconds: float = 0.0
-    """Seconds that forward and backward took beyond their median in the steps that were slower."""
+    """Seconds that forward and backward took beyond their median in the first step of each selection."""
     quality: Mapping[str, float]
     """Scores in percent by metric."""
     quality_before: Mapping[str, float] | None = None
@@ -85,6 +85,7 @@ def summarise(
         **scores: the fields `quality`, `quality_before` and `comparison`.
     """
     settings, usual = prepared.settings, median(step["passes"] for step in steps)
+    first = {selection["step"] + 1 for selection in selections}
     flops = ("predicted_flops", "flops"), ("counted_flops", "counted_flops"), ("full_flops", "full_flops")
     return Summary(
         title=settings.title,
@@ -97,7 +98,7 @@ def summarise(
         device=str(prepared.device),
         steps=len(steps),
         step_seconds=usual,
-        compiling_seconds=sum(max(step["passes"] - usual, 0.0) for step in steps),
+        compiling_seconds=sum(max(step["passes"] - usual, 0.0) for step in steps if step["step"] in first),
         training_seconds=sum(step["seconds"] for step in steps),
         selecting_seconds=sum(selection["seconds"] for selection in selections),
         note=prepared.task.format.note,
@@ -198,7 +199,7 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "Seconds of a step are the median of forward and backward. In turn: steps of the last selection and "
         "full steps of plain eager PyTorch, taken alternately after training, so that other work on the "
         "machine slows both alike. Seconds of training are all steps including optimizer and compilation; "
-        "compiling is what steps took beyond the median.",
+        "compiling is what the first step of a selection took beyond the median.",
         _gain(run),
         run.note,
     ]
