@@ -22,7 +22,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.distributed.ranks import Ranks
@@ -87,7 +87,7 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
             "finetune trains a whole model in each process, on batches of one size; leave out fsdp and "
             "auto_find_batch_size"
         )
-    if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
+    if missing := set(arguments.report_to or ()) - set(get_available_reporting_integrations()):
         raise ImportError(
             f"report_to={', '.join(sorted(missing))}: not installed, or no logger of transformers; "
             f'TensorBoard comes with pip install "gtcompile[tensorboard]"'
@@ -328,8 +328,8 @@ def make_trainer(recorder: Recorder, arguments: Seq2SeqTrainingArguments) -> Tra
         model=prepared.language.model,
         args=arguments,
         data_collator=prepared.collate,  # type: ignore[arg-type]
-        train_dataset=prepared.examples,  # type: ignore[arg-type]
-        eval_dataset=prepared.prompts,  # type: ignore[arg-type]
+        train_dataset=prepared.examples,
+        eval_dataset=prepared.prompts,
         compute_metrics=scores if arguments.predict_with_generate else None,
         callbacks=[recorder, recorder.adaptive],
     )
