@@ -74,8 +74,8 @@ GENERATED = ["--args", "predict_with_generate=true", "--args", "eval_strategy=ep
 @pytest.mark.parametrize(
     ("make", "more", "said"),
     [
-        (llama, [], "plain PyTorch"),
-        pytest.param(opt, [], "plain PyTorch", marks=pytest.mark.long),
+        (llama, [], "plain eager PyTorch"),
+        pytest.param(opt, [], "plain eager PyTorch", marks=pytest.mark.long),
         pytest.param(t5, GENERATED, "eval_rouge1", marks=pytest.mark.long),
     ],
 )
