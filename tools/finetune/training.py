@@ -244,6 +244,7 @@ class Recorder(TrainerCallback):
     def compare(self, batch: Batch) -> None:
         """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
         recomputes, last = self.prepared.settings.recomputes, self.selections[-1]
+        self.model.train()  # an evaluation may have come before
         self.comparison = self.ranks.from_first(
             lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
         )
