@@ -23,10 +23,11 @@ from gtcompile.tools.common.options import BatchShape, check_model, is_run, pars
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.compare.arms import ARMS
 from gtcompile.tools.compare.options import CompareOptions, CompilerOrNone
-from gtcompile.tools.finetune.options import RunOptions
 from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
 from gtcompile.tools.onnx.options import ExportOptions
-from gtcompile.tools.runs.settings import Compiler, Method, Settings, source_of
+from gtcompile.tools.runs.run_folder import RunFolder
+from gtcompile.tools.runs.settings import Compiler, Policy, Settings, read_config, settings_from, source_of
+from gtcompile.tools.runs.training_arguments import parse_assignment
 
 if TYPE_CHECKING:
     from gtcompile.tools.finetune.summary import Summary
@@ -61,16 +62,18 @@ SUBJECT_HELP = (
     "Hub id, directory (a config is enough), demo, module:function, or the output folder of finetune."
 )
 EXPORT_HELP = "Hub id, directory with weights, demo, module:function, or the output folder of finetune."
-DATASET_HELP = "demo, scitldr, dialogsum, webquestions, piqa, or a .jsonl, .json, .csv or .parquet file."
+DATASET_HELP = (
+    "demo, scitldr, dialogsum, webquestions, piqa, a .jsonl, .json, .csv or .parquet file, or owner/name of "
+    "a dataset on the hub."
+)
 
-Dataset = Annotated[str, _option(DATASET_HELP)]
 DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]
 Budget = Annotated[float, _option("Share of a full step's FLOPs that may be spent, forward included.")]
 Tokenizer = Annotated[
     str | None, _option("Hub id or folder of a tokenizer, or bytes for one token per byte.")
 ]
-SourceField = Annotated[str | None, _option("Field of a file that holds the text. Default: source.")]
-TargetField = Annotated[str | None, _option("Field of a file that holds the answer. Default: target.")]
+SourceField = Annotated[str | None, _option("Field of your own data that holds the text. Default: source.")]
+TargetField = Annotated[str | None, _option("Field of your own data that holds the answer. Default: target.")]
 TrainSplit = Annotated[str | None, _option("Split to train on, or a share of one, such as valid[:80%].")]
 MaxLength = Annotated[int, _option("Longest sequence in tokens; batches are no longer than the data needs.")]
 BatchSize = Annotated[int, _option("Examples per step.")]
@@ -79,17 +82,29 @@ MaxNewTokens = Annotated[int | None, _option("Longest answer in tokens. Default:
 
 @app.command()
 def finetune(
-    model: Annotated[str, _option(MODEL_HELP)],
-    dataset: Dataset,
+    context: typer.Context,
+    model: Annotated[str | None, _option(MODEL_HELP)] = None,
+    dataset: Annotated[str | None, _option(DATASET_HELP)] = None,
     budget: Budget = 0.5,
-    method: Annotated[
-        Method, _option("Train the best set within the budget, everything, or the last blocks that fit.")
-    ] = "adaptive",
+    policy: Annotated[
+        Policy, _option("How what is trained is selected within the budget; full trains everything.")
+    ] = "best",
     output: Annotated[Path | None, _option("Empty or new folder. Default: a new one in runs/.")] = None,
-    resume: Annotated[bool, _option("Continue the run in --output.", "--resume")] = False,
+    resume: Annotated[
+        Path | None, _option("Continue the run in this folder, with its settings; --epochs extends it.")
+    ] = None,
     compare_full: Annotated[
         bool, _option("Then run full fine-tuning from the same start, into OUTPUT/full.", "--compare-full")
     ] = False,
+    dry_run: Annotated[
+        bool, _option("Make the first selection, print what it costs, and train nothing.", "--dry-run")
+    ] = False,
+    config: Annotated[
+        Path | None, _option("YAML file with any of these settings, or the run.json of a run.")
+    ] = None,
+    args: Annotated[
+        list[str] | None, _option("name=value of transformers' TrainingArguments. May be repeated.")
+    ] = None,
     data_dir: DataDir = None,
     source_field: SourceField = None,
     target_field: TargetField = None,
@@ -111,27 +126,43 @@ def finetune(
         float, _option("Share of the bytes saved for backward that may be kept; the rest is recomputed.")
     ] = 1.0,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
-    checkpoint_every: Annotated[
-        int, _option("Steps between checkpoints. One is also written after every epoch.")
-    ] = 500,
-    log_to: Annotated[str | None, _option("tensorboard writes a trace to OUTPUT/tensorboard.")] = None,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
-    arguments = dict(locals())
-    for name in ("output", "resume", "compare_full", "compiler", "log_to"):
-        del arguments[name]
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name in SETTINGS and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+    }
     with _errors_in_one_line():
-        settings = Settings(**arguments, processes=_process_count(), compiler=compiler or "eager")
-        options = RunOptions(output=output, resume=resume, compare_full=compare_full, log_to=log_to)
+        if resume and (output or config):
+            raise ValueError("--resume continues a run in its folder; leave out --output and --config")
+        folder = RunFolder(resume or output or Path())
+        if resume:
+            folder.read_settings()
+            config = resume / "run.json"
+        values = {
+            **(read_config(config) if config else {}),
+            **dict(map(parse_assignment, args or ())),
+            **given,
+            "processes": _process_count(),
+        }
+        settings = settings_from(values)
         source_of(settings)
         if os.environ.get("RANK", "0") == "0":
-            options.check_output(settings, besides=() if compiler else ("compiler",))
+            if resume:
+                folder.check_same_run(settings)
+            elif output and not dry_run:
+                folder.check_new()
         _quiet()
-        if compiler is None:
+        if "compiler" not in values:
             from gtcompile.tools.runs.preparation import default_compiler
 
             settings = dataclasses.replace(settings, compiler=default_compiler())
-        _finetune(Console(), settings, options)
+        _finetune(Console(), settings, output, resume, compare_full=compare_full, dry_run=dry_run)
+
+
+SETTINGS = frozenset(field.name for field in dataclasses.fields(Settings)) - {"args"}
+"""The options of `finetune` from which a run can be repeated."""
 
 
 def _process_count() -> int:
@@ -139,26 +170,35 @@ def _process_count() -> int:
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def _finetune(console: Console, settings: Settings, options: RunOptions) -> None:
+def _finetune(
+    console: Console,
+    settings: Settings,
+    output: Path | None,
+    resume: Path | None,
+    *,
+    compare_full: bool,
+    dry_run: bool,
+) -> None:
     from gtcompile.tools.finetune import processes, progress, run, summary
-    from gtcompile.tools.runs import run_folder
+    from gtcompile.tools.runs.run_folder import next_free_folder
 
     with processes.joined_processes() as ranks:
-        folder = options.output or ranks.from_first(lambda: run_folder.next_free_folder(settings.short_name))
         console.quiet = ranks.rank > 0
         reporter = progress.Reporter(console)
-        how: dict[str, Any] = {"resume": options.resume, "log_to": options.log_to, "ranks": ranks}
+        if dry_run:
+            run.plan(settings, reporter, ranks=ranks)
+            return
+        folder = resume or output or ranks.from_first(lambda: next_free_folder(settings.short_name))
         runs: tuple[Summary, ...]
         try:
-            if options.compare_full and settings.method != "full":
-                runs = run.compare_with_full(settings, folder, reporter, **how)
+            if compare_full and settings.policy != "full":
+                runs = run.compare_with_full(settings, folder, reporter, resume=bool(resume), ranks=ranks)
             else:
-                runs = (run.finetune(settings, folder, reporter, **how),)
+                runs = (run.finetune(settings, folder, reporter, resume=bool(resume), ranks=ranks),)
         except KeyboardInterrupt as interrupt:
-            reason = str(interrupt) or "interrupted"
-            kept = run_folder.RunFolder(folder).checkpoint.is_file()
-            how_on = f"continue with the same command, --resume and --output {folder}"
-            reporter.say(f"{reason}; {how_on if kept else 'there is no checkpoint to continue from yet'}")
+            how_on = f"continue with gtcompile finetune --resume {folder}"
+            begun = is_run(folder)
+            reporter.say(f"{interrupt or 'interrupted'}; {how_on if begun else 'nothing was written yet'}")
             raise typer.Exit(130) from None
         summary.show(console, runs, folder)
 
@@ -234,9 +274,7 @@ def inspect(
         settings = None
         if dataset is not None:
             share = DEFAULT_BUDGET if budget is None else budget
-            settings = Settings(
-                model=model, dataset=dataset, budget=share, batch_size=batch_size, method="full", **data
-            )
+            settings = Settings(model=model, dataset=dataset, budget=share, batch_size=batch_size, **data)
             source_of(settings)
         _check_model_or_run(model)
         _quiet()

@@ -5,7 +5,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,6 +75,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         two_pass: measure importance within each batch, as the paper does, instead of across batches.
         frozen_state: where a frozen parameter's optimizer state goes: "keep" it, move it to host memory
             ("cpu"), or "drop" it.
+        activation_memory_budget: share of the bytes saved for backward that the blocks may keep, in [0, 1];
+            the backward recomputes the rest.
 
     Raises:
         ValueError, TypeError: for arguments outside these ranges. `Trainer(...)` and `.train()` raise
@@ -99,6 +101,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         never: Iterable[str] = (),
         two_pass: bool = False,
         frozen_state: Setting = "keep",
+        activation_memory_budget: float = 1.0,
     ) -> None:
         self._options = CallbackOptions(
             budget_fraction=budget_fraction,
@@ -111,6 +114,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             never=never,  # type: ignore[arg-type]
             two_pass=two_pass,
             frozen_state=frozen_state,
+            activation_memory_budget=activation_memory_budget,
         )
         self._progress = Progress()
         self._trainer: weakref.ref[Trainer] | None = None
@@ -174,7 +178,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._adaptive = self._make_adaptive(trainer, model, optimizer)
         if options.compiled:
             whole_model = [""]
-            compile_blocks(model, blocks=list(find_blocks(model)) or whole_model, compiler=options.compiler)
+            blocks = list(find_blocks(model)) or whole_model
+            compile_blocks(model, blocks=blocks, **options.compile_options)
         self._training = _Training(
             trainer=trainer,
             model=model,
@@ -224,6 +229,25 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             self._training.trainer.log({"adaptive/flops_fraction_spent": spent})
         self._release()
 
+    def measured_batches(
+        self, args: TrainingArguments, state: TrainerState, loader: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Draw the batches on which a selection before the coming step measures importance.
+
+        They depend on the trainer's seed, its rank and the step alone, so every call draws the same.
+
+        Args:
+            args: of the trainer.
+            state: of the trainer.
+            loader: the trainer's loader of training data.
+
+        Yields:
+            Keyword dictionaries of the model's forward, as the trainer's collator makes them.
+        """
+        size = state.train_batch_size or args.train_batch_size
+        seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
+        return draw_batches(loader, self._options.batches, size, seed)
+
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint keeps, as JSON types."""
         selected = self._adaptive is not None and self._progress.selected_at >= 0
@@ -270,11 +294,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             )
         trainer = self._training.trainer
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
-        size = state.train_batch_size or args.train_batch_size
-        seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
-        drawn = draw_batches(loader, self._options.batches, size, seed)
+        batches = self.measured_batches(args, state, loader)
         try:
-            selection = self.adaptive.reselect({**trainer._prepare_inputs(batch)} for batch in drawn)
+            selection = self.adaptive.reselect({**trainer._prepare_inputs(batch)} for batch in batches)
         except CaptureError as error:
             raise CaptureError(
                 f"costs are those of the model's own loss on this trainer's batches: {error}"

@@ -18,7 +18,7 @@ Every = int | Literal["epoch"]
 Policy = str | policies.Policy | policies.Choose
 """A selection policy: a name, a description from `gtcompile.policies`, or a user's function."""
 
-MAY_CHANGE = frozenset({"compiled", "compiler"})
+MAY_CHANGE = frozenset({"compiled", "compiler", "activation_memory_budget"})
 """Options that a resumed training may set differently: they do not change what is trained."""
 
 
@@ -51,6 +51,8 @@ class CallbackOptions:
     """Whether importance is measured within each batch, as the paper does."""
     frozen_state: Setting = "keep"
     """Where a frozen parameter's optimizer state goes: "keep", "cpu" or "drop"."""
+    activation_memory_budget: float = 1.0
+    """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
@@ -62,10 +64,15 @@ class CallbackOptions:
                 raise TypeError(f"expected {name}=True or False, got {getattr(self, name)!r}")
         if not _is_count(self.batches, 1 if self.two_pass else 2):
             raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {self.batches!r}")
-        parse_options({"compiler": self.compiler})
+        parse_options(self.compile_options)
         check_setting(self.frozen_state)
         for name in ("always", "never"):
             object.__setattr__(self, name, _patterns(getattr(self, name)))
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """The options of `compile_blocks`."""
+        return {"compiler": self.compiler, "activation_memory_budget": self.activation_memory_budget}
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types.

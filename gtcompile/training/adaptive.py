@@ -138,6 +138,11 @@ class AdaptiveBackprop:
         """Cost of a step with the present set as a share of a full step's FLOPs; 0.0 before `reselect`."""
         return self._schedule.fraction_of(self._trained) if self._schedule else 0.0
 
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
+        return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
+
     def reselect(self, batches: Iterable[Any]) -> Selection:
         """Select anew from these batches and train that from now on.
 

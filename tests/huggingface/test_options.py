@@ -13,6 +13,7 @@ from gtcompile.huggingface.options import CallbackOptions, Progress
     [
         *({"budget_fraction": 0}, {"budget_fraction": 50}, {"every": 0}, {"every": True}, {"every": "week"}),
         *({"batches": 1}, {"batches": 2.5}, {"batches": "4"}, {"compiler": "nvcc"}, {"frozen_state": "lose"}),
+        {"activation_memory_budget": 2},
     ],
 )
 def test_values_out_of_range_are_refused(arguments):

@@ -1,14 +1,12 @@
 """Examples become batches of one shape."""
 
-from itertools import chain
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig, T5Config
 
-from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for, epoch_order
+from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for
 from gtcompile.tools.data.formats import FORMATS, Example
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
@@ -138,14 +136,20 @@ def test_every_example_fits_the_one_shape_of_the_run(
     assert collate.input_length % 8 == 0
 
 
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(0, 5), st.integers(0, 5))
-def test_an_epoch_sees_every_example_once(count: int, batch_size: int, seed: int, epoch: int) -> None:
-    order = epoch_order(count, batch_size, seed=seed, epoch=epoch)
-    assert sorted(chain.from_iterable(order)) == list(range(count))
-    assert all(len(batch) == batch_size for batch in order[:-1])
-    assert order == epoch_order(count, batch_size, seed=seed, epoch=epoch)
+def test_a_longer_example_makes_a_longer_batch() -> None:
+    batch = decoder_collator(batch_size=2)([Encoded((5,) * 9, (6,)), Encoded((5,), (6,))])
+    assert {tensor.shape for tensor in batch.values()} == {(2, 10)}
 
 
-def test_seed_and_epoch_each_change_the_order() -> None:
-    orders = [epoch_order(100, 4, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
+def test_a_chat_is_written_by_the_tokenizers_template_and_its_beginning_is_cut() -> None:
+    encode = encoder(LlamaConfig(vocab_size=260), max_length=24, max_new_tokens=8)
+    example = Example((("user", "A long question?"),), ("Ann.",))
+    with pytest.raises(ValueError, match="whose tokenizer has a chat template"):
+        encode(example)
+    encode.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    encoded = encode(example)
+    assert encode.tokenizer.decode(encoded.prompt) == "<user>A long question?<assistant>"[-16:]
+    assert encode.tokenizer.decode(encoded.answer) == "Ann.</s>"

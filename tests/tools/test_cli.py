@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,21 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+GENERATED = ["--args", "predict_with_generate=true", "--args", "eval_strategy=epoch"]
+
+
 @pytest.mark.parametrize(
-    "make", [llama, pytest.param(opt, marks=pytest.mark.long), pytest.param(t5, marks=pytest.mark.long)]
+    ("make", "more", "said"),
+    [
+        (llama, [], "plain eager PyTorch"),
+        pytest.param(opt, [], "plain eager PyTorch", marks=pytest.mark.long),
+        pytest.param(t5, GENERATED, "eval_rouge1", marks=pytest.mark.long),
+    ],
 )
-def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(make: object, data: Path, tmp_path: Path) -> None:
-    model = save(make(), tmp_path / "model")  # type: ignore[operator]
+def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(
+    make: Callable[[], PreTrainedModel], more: list[str], said: str, data: Path, tmp_path: Path
+) -> None:
+    model = save(make(), tmp_path / "model")
     output = tmp_path / "out"
     arguments = [
         "--dataset",
@@ -85,8 +96,9 @@ def test_a_model_without_tokenizer_is_fine_tuned_to_the_end(make: object, data: 
         "--output",
         output,
     ]
-    result = run("finetune", "--model", model, *arguments)
+    result = run("finetune", "--model", model, *arguments, *more)
     assert result.exit_code == 0, result.output
+    assert said in result.output
     assert "one token per byte was made for it" in result.output
     assert "FLOPs counted" in result.output
     assert (output / "model" / "model.safetensors").is_file()
@@ -121,8 +133,13 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert "not empty" in refused("finetune", "--model", "demo", "--dataset", "demo", "--output", tmp_path)
 
 
-def test_resume_needs_the_folder() -> None:
-    assert "--output" in refused("finetune", "--model", "demo", "--dataset", "demo", "--resume")
+def test_a_run_needs_a_model_and_data() -> None:
+    assert "expected --dataset, or a --config or --resume" in refused("finetune", "--model", "demo")
+
+
+def test_a_run_is_resumed_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"model": "demo", "dataset": "demo"}')
+    assert "leave out --output" in refused("finetune", "--resume", tmp_path, "--output", tmp_path / "other")
 
 
 def test_a_dataset_without_the_fields_is_refused(tmp_path: Path) -> None:
@@ -141,10 +158,10 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(data: Path, tmp_path: Pa
     assert "vocabulary of 99 is too small" in refused("finetune", "--model", model, *arguments)
 
 
-def test_an_unknown_method_lists_the_known() -> None:
-    result = run("finetune", "--model", "demo", "--dataset", "demo", "--method", "best")
+def test_an_unknown_policy_lists_the_known() -> None:
+    result = run("finetune", "--model", "demo", "--dataset", "demo", "--policy", "lora")
     assert result.exit_code == 2
-    assert "last-layers" in result.output
+    assert "last_layers" in result.output
 
 
 def test_inspect_prints_the_plan_of_a_configuration(tmp_path: Path) -> None:

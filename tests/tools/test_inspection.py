@@ -13,8 +13,6 @@ from gtcompile import BudgetError
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.tools.common.options import BatchShape
-from gtcompile.tools.finetune import run_report
-from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.inspect.command import Traced, inspect_shape, inspection_of_run
 from gtcompile.tools.inspect.inspection import Inspection
 from gtcompile.tools.inspect.options import PlanOptions
@@ -174,21 +172,6 @@ def selected_with(model: nn.Module, x: torch.Tensor, path: Path) -> RunRecord:
     }
     settings = {"batch_shape": "2 x 4", "epochs": 1}
     return RunRecord(path=path, settings=settings, selections=[selection], metrics=[], summary=None)
-
-
-def test_the_report_of_a_run_follows_the_batch_of_every_selection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, written = Sign(), []
-    monkeypatch.setattr(run_report, "write_report", lambda inspection, path: written.append(inspection))
-    report = run_report.RunReport(tmp_path, Reporter(Console(quiet=True)))
-    for sign in (1, -1):
-        x = sign * torch.ones(2, 4)
-        run = selected_with(model, x, tmp_path)
-        monkeypatch.setattr(run_report, "read_run", lambda path, run=run: run)
-        report.write(model, {"x": x})
-        assert written[-1].costs.full_flops == run.selections[-1]["full_flops"]
-    assert written[0].selection.trained.isdisjoint(written[1].selection.trained)
 
 
 def test_a_run_on_a_graph_that_goes_another_way_says_so_and_keeps_its_numbers(tmp_path: Path) -> None:

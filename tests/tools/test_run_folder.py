@@ -13,7 +13,7 @@ SETTINGS = Settings(model="demo", dataset="demo")
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"file/run cannot be written: .*file: Not a directory"):
+    with pytest.raises(ValueError, match=r"file/run cannot be made: .*file is a file"):
         RunFolder(tmp_path / "file" / "run").check_new()
     RunFolder(tmp_path / "a" / "b").check_new()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -24,21 +24,21 @@ def test_a_second_run_cannot_begin_in_a_folder_where_one_goes_on(tmp_path: Path)
     first.check_new()
     second.check_new()
     with closing(first), closing(second):
-        first.write_settings(SETTINGS, {"examples": "a"})
+        first.begin(SETTINGS, {"examples": "a"})
         with pytest.raises(ValueError, match="another process is writing"):
-            second.write_settings(SETTINGS, {})
+            second.begin(SETTINGS, {})
         with pytest.raises(ValueError, match="another process is writing"):
             second.hold()
         first.close()
         with pytest.raises(ValueError, match=r"another run has started.*--output"):
-            second.write_settings(SETTINGS, {})
+            second.begin(SETTINGS, {})
     second.hold()
     second.close()
 
 
 def test_a_run_is_not_continued_on_other_examples(tmp_path: Path) -> None:
     with closing(RunFolder(tmp_path / "run")) as folder:
-        folder.write_settings(SETTINGS, {"examples": "a"})
-        folder.check_same_examples("a")
+        folder.begin(SETTINGS, {"examples": "a"})
+        folder.check_same_run(SETTINGS, "a")
         with pytest.raises(ValueError, match="began with other examples"):
-            folder.check_same_examples("b")
+            folder.check_same_run(SETTINGS, "b")

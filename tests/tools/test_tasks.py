@@ -13,8 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gtcompile.tools.data.formats import END, FORMATS, Example
-from gtcompile.tools.data.splits import SplitSlice, parse_split
-from gtcompile.tools.data.tasks import Task, find_source, merge_references, read_file, read_folder
+from gtcompile.tools.data.tasks import (
+    Source,
+    Task,
+    find_source,
+    merge_references,
+    parse_split,
+    read_file,
+    read_folder,
+)
 from gtcompile.tools.data.tasks import load_task as load_task_of
 
 Write = Callable[[str, list[dict[str, Any]]], Path]
@@ -87,7 +94,7 @@ def test_a_number_of_labels_that_does_not_fit_is_refused(write: Write) -> None:
     folder = write("piqa/valid.jsonl", PIQA)
     (folder / "piqa" / "valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(ValueError, match="2 labels for 10 records"):
-        read_folder(folder / "piqa", "valid", "piqa")
+        read_folder(folder / "piqa", "piqa", "valid")
 
 
 @pytest.mark.parametrize("hidden", [-1, None])
@@ -254,18 +261,59 @@ def test_a_split_that_makes_no_sense_is_refused(text: str) -> None:
         parse_split(text)
 
 
-@given(st.integers(1, 99), st.integers(0, 200))
+@given(percent=st.integers(1, 99), count=st.integers(1, 200))
 def test_two_shares_that_meet_hold_every_record_once(percent: int, count: int) -> None:
-    records = [{"n": n} for n in range(count)]
-    first, second = parse_split(f"x[:{percent}%]"), parse_split(f"x[{percent}%:]")
-    assert first(records) + second(records) == records
-    assert not first.overlaps(second)
+    records = [{"source": str(n), "target": "a"} for n in range(count)]
+    splits = (f"x[:{percent}%]", f"x[{percent}%:]")
+    form = FORMATS["scitldr"]
+    source = Source(dataset="x", format=form, splits=splits, read=lambda split: (split, records))
+    if 0 < count * percent // 100 < count:
+        task = load_task_of(source)
+        texts = [example.source for example in (*task.train, *task.evaluation)]
+        assert texts == [record["source"] for record in records]
+    else:
+        with pytest.raises(ValueError, match="has no record in"):
+            load_task_of(source)
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 50))
-def test_overlap_means_a_common_record(start: int, other: int, width: int) -> None:
-    one = SplitSlice("x", start, min(start + width, 100))
-    two = SplitSlice("x", other, min(other + width, 100))
-    records = [{"n": n} for n in range(100)]
-    common = {r["n"] for r in one(records)} & {r["n"] for r in two(records)}
-    assert one.overlaps(two) == bool(common)
+def test_splits_are_refused_where_they_have_a_record_in_common(start: int, other: int, width: int) -> None:
+    one, two = (range(begin, min(begin + width, 100)) for begin in (start, other))
+    splits = tuple(f"train[{share.start}%:{share.stop}%]" for share in (one, two))
+    if set(one) & set(two):
+        with pytest.raises(ValueError, match="would share records"):
+            find_source("demo", splits=splits)
+    else:
+        assert find_source("demo", splits=splits).splits == splits
+
+
+def test_a_dataset_of_the_hub_is_read_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(**arguments: str) -> list[dict[str, Any]]:
+        asked.append(arguments)
+        return [{"text": arguments["split"], "summary": "s"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = load_task("some/data:english", fields=("text", "summary"), splits=(None, "validation"))
+    assert asked == [{"path": "some/data", "name": "english", "split": s} for s in ("train", "validation")]
+    assert task.train == (Example("train", ("s",)),)
+
+
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+
+
+def test_a_chat_ends_with_the_answer(write: Write) -> None:
+    folder = write("own.jsonl", [{"messages": CHAT}] * 2)
+    task = load_task(str(folder / "own.jsonl"), splits=("all[:50%]", "all[50%:]"))
+    assert task.train == (Example((("user", "Who?"),), ("Ann.",)),)
+    folder = write("own.jsonl", [{"messages": CHAT[:1]}] * 2)
+    with pytest.raises(ValueError, match="record 1: expected at least two messages"):
+        load_task(str(folder / "own.jsonl"))
+
+
+def test_texts_that_are_evaluated_and_trained_on_are_counted() -> None:
+    example = Example("a", ("x",))
+    other = Example("b", ("x",))
+    task = Task(format=FORMATS["demo"], train=(example,), evaluation=(example, other), origin="")
+    assert task.duplicates == 1

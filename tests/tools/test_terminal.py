@@ -2,8 +2,6 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,8 +10,8 @@ from rich.console import Console
 
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.demo import comparison
-from gtcompile.tools.finetune.loop import StoppedEarlyError
 from gtcompile.tools.finetune.progress import Reporter
+from gtcompile.tools.finetune.training import StoppedEarlyError
 
 WORDS = st.lists(st.text("ab:[]/.-=", min_size=1, max_size=30), min_size=1, max_size=20)
 
@@ -40,14 +38,11 @@ def test_a_file_gets_a_sentence_in_one_line(words: list[str]) -> None:
 
 
 def test_steps_and_figures_of_a_long_run_fit_into_eighty_columns() -> None:
-    prepared = SimpleNamespace(steps_per_epoch=2490, settings=SimpleNamespace(epochs=5))
-    training: Any = SimpleNamespace(prepared=prepared, steps=12345, total_steps=12450, predicted_flops=6000)
-    training.ranks = SimpleNamespace(count=1)
-    training.selections = [{"full_flops": 1, "trained": ["weight"] * 121}]
     file = io.StringIO()
     reporter = Reporter(Console(file=file, width=80, force_terminal=True, color_system=None))
-    with reporter.training(training):
-        reporter.stepped(training, 13.342, 11.28)
+    with reporter.bar("training", 12450):
+        step = {"step": 12345, "epoch": 4, "loss": 13.342, "seconds": 11.28}
+        reporter.stepped(step, 0.486, 12450, 2490, "121 parameters")
     lines = file.getvalue().replace("\r", "\n").splitlines()
     figures = ("12345/12450", "loss 13.342", "11.28 s/step", "FLOPs 48.6%")
     assert any(all(figure in line for figure in figures) for line in lines), lines

@@ -96,6 +96,7 @@ def test_with_one_set_for_all_steps_a_step_leaves_everything_as_it_is():
         trained, *_ = train_step(model, optimizer, adaptive, step)
         assert trained == selection.trained
     assert adaptive.spent_fraction == pytest.approx(selection.step_fraction)
+    assert adaptive.step_flops == selection.step_flops
 
 
 def test_a_policy_that_measures_nothing_needs_one_batch_and_runs_no_backward():

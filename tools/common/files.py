@@ -44,6 +44,12 @@ def write_lines(path: Path, records: list[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object per line; empty without the file, and without a last line that was cut off."""
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file in UTF-8, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))

@@ -51,5 +51,5 @@ def measured_importance(path: Path) -> dict[str, float]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not the selections.json of a run: {error}") from error
     if not measured:
-        raise ValueError(f"{path} holds no importances; only a run with --method adaptive measures them")
+        raise ValueError(f"{path} holds no importances; a run with --policy best measures them")
     return measured

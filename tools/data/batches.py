@@ -46,12 +46,25 @@ class Encoder:
 
         The parts are tokenized one by one, so that generation gets exactly the prompt of training.
         """
-        answer = self._answer(example.references[0])
+        source = example.source
+        if not isinstance(source, str):
+            return Encoded(self._chat_prompt(source), self._answer(example.references[0], joint=""))
         if self.encoder_decoder:
-            source = self._text(example.source)
-            ids = self.tokenizer(source, truncation=True, max_length=self.max_length)["input_ids"]
-            return Encoded(tuple(ids), answer)
-        return Encoded(self._decoder_prompt(example.source), answer)
+            ids = self.tokenizer(self._text(source), truncation=True, max_length=self.max_length)["input_ids"]
+            return Encoded(tuple(ids), self._answer(example.references[0], joint=""))
+        return Encoded(self._decoder_prompt(source), self._answer(example.references[0], self.format.joint))
+
+    def _chat_prompt(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """The chat as the tokenizer's template writes it, up to the answer; if it is too long, its end."""
+        if self.encoder_decoder or not self.tokenizer.chat_template:
+            raise ValueError(
+                "the data holds chats, for which the model must be a decoder whose tokenizer has a chat "
+                "template; name fields of texts with --source-field and --target-field instead"
+            )
+        turns = [{"role": role, "content": content} for role, content in messages]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tuple(ids[-(self.max_length - self.max_new_tokens) :])
 
     def _decoder_prompt(self, source: str) -> tuple[int, ...]:
         cue = self._ids(self.format.cue)
@@ -61,8 +74,7 @@ class Encoder:
         room = self.max_length - self.max_new_tokens - len(cue)
         return (*ids[:room], *cue)
 
-    def _answer(self, reference: str) -> tuple[int, ...]:
-        joint = "" if self.encoder_decoder else self.format.joint
+    def _answer(self, reference: str, joint: str) -> tuple[int, ...]:
         ids = (*self._ids(joint + reference.strip()), self.tokenizer.eos_token_id)
         return ids[: self.max_new_tokens]
 
@@ -89,16 +101,21 @@ class Collator:
     """Columns of `labels`; for a decoder the same as `input_length`."""
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch of the examples, filled up to `batch_size` with unlabelled copies of the first."""
+        """A batch of the examples, filled up to `batch_size` with unlabelled copies of the first.
+
+        It is longer than those of training only if an example is, which may happen in evaluation.
+        """
         missing = self.batch_size - len(examples)
         inputs = [self._inputs(example) for example in examples]
-        labels = [_padded(self._labels(example), self.target_length, IGNORED) for example in examples]
+        targets = [self._labels(example) for example in examples]
         inputs += [inputs[0]] * missing
-        labels += [[IGNORED] * self.target_length] * missing
+        targets += [()] * missing
+        length = max(self.input_length, *map(len, inputs))
+        columns = max(self.target_length if self.encoder_decoder else length, *map(len, targets))
         return {
-            "input_ids": torch.tensor([_padded(ids, self.input_length, self.pad_token) for ids in inputs]),
-            "attention_mask": torch.tensor([_padded([1] * len(ids), self.input_length, 0) for ids in inputs]),
-            "labels": torch.tensor(labels),
+            "input_ids": torch.tensor([_padded(ids, length, self.pad_token) for ids in inputs]),
+            "attention_mask": torch.tensor([_padded([1] * len(ids), length, 0) for ids in inputs]),
+            "labels": torch.tensor([_padded(ids, columns, IGNORED) for ids in targets]),
         }
 
     def _inputs(self, example: Encoded) -> tuple[int, ...]:
@@ -139,21 +156,3 @@ def collator_for(
 
 def _round_up(length: int, limit: int) -> int:
     return max(length, min(-(-length // 8) * 8, limit))
-
-
-def epoch_order(
-    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, ranks: int = 1
-) -> list[list[int]]:
-    """Indices of the examples in each batch of one epoch; seed and epoch decide the order.
-
-    Ranks share the examples. Up to `ranks` - 1 examples come twice, so that all ranks have equally many.
-
-    >>> sorted(sum(epoch_order(5, 2, seed=0, epoch=0), []))
-    [0, 1, 2, 3, 4]
-    >>> [sum(map(len, epoch_order(5, 2, seed=0, epoch=0, rank=rank, ranks=2))) for rank in (0, 1)]
-    [3, 3]
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator).tolist()
-    own = [*order, *order[: -count % ranks]][rank::ranks]
-    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]

@@ -19,8 +19,9 @@ END = "</s>"
 class Example:
     """One text with all accepted answers. Training uses the first one."""
 
-    source: str
-    """The text that the model reads; cut at its end if it is too long."""
+    source: str | tuple[tuple[str, str], ...]
+    """The text that the model reads, cut at its end if it is too long; of a chat, the role and the text of
+    every message before the answer."""
     references: tuple[str, ...]
     """Accepted answers, at least one."""
 
@@ -79,6 +80,17 @@ def read_fields(record: Record, source: str, target: str) -> Example:
     return Example(" ".join(sentences), _texts(value_of(record, target), target))
 
 
+def read_chat(record: Record) -> Example:
+    """Make an example of a chat in the field `messages`: the answer is its last message."""
+    messages = value_of(record, "messages")
+    if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise ValueError(
+            f"expected at least two messages, the last one with the role assistant, got {messages!r}"
+        )
+    *before, answer = [(str(value_of(m, "role")), str(value_of(m, "content"))) for m in messages]
+    return Example(tuple(before), _texts(answer[1], "messages"))
+
+
 def _read_scitldr(record: Record) -> Example:
     return read_fields(record, "source", "target")
 
@@ -117,6 +129,26 @@ def summarisation(
         max_new_tokens=max_new_tokens,
         hub=hub or {},
     )
+
+
+def format_of_fields(
+    name: str, source: str | None, target: str | None, hub: Mapping[str, str] | None = None
+) -> TaskFormat:
+    """The format of data of one's own: a text and a summary by their fields, or a chat in `messages`.
+
+    Args:
+        name: of the data.
+        source: field of the text; None takes `source`, or a chat if there is one and no `target` either.
+        target: field of the answer; None takes `target`.
+        hub: arguments of `datasets.load_dataset`.
+    """
+
+    def read(record: Record) -> Example:
+        if source is target is None and "messages" in record:
+            return read_chat(record)
+        return read_fields(record, source or "source", target or "target")
+
+    return summarisation(name, read, 64, hub)
 
 
 _DEMO_NOTE = (

@@ -1,24 +1,26 @@
 """Load the two splits of a dataset: the examples to learn from and those to answer afterwards."""
 
-import contextlib
 import glob
 import logging
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gtcompile.tools.data.formats import FORMATS, Example, Record, TaskFormat, read_fields, summarisation
-from gtcompile.tools.data.splits import SplitSlice, parse_split
+from gtcompile.tools.data.formats import FORMATS, Example, Record, TaskFormat, format_of_fields
 from gtcompile.tools.models.demo_data import summarisation_examples
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The builder of `datasets` that reads files with a suffix."""
 DEMO_COUNTS = {"train": 1024, "test": 128}
 """Number of examples that are generated for each of the demo's splits."""
-Reader = Callable[[str], tuple[str, list[Record]]]
+Reader = Callable[[str], tuple[str, Sequence[Record]]]
 """Reads a split by its name: returns the name of the file (or of the split) for messages, and the records."""
+_SPLIT = re.compile(r"(?P<split>[\w.-]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
+_ON_THE_HUB = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<name>[\w.-]+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +28,11 @@ class Source:
     """Where examples come from; everything about it is checked before any data is read."""
 
     dataset: str
-    """A known dataset, or the path of a file."""
+    """A known dataset, the path of a file, or a dataset of the hub."""
     format: TaskFormat
     """How its records become examples."""
-    splits: tuple[SplitSlice, SplitSlice]
-    """Splits to train on and to evaluate on."""
+    splits: tuple[str, str]
+    """Splits to train on and to evaluate on, or shares such as `valid[:80%]`."""
     read: Reader
     """Reads one split."""
 
@@ -51,6 +53,12 @@ class Task:
     def __str__(self) -> str:
         return f"{self.origin}: {len(self.train)} training examples, {len(self.evaluation)} for evaluation"
 
+    @property
+    def duplicates(self) -> int:
+        """How many evaluation examples have a text that is also trained on, in another record."""
+        known = {example.source for example in self.train}
+        return sum(example.source in known for example in self.evaluation)
+
 
 def find_source(
     dataset: str,
@@ -62,22 +70,46 @@ def find_source(
     """Find a dataset by name, or a file, without reading it.
 
     Args:
-        dataset: one of `FORMATS`, or the path of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
+        dataset: one of `FORMATS`, the path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset of
+            the hub as `owner/name` or `owner/name:configuration`.
         data_dir: folder with the authors' files, or a folder of such folders; None loads from the hub.
         splits: training and evaluation split, or shares of one such as `valid[:80%]`; None takes the usual.
-        fields: source and target field of a file; None takes `source` and `target`.
+        fields: source and target field of data that is not in `FORMATS`; None takes `source` and `target`, or
+            a chat in `messages`.
 
     Raises:
         ValueError: there is no such dataset, folder or split, or the two splits share records.
     """
     known, defaults, read = _origin(dataset, data_dir, fields)
-    train, evaluation = (parse_split(given or usual) for given, usual in zip(splits, defaults, strict=True))
-    if train.overlaps(evaluation):
+    train, evaluation = (given or usual for given, usual in zip(splits, defaults, strict=True))
+    (name, start, stop), (other, begin, end) = map(parse_split, (train, evaluation))
+    if name == other and start < end and begin < stop:
         raise ValueError(
             f"training on {train} and evaluation on {evaluation} would share records. "
             f"Choose --train-split and --eval-split apart, or shares such as valid[:80%] and valid[80%:]."
         )
     return Source(dataset=dataset, format=known, splits=(train, evaluation), read=read)
+
+
+def parse_split(text: str) -> tuple[str, int, int]:
+    """Read `split`, `split[:80%]`, `split[80%:]` or `split[20%:40%]`; `datasets` takes seconds to import.
+
+    Returns:
+        The split's name, and where the share begins and ends, in percent of its records.
+
+    Raises:
+        ValueError: `text` is not of this form, or the share is empty.
+
+    >>> parse_split("valid[80%:]")
+    ('valid', 80, 100)
+    """
+    match = _SPLIT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a split such as train or valid[:80%], got {text!r}")
+    start, stop = int(match["start"] or 0), int(match["stop"] or 100)
+    if not 0 <= start < stop <= 100:
+        raise ValueError(f"{text!r} is empty: expected percentages that rise from 0 to 100")
+    return match["split"], start, stop
 
 
 def load_task(source: Source, limits: tuple[int | None, int | None] = (None, None)) -> Task:
@@ -90,7 +122,7 @@ def load_task(source: Source, limits: tuple[int | None, int | None] = (None, Non
     Raises:
         ValueError: the data cannot be read, is empty, or lacks a field; names the file and the record.
     """
-    train, evaluation = (_examples(source, share) for share in source.splits)
+    train, evaluation = (_examples(source, split) for split in source.splits)
     origin = f"{source.dataset} ({source.splits[0]}, {source.splits[1]})"
     return Task(
         format=source.format,
@@ -100,14 +132,15 @@ def load_task(source: Source, limits: tuple[int | None, int | None] = (None, Non
     )
 
 
-def _examples(source: Source, share: SplitSlice) -> tuple[Example, ...]:
+def _examples(source: Source, share: str) -> tuple[Example, ...]:
+    split, start, stop = parse_split(share)
+    name, records = source.read(split)
     examples = []
-    name, records = source.read(share.split)
-    for number, record in share(list(enumerate(records, 1))):
+    for index in range(len(records) * start // 100, len(records) * stop // 100):
         try:
-            examples.append(source.format.read(record))
+            examples.append(source.format.read(records[index]))
         except ValueError as error:
-            raise ValueError(f"{name}, record {number}: {error}") from error
+            raise ValueError(f"{name}, record {index + 1}: {error}") from error
     if not examples:
         raise ValueError(f"{name} has no record in {share}")
     return tuple(examples)
@@ -117,46 +150,32 @@ def _origin(
     dataset: str, data_dir: Path | None, fields: tuple[str | None, str | None]
 ) -> tuple[TaskFormat, tuple[str, str], Reader]:
     """The format of a dataset, its usual splits, and how to read a split."""
-    known = FORMATS.get(dataset)
-    if known is None:
-        return _own_file(dataset, fields)
+    path, hub = Path(dataset), _ON_THE_HUB.fullmatch(dataset)
+    if dataset not in FORMATS and path.suffix in BUILDERS and path.is_file():
+        own = format_of_fields(path.name, *fields)
+        return own, ("all[:90%]", "all[90%:]"), lambda split: (str(path), read_file(path, split))
+    if dataset not in FORMATS and path.suffix not in BUILDERS and hub:
+        where = {key: value for key, value in hub.groupdict().items() if value}
+        own = format_of_fields(dataset, *fields, hub=where)
+        return own, own.hub_splits, partial(read_hub, own)
+    if dataset not in FORMATS:
+        raise ValueError(
+            f"--dataset: expected one of {', '.join(FORMATS)}, a file that exists ({', '.join(BUILDERS)}), "
+            f"or owner/name on the hub, got {dataset!r}"
+        )
+    known = FORMATS[dataset]
     if any(fields):
         raise ValueError(
-            f"--source-field and --target-field are for files of your own; {dataset} has its own fields"
+            f"--source-field and --target-field are for data of your own; {dataset} has its own fields"
         )
     if dataset == "demo":
         return known, known.file_splits, _generate
-    if data_dir is not None:
-        folder = _data_folder(data_dir, dataset)
-        return known, known.file_splits, lambda split: read_folder(folder, split, dataset)
-    return known, known.hub_splits, lambda split: read_hub(split, known)
-
-
-def _own_file(
-    dataset: str, fields: tuple[str | None, str | None]
-) -> tuple[TaskFormat, tuple[str, str], Reader]:
-    path = Path(dataset)
-    if path.suffix not in BUILDERS or not path.is_file():
-        raise ValueError(
-            f"--dataset: expected one of {', '.join(FORMATS)} or a file that exists ({', '.join(BUILDERS)}), "
-            f"got {dataset!r}"
-        )
-    source, target = fields[0] or "source", fields[1] or "target"
-    known = summarisation(path.name, lambda record: read_fields(record, source, target), 64)
-
-    def read(split: str) -> tuple[str, list[Record]]:
-        if split != "all":
-            raise ValueError(f"{path} has one split, all; got {split!r}. A share of it is written all[:90%].")
-        return str(path), read_file(path)
-
-    return known, ("all[:90%]", "all[90%:]"), read
-
-
-def _data_folder(data_dir: Path, dataset: str) -> Path:
+    if data_dir is None:
+        return known, known.hub_splits, partial(read_hub, known)
     folder = data_dir / dataset if (data_dir / dataset).is_dir() else data_dir
     if not folder.is_dir():
         raise ValueError(f"--data-dir: no folder {folder}")
-    return folder
+    return known, known.file_splits, partial(read_folder, folder, dataset)
 
 
 def _generate(split: str) -> tuple[str, list[Record]]:
@@ -165,23 +184,29 @@ def _generate(split: str) -> tuple[str, list[Record]]:
     return f"the demo's {split} split", list(summarisation_examples(split, DEMO_COUNTS[split]))  # type: ignore[arg-type]
 
 
-def read_file(path: Path) -> list[Record]:
+def read_file(path: Path, split: str = "all") -> list[Record]:
     """Read the records of a file with `datasets`, which decides by the suffix how.
 
     Fields of a `.csv` file are texts, whatever they look like. No cache is kept.
+
+    Args:
+        path: of the file.
+        split: `all`; to `datasets`, a file is a split named train, and all splits are `all`.
 
     Raises:
         ValueError: the file cannot be read, or holds no record; names the file.
     """
     import datasets  # takes seconds to import, and only files need it
 
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors reach the user by their exception
     builder = BUILDERS[path.suffix]
     # a bracket in the path would be taken for a pattern
-    where: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
+    where: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": split}
     if path.stat().st_size == 0:
         raise ValueError(f"{path} holds no record")
     try:
-        with tempfile.TemporaryDirectory() as cache, _without_messages():
+        with tempfile.TemporaryDirectory() as cache:
             table = datasets.load_dataset(builder, cache_dir=cache, **where)
             if builder == "csv":
                 texts = datasets.Features({name: datasets.Value("string") for name in table.column_names})
@@ -196,24 +221,7 @@ def read_file(path: Path) -> list[Record]:
     return records
 
 
-@contextlib.contextmanager
-def _without_messages() -> Iterator[None]:
-    """Turn off the progress bars and log lines of `datasets`; an error reaches the user by its exception."""
-    import datasets
-
-    logger, bars = logging.getLogger("datasets"), datasets.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def read_folder(folder: Path, split: str, dataset: str) -> tuple[str, list[Record]]:
+def read_folder(folder: Path, dataset: str, split: str) -> tuple[str, list[Record]]:
     """Read one split from a folder that holds a file per split; returns the file's path and the records.
 
     A file `<split>-labels.lst` in it holds one label per record; they become the field `label`.
@@ -227,21 +235,17 @@ def read_folder(folder: Path, split: str, dataset: str) -> tuple[str, list[Recor
             f"{dataset} in {folder} has no {split!r} split; it has {', '.join(found) or 'none'}. "
             f"Name another with --train-split or --eval-split; a share of one is written valid[:80%]."
         )
-    path = found[split]
-    return str(path), _with_labels(read_file(path), folder / f"{split}-labels.lst")
+    records, labels = read_file(found[split]), folder / f"{split}-labels.lst"
+    if labels.exists():
+        values = labels.read_text("utf-8").split()
+        if len(values) != len(records):
+            raise ValueError(f"{labels} has {len(values)} labels for {len(records)} records")
+        records = [{**record, "label": int(value)} for record, value in zip(records, values, strict=True)]
+    return str(found[split]), records
 
 
-def _with_labels(records: list[Record], labels: Path) -> list[Record]:
-    if not labels.exists():
-        return records
-    values = labels.read_text("utf-8").split()
-    if len(values) != len(records):
-        raise ValueError(f"{labels} has {len(values)} labels for {len(records)} records")
-    return [{**record, "label": int(value)} for record, value in zip(records, values, strict=True)]
-
-
-def read_hub(split: str, known: TaskFormat) -> tuple[str, list[Record]]:
-    """Read one split of a known dataset from the Hugging Face hub; returns its name and the records.
+def read_hub(known: TaskFormat, split: str) -> tuple[str, Sequence[Record]]:
+    """Read one split from the Hugging Face hub; returns its name and the records.
 
     Raises:
         ValueError: it could not be loaded; the message says how to use a local copy.
@@ -249,7 +253,7 @@ def read_hub(split: str, known: TaskFormat) -> tuple[str, list[Record]]:
     import datasets
 
     try:
-        return f"{known.hub['path']}, {split}", list(datasets.load_dataset(**known.hub, split=split))
+        return f"{known.hub['path']}, {split}", datasets.load_dataset(**known.hub, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -264,7 +268,7 @@ def merge_references(examples: Sequence[Example]) -> tuple[Example, ...]:
     >>> merge_references([Example("a", ("x",)), Example("b", ("y",)), Example("a", ("z",))])
     (Example(source='a', references=('x', 'z')), Example(source='b', references=('y',)))
     """
-    merged: dict[str, dict[str, None]] = {}
+    merged: dict[Any, dict[str, None]] = {}
     for example in examples:
         merged.setdefault(example.source, {}).update(dict.fromkeys(example.references))
     return tuple(Example(source, tuple(references)) for source, references in merged.items())

@@ -2,12 +2,12 @@
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from gtcompile.distributed.ranks import Ranks
 
@@ -17,16 +17,11 @@ PATIENCE = timedelta(days=1)
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Ranks]:
-    """Join the processes of this run; without torchrun, it is this process alone.
-
-    Each process takes the GPU of its local rank; without GPUs they communicate through gloo.
-    """
+    """Join the processes of this run, as the trainer will; without torchrun, it is this process alone."""
     if not dist.is_torchelastic_launched():
         yield Ranks(None)
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    PartialState(cpu=not torch.cuda.is_available())
     try:
         yield Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:

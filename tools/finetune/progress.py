@@ -1,18 +1,13 @@
 """The progress of a run: live on a terminal, in plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gtcompile.tools.common.terminal import say
-
-if TYPE_CHECKING:
-    from gtcompile.tools.finetune.loop import Training
 
 LINES_PER_EPOCH = 8
 """Lines of progress without a terminal."""
@@ -36,60 +31,38 @@ class Reporter:
         say(self.console, text)
 
     @contextlib.contextmanager
-    def training(self, training: Training) -> Iterator[None]:
-        """Show the training steps within the `with` block."""
-        with self._display("training", training.total_steps):
-            self._advance(training.steps, "")
-            yield
-
-    @contextlib.contextmanager
-    def answering(self, prompts: int) -> Iterator[Callable[[int], None]]:
-        """Show generation within the `with` block; yields a function to call with the number answered."""
-        if not self.console.is_terminal:
-            self.say(f"answering {prompts} prompts")
-        with self._display("answering", prompts):
-            yield lambda answered: self._advance(answered, "")
-
-    def selected(self, selection: Mapping[str, Any]) -> None:
-        """Show a new selection, as in `selections.json`."""
-        share = selection["step_flops"] / selection["full_flops"]
-        count = f"{len(selection['trained'])} of {selection['selectable']} parameters"
-        self.say(f"epoch {selection['epoch'] + 1}: training {count}, {share:.1%} of a full step's FLOPs")
-
-    def stepped(self, training: Training, loss: float, seconds: float) -> None:
-        """Show a step that was taken."""
-        per_epoch = training.prepared.steps_per_epoch
-        done, selection = training.steps, training.selections[-1]
-        full_flops = done * selection["full_flops"] * training.ranks.count
-        spent = training.predicted_flops / full_flops
-        text = f"loss {loss:.3f}  {seconds:.2f} s/step  FLOPs {spent:.1%}"
-        if self._live is not None:
-            self._advance(done, text)
-        elif done % max(1, per_epoch // LINES_PER_EPOCH) == 0 or done % per_epoch == 0:
-            epoch = f"epoch {(done - 1) // per_epoch + 1}/{training.prepared.settings.epochs}"
-            parameters = f"{len(selection['trained'])} parameters"
-            self.say(f"step {done}/{training.total_steps}  {epoch}  {text} of full  {parameters}")
-
-    @contextlib.contextmanager
-    def _display(self, name: str, total: int) -> Iterator[None]:
+    def bar(self, name: str, total: int) -> Iterator[None]:
+        """On a terminal, show a bar for `total` pieces of work within the `with` block."""
         if not self.console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(BAR),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=self.console) as live:
-            live.add_task(name, total=total, text="")
-            self._live = live
+        what, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (what, BarColumn(BAR), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        with Progress(*columns, console=self.console) as self._live:
+            self._live.add_task(name, total=total, text="")
             try:
                 yield
             finally:
                 self._live = None
 
-    def _advance(self, completed: int, text: str) -> None:
+    def advance(self, done: int, text: str = "") -> None:
+        """Show in the bar how many pieces of work are done."""
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=completed, text=text)
+            self._live.update(self._live.task_ids[0], completed=done, text=text)
+
+    def stepped(self, step: Mapping[str, Any], spent: float, last: int, per_epoch: int, note: str) -> None:
+        """Show a training step that was taken.
+
+        Args:
+            step: as in `metrics.jsonl`.
+            spent: FLOPs so far, as a share of those of full fine-tuning.
+            last: number of the last step.
+            per_epoch: steps of an epoch.
+            note: a few words for the end of a line.
+        """
+        done = step["step"]
+        text = f"loss {step['loss']:.3f}  {step['seconds']:.2f} s/step  FLOPs {spent:.1%}"
+        self.advance(done, text)
+        if self._live is None and (done % max(1, per_epoch // LINES_PER_EPOCH) == 0 or done % per_epoch == 0):
+            epoch = f"epoch {step['epoch'] + 1}/{-(-last // per_epoch)}"
+            self.say(f"step {done}/{last}  {epoch}  {text} of full  {note}")

@@ -1,30 +1,37 @@
 """A fine-tuning run from settings to summary, optionally followed by a full run to compare with."""
 
 import contextlib
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from typing import Any
 
 import torch
-import transformers
 
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.errors import some
-from gtcompile.state.restore import restored, temporarily_training
-from gtcompile.state.trained_set import train_only
-from gtcompile.tools.common.flop_meter import check_step_flops
-from gtcompile.tools.common.step_memory import passes_memory
+from gtcompile.errors import GTCompileError, some
+from gtcompile.graph.module_paths import block_of_parameter
+from gtcompile.state.restore import restored
 from gtcompile.tools.finetune.evaluation import generate_answers, score
-from gtcompile.tools.finetune.loop import ALONE, Training, forward_and_backward
 from gtcompile.tools.finetune.progress import Reporter
-from gtcompile.tools.finetune.summary import StepComparison, Summary, summary_from
-from gtcompile.tools.finetune.tensorboard_trace import open_trace
-from gtcompile.tools.runs.preparation import Batch, Prepared, prepare
+from gtcompile.tools.finetune.summary import Summary, summarise, summary_from
+from gtcompile.tools.finetune.training import (
+    ALONE,
+    PlannedError,
+    Recorder,
+    make_trainer,
+    train,
+    training_arguments,
+)
+from gtcompile.tools.inspect import inspect_run, write_report
+from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.settings import Settings
 
-PAIRS_TIMED = 5
-"""Timed steps of each kind in a comparison, after one that compiles."""
+REPORT = "report.html"
+"""Name of the report in the folder of a finished run."""
 
 
 def finetune(
@@ -34,7 +41,6 @@ def finetune(
     *,
     resume: bool = False,
     evaluate_before: bool = False,
-    log_to: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Summary:
     """Fine-tune, evaluate, and write everything to a folder.
@@ -45,120 +51,104 @@ def finetune(
         settings: of the run.
         output: a folder that must be empty or not exist, unless a run is resumed.
         reporter: shows progress.
-        resume: continue the run in `output` from its checkpoint, bit for bit as if it had not stopped.
+        resume: continue the run in `output` from its last checkpoint, bit for bit as if it had not stopped;
+            from its beginning if there is none yet. With more epochs, a finished run goes on.
         evaluate_before: also score the model before training; not repeated on resume.
-        log_to: `tensorboard` for a trace in `output/tensorboard`.
         ranks: the processes that train together; the first one writes and evaluates.
 
     Raises:
         ValueError, GTCompileError: something is missing or does not fit; nothing is written then.
         StoppedEarlyError: Ctrl-C was pressed; `resume` continues.
     """
-    with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder:
-        trace = open_trace(log_to if folder.writes else None, output)
+    with contextlib.closing(RunFolder(output, writes=ranks.rank == 0)) as folder, _left_if_filled(output):
         finished = ranks.from_first(lambda: _check_folder(folder, settings, resume=resume))
         if finished is not None:
-            reporter.say(f"the run in {output} is finished")
+            reporter.say(f"the run in {output} is finished; more --epochs extend it")
             return finished
-        prepared = prepare(settings, rank=ranks.rank)
+        arguments = training_arguments(settings, output)
+        prepared = _prepare(settings, reporter)
+        before = checkpoint = None
         if resume:
-            folder.check_same_examples(prepared.digest)
-        _introduce(prepared, reporter)
-        torch.compiler.reset()
-        transformers.set_seed(settings.seed + ranks.rank)
-        training = Training(prepared, folder, reporter, trace, ranks)
-        before = None
-        if resume:
-            training.resume()
+            folder.check_same_run(settings, prepared.digest)
+            ranks.from_first(lambda: folder.extend(settings.epochs))
+            checkpoint = folder.last_checkpoint()
+            reporter.say(f"continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}")
         elif evaluate_before:
-            with restored(training.module):
+            with restored(prepared.language.model):
                 before = ranks.from_first(lambda: evaluate(prepared, reporter))
-        try:
-            training.run()
-        finally:
-            if trace is not None:
-                trace.close()
-        return ranks.from_first(lambda: _conclude(training, before))
+        recorder = Recorder(prepared, folder, reporter, ranks, resumed=resume)
+        train(make_trainer(recorder, arguments), recorder, checkpoint)
+        return ranks.from_first(lambda: _conclude(recorder, before))
 
 
-def _conclude(training: Training, before: dict[str, float] | None) -> Summary:
-    """Save the trained model, evaluate it, and finish the folder."""
-    prepared, folder = training.prepared, training.folder
-    folder.save_model(prepared.language)
-    steps = None if prepared.settings.method == "full" else compare_steps(training)
-    summary = _summarise(training, evaluate(prepared, training.reporter), before, steps)
-    folder.write_summary(summary.as_dict())
-    training.report.write(training.module, prepared.batch(prepared.epoch(0)[0]))
-    return summary
+def plan(settings: Settings, reporter: Reporter, *, ranks: Ranks = ALONE) -> None:
+    """Make and show the first selection of a run, with what its steps cost and how long they take.
+
+    Raises:
+        ValueError, GTCompileError: something is missing or does not fit.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = training_arguments(settings, Path(scratch))
+        prepared = _prepare(settings, reporter)
+        folder = RunFolder(Path(scratch), writes=False)
+        recorder = Recorder(prepared, folder, reporter, ranks, plan_only=True)
+        trainer = make_trainer(recorder, arguments)
+        with contextlib.suppress(PlannedError):
+            train(trainer, recorder, None)
+    for line in _plan_in_words(recorder, trainer.state.max_steps):
+        reporter.say(line)
 
 
 def compare_with_full(
-    settings: Settings,
-    output: Path,
-    reporter: Reporter,
-    *,
-    resume: bool = False,
-    log_to: str | None = None,
-    ranks: Ranks = ALONE,
+    settings: Settings, output: Path, reporter: Reporter, *, resume: bool = False, ranks: Ranks = ALONE
 ) -> tuple[Summary, Summary]:
     """Run as `finetune` does, then run full fine-tuning from the same start, into `output/full`.
 
     Returns:
         The two summaries, the full one last.
     """
-    first = finetune(
-        settings, output, reporter, resume=resume, evaluate_before=True, log_to=log_to, ranks=ranks
-    )
-    full = Settings(**{**settings.as_dict(), "method": "full"})
-    folder = output / "full"
+    first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, ranks=ranks)
+    full, folder = dataclasses.replace(settings, policy="full"), output / "full"
     again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
-    return first, finetune(full, folder, reporter, resume=again, log_to=log_to, ranks=ranks)
+    return first, finetune(full, folder, reporter, resume=again, ranks=ranks)
 
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
     """Generate answers for the evaluation split and score them, in percent."""
-    with reporter.answering(len(prepared.prompts)) as on_progress:
+    reporter.say(f"answering {len(prepared.prompts)} prompts")
+    with reporter.bar("answering", len(prepared.prompts)):
         answers = generate_answers(
             prepared.language.model,
             prepared.language.tokenizer,
             prepared.prompts,
             max_new_tokens=prepared.max_new_tokens,
             num_beams=prepared.settings.num_beams,
-            on_progress=on_progress,
+            on_progress=reporter.advance,
         )
     references = [example.references for example in prepared.task.evaluation]
     return score(prepared.task.format.metric, answers, references)
 
 
-def compare_steps(training: Training) -> StepComparison:
-    """Count and measure a full step, and time it in turns with the last selection's; nothing is updated."""
-    batch = training.prepared.batch(training.prepared.epoch(0)[0])
-    last = training.selections[-1]
-    patterns = {"full": None, "selection": last["trained"]}
-    seconds: dict[str, list[float]] = {name: [] for name in patterns}
-    with restored(training.module), temporarily_training(training.model, None):
-        full_flops = check_step_flops(
-            training.model, batch, last["full_flops"], recomputes=training.prepared.settings.recomputes
-        )
-        memory = passes_memory(training.model, batch, training.prepared.device)
-        for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
-            for name, trained in patterns.items():
-                train_only(training.model, trained)
-                seconds[name].append(_seconds_of_step(training, batch))
-    full, selected = (median(seconds[name][1:]) for name in patterns)
-    return StepComparison(
-        full_flops=full_flops,
-        full_seconds=full,
-        plan_seconds=selected,
-        full_saved_bytes=memory.saved,
-        full_peak_bytes=memory.peak,
+def _conclude(recorder: Recorder, before: dict[str, float] | None) -> Summary:
+    """Save the trained model, evaluate it, and finish the folder."""
+    prepared, folder = recorder.prepared, recorder.folder
+    folder.save_model(prepared.language)
+    summary = summarise(
+        prepared,
+        folder.metrics(),
+        recorder.selections,
+        quality=evaluate(prepared, recorder.reporter),
+        quality_before=before,
+        comparison=recorder.comparison,
     )
-
-
-def _seconds_of_step(training: Training, batch: Batch) -> float:
-    started = perf_counter()
-    forward_and_backward(training.model, batch)
-    return perf_counter() - started
+    folder.write_summary(summary.as_dict())
+    try:
+        write_report(inspect_run(folder.path), folder.path / REPORT)
+    except (OSError, ValueError, GTCompileError) as error:
+        recorder.reporter.say(
+            f"{REPORT} could not be written: {error}; later: gtcompile inspect {folder.path} --html FILE"
+        )
+    return summary
 
 
 def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Summary | None:
@@ -167,51 +157,57 @@ def _check_folder(folder: RunFolder, settings: Settings, *, resume: bool) -> Sum
         folder.check_new()
         return None
     folder.check_same_run(settings)
-    values = folder.read_summary()
-    if values is not None:
+    if settings.epochs == folder.read_settings()["epochs"] and (values := folder.read_summary()):
         return summary_from(values)
     folder.hold()
     return None
 
 
-def _introduce(prepared: Prepared, reporter: Reporter) -> None:
-    reporter.say(f"model: {prepared.settings.model}, {prepared.language.model.num_parameters():,} parameters")
+@contextlib.contextmanager
+def _left_if_filled(output: Path) -> Iterator[None]:
+    """Remove the folder that `Trainer` makes, if it did not exist before and nothing was written into it."""
+    existed = output.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+def _prepare(settings: Settings, reporter: Reporter) -> Prepared:
+    """Load model and data, and say what was loaded."""
+    prepared = prepare(settings)
+    torch.compiler.reset()
+    reporter.say(f"model: {settings.model}, {prepared.language.model.num_parameters():,} parameters")
     if anew := prepared.language.random_weights:
         reporter.say(f"weights: the checkpoint lacks {some(anew)}, which start at random")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
     reporter.say(f"data: {prepared.task}")
+    if copies := prepared.task.duplicates:
+        reporter.say(f"data: {copies} of the evaluation's texts are also trained on, in other records")
     reporter.say(
         f"every batch is {prepared.collate.shape}, {prepared.real_tokens:.0%} of them not padding; "
         f"{prepared.steps_per_epoch} steps an epoch"
     )
+    return prepared
 
 
-def _summarise(
-    training: Training,
-    quality: dict[str, float],
-    before: dict[str, float] | None,
-    steps: StepComparison | None,
-) -> Summary:
-    prepared, settings = training.prepared, training.prepared.settings
-    return Summary(
-        title=settings.title,
-        model=settings.model,
-        tokenizer=prepared.language.tokenizer_origin,
-        data=str(prepared.task),
-        batch=prepared.collate.shape,
-        real_tokens=prepared.real_tokens,
-        compiler=settings.compiler,
-        device=str(prepared.device),
-        steps=training.steps,
-        predicted_flops=training.predicted_flops,
-        counted_flops=training.counted_flops,
-        full_flops=training.selections[-1]["full_flops"] * training.steps * training.ranks.count,
-        step_seconds=training.usual_step_seconds,
-        training_seconds=training.seconds["training"],
-        selecting_seconds=training.seconds["selecting"],
-        quality=quality,
-        quality_before=before,
-        comparison=steps,
-        note=prepared.task.format.note,
-        processes=training.ranks.count,
+def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
+    selection, full = recorder.selections[0], recorder.comparison
+    assert full is not None
+    blocks = Counter(map(block_of_parameter, selection["trained"]))
+    yield "trained first: " + ", ".join(f"{count} of {block}" for block, count in blocks.items())
+    yield f"a step: {_costs_in_words(selection, 'step', full.plan_seconds)}"
+    whole = {"full_flops": full.full_flops, "saved_bytes": full.full_saved_bytes}
+    yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
+    batches = steps * int(recorder.prepared.settings.args.get("gradient_accumulation_steps", 1))
+    yield (
+        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s; the first selection took "
+        f"{selection['seconds']:.1f} s; nothing was trained or written"
     )
+
+
+def _costs_in_words(costs: Mapping[str, Any], kind: str, seconds: float) -> str:
+    saved = f"{costs['saved_bytes'] / 2**20:,.1f} MiB saved for backward"
+    return f"{costs[f'{kind}_flops']:.4e} FLOPs, {saved}, {seconds:.4f} s"

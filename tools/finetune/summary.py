@@ -1,30 +1,21 @@
 """The summary of a run: its costs and scores, compared with full fine-tuning."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from gtcompile.tools.common.terminal import say
+from gtcompile.tools.finetune.step_comparison import StepComparison
+from gtcompile.tools.runs.preparation import Prepared
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepComparison:
-    """Full steps and steps of the run's last selection, timed in turns on one batch; nothing is updated."""
-
-    full_flops: int
-    """FLOPs of a full step, predicted and counted."""
-    full_seconds: float
-    """Median seconds of a full forward and backward."""
-    plan_seconds: float
-    """Median seconds of forward and backward with the last selection."""
-    full_saved_bytes: int | None = None
-    """Bytes that a full step saves for backward, measured; None in older summaries."""
-    full_peak_bytes: int | None = None
-    """Most bytes that a full step allocates at once; None in older summaries."""
+IN_TURN = "seconds of a step, in turn"
+"""Name of the figure that compares with plain PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +23,7 @@ class Summary:
     """One finished run."""
 
     title: str
-    """Method and budget."""
+    """Policy and budget."""
     model: str
     """The model's name on the command line."""
     tokenizer: str
@@ -61,6 +52,8 @@ class Summary:
     """Seconds of all training steps, including compilation."""
     selecting_seconds: float
     """Seconds of all selections: capturing, measuring, solving and counting."""
+    compiling_seconds: float = 0.0
+    """Seconds that forward and backward took beyond their median in the first step of each selection."""
     quality: Mapping[str, float]
     """Scores in percent by metric."""
     quality_before: Mapping[str, float] | None = None
@@ -75,6 +68,44 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def summarise(
+    prepared: Prepared,
+    steps: Sequence[Mapping[str, Any]],
+    selections: Sequence[Mapping[str, Any]],
+    **scores: Any,
+) -> Summary:
+    """The summary of a run that has ended.
+
+    Args:
+        prepared: model and examples.
+        steps: as in `metrics.jsonl`.
+        selections: as in `selections.json`.
+        **scores: the fields `quality`, `quality_before` and `comparison`.
+    """
+    settings, usual = prepared.settings, median(step["passes"] for step in steps)
+    first = {selection["step"] + 1 for selection in selections}
+    flops = ("predicted_flops", "flops"), ("counted_flops", "counted_flops"), ("full_flops", "full_flops")
+    return Summary(
+        title=settings.title,
+        model=settings.model,
+        tokenizer=prepared.language.tokenizer_origin,
+        data=str(prepared.task),
+        batch=prepared.collate.shape,
+        real_tokens=prepared.real_tokens,
+        compiler=settings.compiler,
+        device=str(prepared.device),
+        steps=len(steps),
+        step_seconds=usual,
+        compiling_seconds=sum(max(step["passes"] - usual, 0.0) for step in steps if step["step"] in first),
+        training_seconds=sum(step["seconds"] for step in steps),
+        selecting_seconds=sum(selection["seconds"] for selection in selections),
+        note=prepared.task.format.note,
+        processes=settings.processes,
+        **{total: sum(step[name] for step in steps) for total, name in flops},
+        **scores,
+    )
 
 
 def summary_from(values: Mapping[str, Any]) -> Summary:
@@ -94,9 +125,7 @@ def comparison(run: Summary, full: Summary | None = None) -> Table:
     table.add_column("")
     table.add_column(run.title, justify="right")
     table.add_column("full" if full else "full, not run", justify="right")
-    other = _known_of_full(run) | (_figures(full) if full else {})
-    if full is not None and run.comparison is not None:
-        other["seconds of a step, in turn"] = f"{run.comparison.full_seconds:.4f}"
+    other = (_figures(full) if full else {}) | _known_of_full(run)
     for name, value in _figures(run).items():
         table.add_row(name, value, other.get(name, "-"))
     return table
@@ -114,8 +143,9 @@ def _figures(run: Summary) -> dict[str, str]:
         "FLOPs counted": f"{run.counted_flops:.4e}",
         "share of full": f"{run.predicted_flops / run.full_flops:.1%}",
         "seconds of a step": f"{run.step_seconds:.4f}",
-        "seconds of a step, in turn": f"{run.comparison.plan_seconds:.4f}" if run.comparison else "-",
+        IN_TURN: f"{run.comparison.plan_seconds:.4f}" if run.comparison else "-",
         "seconds of training": f"{run.training_seconds:.1f}",
+        "seconds of compiling": f"{run.compiling_seconds:.1f}",
         "seconds of selecting": f"{run.selecting_seconds:.1f}",
     }
     return figures | {name: _score(run, name) for name in run.quality}
@@ -127,13 +157,9 @@ def _score(run: Summary, name: str) -> str:
 
 
 def _known_of_full(run: Summary) -> dict[str, str]:
-    known = {
-        "FLOPs predicted": f"{run.full_flops:.4e}",
-        "share of full": "100.0%",
-    }
+    known = {"FLOPs predicted": f"{run.full_flops:.4e}", "share of full": "100.0%"}
     if run.comparison is not None:
-        known["FLOPs counted"] = f"{run.comparison.full_flops * run.steps * run.processes:.4e}"
-        known["seconds of a step, in turn"] = f"{run.comparison.full_seconds:.4f}"
+        known[IN_TURN] = f"{run.comparison.full_seconds:.4f}"
     return known
 
 
@@ -146,6 +172,21 @@ def _agreement(run: Summary) -> str:
     return f"{recomputed:.1%} more, recomputed to save memory" if recomputed else "both agree"
 
 
+def _gain(run: Summary) -> str:
+    """After how many steps the run's overhead is won back, compared with plain PyTorch."""
+    if run.comparison is None:
+        return ""
+    own, plain = run.comparison.plan_seconds, run.comparison.full_seconds
+    if own >= plain:
+        return (
+            f"It does not pay on this model: a step takes {own / plain:.2f} of a full step of plain PyTorch."
+        )
+    overhead = run.selecting_seconds + run.compiling_seconds
+    steps = math.ceil(overhead / (plain - own))
+    text = f"The {overhead:.1f} s of selecting and compiling are won back after {steps} steps"
+    return f"{text}, of which this run took {run.steps}."
+
+
 def notes(runs: Sequence[Summary]) -> list[str]:
     """An explanation of the figures, one sentence per line."""
     run = runs[0]
@@ -155,9 +196,11 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
         "and counted by running one step of each selection operator by operator: "
         f"{_agreement(run)}.",
-        "Seconds of a step are the median of forward and backward; in turn: both kinds of steps taken "
-        "alternately after training, so that other work on the machine slows both alike. Seconds of training "
-        "are all steps including optimizer and compilation.",
+        "Seconds of a step are the median of forward and backward. In turn: steps of the last selection and "
+        "full steps of plain eager PyTorch, taken alternately after training, so that other work on the "
+        "machine slows both alike. Seconds of training are all steps including optimizer and compilation; "
+        "compiling is what the first step of a selection took beyond the median.",
+        _gain(run),
         run.note,
     ]
     return [line for line in lines if line]

@@ -28,6 +28,7 @@ from gtcompile.tools.runs.run_record import RunRecord, read_run
 from gtcompile.tools.runs.settings import Settings
 
 Batch = Mapping[str, Any]
+AS_TRAINED = PlanOptions()
 RANDOM_TOKENS = "random tokens and the weights of "
 
 
@@ -93,7 +94,7 @@ def inspect_dataset(
     return _plan(traced, settings.model, type(made).__name__, prepared.collate.shape, options)
 
 
-def inspect_run(path: Path, options: PlanOptions, progress: Console | None = None) -> Inspection:
+def inspect_run(path: Path, options: PlanOptions = AS_TRAINED, progress: Console | None = None) -> Inspection:
     """Show what a run trained and what it cost; with a budget or importances, make a new plan for its model.
 
     Raises:

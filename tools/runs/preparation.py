@@ -2,18 +2,19 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for, epoch_order
+from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for
 from gtcompile.tools.data.causality import check_causal
 from gtcompile.tools.data.tasks import Task, load_task
 from gtcompile.tools.models.loading import LanguageModel, load_language_model
 from gtcompile.tools.runs.settings import Compiler, Settings, source_of
 
 Batch = dict[str, torch.Tensor]
+MEASURED_BATCHES = 4
+"""Batches whose importances are averaged at a selection, each of one example at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,6 @@ class Prepared:
     """Makes batches of the run's one shape."""
     max_new_tokens: int
     """Most tokens of an answer."""
-    rank: int = 0
-    """Rank of this process among those that share the examples."""
 
     @property
     def device(self) -> torch.device:
@@ -44,25 +43,14 @@ class Prepared:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch; the last one may be padded with copies."""
-        return -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
+        """Optimizer steps of one epoch; its last batch may be padded with copies."""
+        batches = -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
+        return -(-batches // int(self.settings.args.get("gradient_accumulation_steps", 1)))
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The batch of these examples, on the model's device."""
-        batch = self.collate([self.examples[index] for index in indices])
+    def sample(self) -> Batch:
+        """A batch of the first examples, on the model's device."""
+        batch = self.collate(self.examples[: self.settings.batch_size])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def epoch(self, epoch: int) -> list[list[int]]:
-        """Indices of the examples of each batch of this process in an epoch; the seed decides the order."""
-        settings = self.settings
-        return epoch_order(
-            len(self.examples),
-            settings.batch_size,
-            seed=settings.seed,
-            epoch=epoch,
-            rank=self.rank,
-            ranks=settings.processes,
-        )
 
     @property
     def digest(self) -> str:
@@ -92,13 +80,12 @@ def default_compiler() -> Compiler:
     return "inductor" if torch.cuda.is_available() else "eager"
 
 
-def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepared:
+def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
     """Load and encode everything that a run needs.
 
     Args:
         settings: the run.
         weights: false leaves the model on the meta device, which is enough for its costs.
-        rank: of this process among those that share the examples.
 
     Raises:
         ValueError: the data, the model or the tokenizer is missing, or they do not fit each other.
@@ -109,6 +96,8 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
     if weights:
         language.model.to(default_device())  # type: ignore[arg-type]
     language.model.config.use_cache = False  # generation turns it on itself
+    if settings.args.get("predict_with_generate") and not language.encoder_decoder:
+        raise ValueError("predict_with_generate is for encoder-decoders, and this model is a decoder")
     max_new_tokens = settings.max_new_tokens or task.format.max_new_tokens
     encode = Encoder(
         tokenizer=language.tokenizer,
@@ -118,10 +107,9 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
         max_new_tokens=max_new_tokens,
     )
     examples = tuple(map(encode, task.train))
-    if settings.method == "adaptive" and len(examples) <= settings.batch_size * settings.processes:
+    if weights and len(examples) < MEASURED_BATCHES:
         raise ValueError(
-            f"{len(examples)} training examples make one batch of {settings.batch_size} for each process; "
-            f"a selection needs two batches. Pass a smaller --batch-size."
+            f"a selection needs {MEASURED_BATCHES} training examples at least, the data has {len(examples)}"
         )
     collate = collator_for(
         examples,
@@ -140,7 +128,6 @@ def prepare(settings: Settings, *, weights: bool = True, rank: int = 0) -> Prepa
         prompts=tuple(map(encode, task.evaluation)),
         collate=collate,
         max_new_tokens=max_new_tokens,
-        rank=rank,
     )
 
 

@@ -1,15 +1,15 @@
-"""The folder of a run: settings, metrics, selections, checkpoint, model and summary."""
+"""The folder of a run: settings, metrics, selections, checkpoints, model and summary."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gtcompile.tools.common.files import write_folder, write_json, write_lines
+from gtcompile.tools.common.files import read_lines, write_folder, write_json, write_lines, write_text
 from gtcompile.tools.common.options import is_run
 from gtcompile.tools.runs.settings import Settings
 
@@ -28,9 +28,9 @@ LOCK = ".lock"
 class RunFolder:
     """The output of one run; it is made when the first file is written.
 
-    `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what was trained in each
-    epoch, `checkpoint.pt` the state to resume from, `model/` the model with its tokenizer, `summary.json` the
-    result.
+    `run.json` holds the settings, `metrics.jsonl` a line per step, `selections.json` what every selection
+    trained, `checkpoint-<step>/` a state to resume from, `checkpoint` the name of the last one that is whole,
+    `model/` the model with its tokenizer, `summary.json` the result.
 
     Args:
         path: of the folder.
@@ -45,27 +45,18 @@ class RunFolder:
         """Refuse a path that is not free.
 
         Raises:
-            ValueError: the path is a file, or a folder that is not empty.
+            ValueError: the path is a file, a folder that is not empty, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
-                f"the output {self.path} is a file; expected a folder that is empty or does not exist"
-            )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(
                 f"the output folder {self.path} is not empty. "
-                f"Choose another --output, or continue the run in it with --resume."
+                f"Choose another --output, or continue the run in it with --resume {self.path}."
             )
-        self._check_writable()
-
-    def _check_writable(self) -> None:
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        try:
-            tempfile.TemporaryDirectory(dir=existing).cleanup()
-        except OSError as error:
-            raise ValueError(
-                f"the output {self.path} cannot be written: {existing}: {error.strerror}"
-            ) from error
+        if not existing.is_dir():
+            raise ValueError(f"the output {self.path} cannot be made: {existing} is a file")
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f"the output {self.path} cannot be made: {existing} cannot be written to")
 
     def hold(self) -> None:
         """Keep other processes from writing to the folder, until `close` or the end of this one.
@@ -88,44 +79,41 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def check_same_run(self, settings: Settings, *, besides: Collection[str] = ()) -> None:
-        """Refuse to continue a run with other settings.
-
-        Args:
-            settings: to continue with.
-            besides: names of settings that are not compared.
+    def read_settings(self) -> dict[str, Any]:
+        """The content of `run.json`.
 
         Raises:
-            ValueError: there is no run here, or it had other settings; names them.
+            ValueError: there is no run in the folder.
         """
         if not is_run(self.path):
             raise ValueError(f"nothing to resume: {self.path} holds no run")
-        saved = json.loads((self.path / "run.json").read_text("utf-8"))
-        differences = settings.differences(saved, besides=besides)
-        if differences:
-            raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
+        settings: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
+        return settings
 
-    def check_same_examples(self, digest: str) -> None:
-        """Refuse to continue a run on other examples.
+    def check_same_run(self, settings: Settings, digest: str | None = None) -> None:
+        """Refuse to continue a run with other settings, except for more epochs, or on other examples.
 
         Args:
-            digest: of the examples; runs of older versions have none.
+            settings: to continue with.
+            digest: of the examples, if they are known yet.
 
         Raises:
-            ValueError: the run began with others.
+            ValueError: there is no run here, or it was another; names the differences.
         """
-        began = json.loads((self.path / "run.json").read_text("utf-8")).get("examples", digest)
-        if began != digest:
+        saved = self.read_settings()
+        if differences := settings.differences(saved):
+            raise ValueError(f"the run in {self.path} had other settings: {'; '.join(differences)}")
+        if digest not in (None, saved["examples"]):
             raise ValueError(
                 f"the run in {self.path} began with other examples: its data or tokenizer have changed since"
             )
 
-    def write_settings(self, settings: Settings, batch: Mapping[str, Any]) -> None:
+    def begin(self, settings: Settings, described: Mapping[str, Any]) -> None:
         """Create the folder and write `run.json`.
 
         Args:
             settings: of the run.
-            batch: the description of its batches by `described_batch`, and the digest of its examples.
+            described: its batches as `described_batch` does, and the digest of its examples.
 
         Raises:
             ValueError: another process has begun a run here.
@@ -133,9 +121,14 @@ class RunFolder:
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
-            if (self.path / "run.json").exists():
+            if is_run(self.path):
                 raise ValueError(f"another run has started in {self.path}; choose another --output")
-            write_json(self.path / "run.json", {**settings.as_dict(), **batch})
+            write_json(self.path / "run.json", {**settings.as_dict(), **described})
+
+    def extend(self, epochs: int) -> None:
+        """Note that the run goes on, for this many epochs in all."""
+        write_json(self.path / "run.json", {**self.read_settings(), "epochs": epochs})
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
@@ -143,45 +136,48 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def cut_metrics(self, steps: int) -> None:
-        """Drop the lines after `steps` steps, since the steps after the checkpoint are taken again."""
-        if not self.writes:
-            return
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        write_lines(path, [record for record in records if record["step"] <= steps])
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every step so far."""
+        return read_lines(self.path / "metrics.jsonl")
 
     def write_selections(self, selections: Sequence[Mapping[str, Any]]) -> None:
         """Replace the selections."""
         if self.writes:
             write_json(self.path / "selections.json", list(selections))
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
-        if self.writes:
-            from gtcompile.tools.runs.checkpoints import save_checkpoint  # imports torch
+    def cut(self, steps: int) -> list[dict[str, Any]]:
+        """Drop everything after `steps` steps, since what follows the checkpoint is done again.
 
-            save_checkpoint(self.checkpoint, state)
-
-    def load_state(self) -> dict[str, Any]:
-        """Read the checkpoint.
-
-        Raises:
-            ValueError: there is none, or it cannot be read.
+        Returns:
+            The selections that stay.
         """
-        from gtcompile.tools.runs.checkpoints import load_checkpoint  # imports torch
+        write_lines(self.path / "metrics.jsonl", [m for m in self.metrics() if m["step"] <= steps])
+        path = self.path / "selections.json"
+        selections = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        kept: list[dict[str, Any]] = [s for s in selections if s["step"] < steps]
+        self.write_selections(kept)
+        return kept
 
-        return load_checkpoint(self.checkpoint)
+    def note_checkpoint(self, name: str) -> None:
+        """Note the name of the last checkpoint that is whole."""
+        if self.writes:
+            write_text(self.path / "checkpoint", name)
 
-    @property
-    def checkpoint(self) -> Path:
-        """Path of the checkpoint."""
-        return self.path / "checkpoint.pt"
+    def last_checkpoint(self) -> Path | None:
+        """The last checkpoint that is whole; None before the first."""
+        path = self.path / "checkpoint"
+        return self.path / path.read_text("utf-8") if path.is_file() else None
 
     def save_model(self, language: LanguageModel) -> None:
         """Write model and tokenizer for `from_pretrained`."""
-        write_folder(self.path / "model", lambda folder: _save(language, folder))
+
+        def save(folder: Path) -> None:
+            language.model.config.use_cache = True
+            language.model.save_pretrained(folder)
+            language.model.config.use_cache = False
+            language.tokenizer.save_pretrained(folder)
+
+        write_folder(self.path / "model", save)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the result: the run is finished."""
@@ -191,16 +187,6 @@ class RunFolder:
         """The result of a finished run; None before."""
         path = self.path / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
-def _save(language: LanguageModel, folder: Path) -> None:
-    model = language.model
-    model.config.use_cache = True
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.config.use_cache = False
-    language.tokenizer.save_pretrained(folder)
 
 
 def next_free_folder(name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gtcompile.tools.common.files import read_lines
 from gtcompile.tools.common.options import BatchShape
 
 FORMAT = 1
@@ -112,14 +113,12 @@ def read_run(path: Path) -> RunRecord:
         )
     if not selections:
         raise ValueError(f"the run in {path} has selected nothing yet")
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_text("utf-8").splitlines() if metrics.is_file() else []
     summary = path / "summary.json"
     return RunRecord(
         path=path,
         settings=settings,
         selections=selections,
-        metrics=[json.loads(line) for line in lines if line.endswith("}")],
+        metrics=read_lines(path / "metrics.jsonl"),
         summary=_read(summary) if summary.is_file() else None,
     )
 

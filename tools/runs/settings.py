@@ -1,16 +1,33 @@
 """Everything that a fine-tuning run depends on; checked before torch is imported."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
+
+from gtcompile.graph.names import near_names
 from gtcompile.tools.common.options import check_budget, check_model, expect, option
 from gtcompile.tools.data.tasks import Source, find_source
+from gtcompile.tools.runs.training_arguments import OURS, check_type, known_arguments, parse_value
 
-Method = Literal["adaptive", "full", "last-layers"]
+Policy = Literal[
+    "best",
+    "sampled",
+    "last_layers",
+    "random",
+    "rotating",
+    "lisa",
+    "occasionally_full",
+    "paper",
+    "full",
+]
+"""The policies of `gtcompile.policies`, and `full`, which trains everything whatever the budget."""
 Compiler = Literal["inductor", "eager"]
+RECORDED = ("format", "batch_shape", "batch", "examples")
+"""What `run.json` holds in addition to the settings."""
 
 _AT_LEAST_ONE = (
     "epochs",
@@ -20,7 +37,6 @@ _AT_LEAST_ONE = (
     "max_train_samples",
     "max_eval_samples",
     "max_new_tokens",
-    "checkpoint_every",
     "processes",
 )
 
@@ -32,7 +48,7 @@ class Settings:
     model: str
     """Hub id, local directory, or `demo`."""
     dataset: str
-    """A known dataset or the path of a `.jsonl`, `.json` or `.csv` file."""
+    """A known dataset, the path of a file, or a dataset of the hub."""
     tokenizer: str | None = None
     """Hub id or directory of another tokenizer, or `bytes`; None takes the model's own."""
     data_dir: str | None = None
@@ -55,8 +71,8 @@ class Settings:
     """Longest answer, in tokens; None takes the dataset's."""
     num_beams: int = 1
     """Beams of generation; 1 is greedy."""
-    method: Method = "adaptive"
-    """What is trained: the best within the budget, everything, or the last blocks that fit the budget."""
+    policy: Policy = "best"
+    """How the trained set is selected within the budget, or `full`."""
     budget: float = 0.5
     """Share of a full step's FLOPs that may be spent, in (0, 1]."""
     reselect_every: int = 1
@@ -75,10 +91,10 @@ class Settings:
     """The compiler of the rewritten graphs."""
     activation_memory_budget: float = 1.0
     """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
     processes: int = 1
     """Processes of torchrun that share the training examples, each with batches of `batch_size`."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Other arguments of transformers' `TrainingArguments`."""
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense.
@@ -96,41 +112,79 @@ class Settings:
         expect(0 < self.lr < math.inf, "lr", "greater than 0 and finite", self.lr)
         expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
         expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
-        expect(self.method in get_args(Method), "method", f"one of {_listed(Method)}", self.method)
+        expect(self.policy in get_args(Policy), "policy", f"one of {_listed(Policy)}", self.policy)
         expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
 
     @property
     def title(self) -> str:
-        """Method and budget in a few words."""
-        return "full fine-tuning" if self.method == "full" else f"{self.method}, budget {self.budget:g}"
+        """Policy and budget in a few words."""
+        return "full fine-tuning" if self.policy == "full" else f"{self.policy}, budget {self.budget:g}"
 
     @property
     def short_name(self) -> str:
-        """Model, data and method in a name for a folder."""
-        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.method}"
+        """Model, data and policy in a name for a folder."""
+        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
 
     @property
     def recomputes(self) -> bool:
         """Whether the backward recomputes activations to save memory."""
-        return self.activation_memory_budget < 1
-
-    @property
-    def data_folder(self) -> Path | None:
-        """`data_dir` as a path."""
-        return None if self.data_dir is None else Path(self.data_dir)
+        checkpoints = self.args.get("activation_checkpointing") or self.args.get("gradient_checkpointing")
+        return bool(checkpoints) or self.activation_memory_budget < 1
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values by name."""
         return asdict(self)
 
-    def differences(self, saved: Mapping[str, Any], *, besides: Collection[str] = ()) -> list[str]:
-        """The differences from the settings of a saved run, one phrase per setting."""
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """The differences from the settings of a saved run, one phrase per setting; more epochs are none."""
         own = self.as_dict()
         return [
-            f"{_name(field.name)} was {saved.get(field.name)!r} and is now {own[field.name]!r}"
-            for field in fields(self)
-            if field.name not in besides and saved.get(field.name) != own[field.name]
+            f"{_phrase(name)} was {saved.get(name)!r} and is now {value!r}"
+            for name, value in own.items()
+            if saved.get(name) != value and not (name == "epochs" and value > saved.get(name, value))
         ]
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Make settings of values by the names of `Settings` or of transformers' `TrainingArguments`.
+
+    Raises:
+        ValueError: an unknown name (lists the nearest ones), a wrong value, no model or no data.
+    """
+    kinds = {s.name: getattr(s.type, "__name__", str(s.type)) for s in fields(Settings)}
+    own: dict[str, Any] = {"args": {}}
+    for key, value in {**values.get("args", {}), **values}.items():
+        name = OURS.get(key, key)
+        kind = kinds.get(name) or known_arguments().get(name)
+        if kind is None:
+            near = near_names(key, [*kinds, *known_arguments()])
+            raise ValueError(
+                f"{key!r} is neither an option of finetune nor of transformers' TrainingArguments; {near}"
+            )
+        if name != "args":
+            check_type(name, value, kind)
+            (own if name in kinds else own["args"])[name] = value
+    for needed in ("model", "dataset"):
+        if needed not in own:
+            raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
+    return Settings(**own)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file, or from the `run.json` of a run.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else than names with values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected one setting a line, such as epochs: 3, got {values!r}")
+    # YAML takes 1e-4 for text
+    read = {key: parse_value(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {key: value for key, value in read.items() if key not in RECORDED}
 
 
 def source_of(settings: Settings) -> Source:
@@ -141,14 +195,14 @@ def source_of(settings: Settings) -> Source:
     """
     return find_source(
         settings.dataset,
-        data_dir=settings.data_folder,
+        data_dir=None if settings.data_dir is None else Path(settings.data_dir),
         splits=(settings.train_split, settings.eval_split),
         fields=(settings.source_field, settings.target_field),
     )
 
 
-def _name(field: str) -> str:
-    return "the number of processes" if field == "processes" else option(field)
+def _phrase(name: str) -> str:
+    return "the number of processes" if name == "processes" else option(name)
 
 
 def _listed(literal: Any) -> str:

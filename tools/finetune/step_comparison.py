@@ -1,0 +1,77 @@
+"""Compare a step of a run with the full step of plain PyTorch, both timed on this machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtcompile.capture.model_io import loss_of
+from gtcompile.state.restore import restored, temporarily_training
+from gtcompile.state.trained_set import train_only
+from gtcompile.tools.common.flop_meter import check_step_flops
+from gtcompile.tools.common.step_memory import passes_memory
+from gtcompile.tools.runs.preparation import Batch
+
+PAIRS_TIMED = 5
+"""Timed steps of each kind, after one that compiles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepComparison:
+    """Full steps of plain PyTorch and steps of a run, timed in turns on one batch; nothing is updated."""
+
+    full_flops: int
+    """FLOPs of a full step, predicted and counted."""
+    full_seconds: float
+    """Median seconds of forward and backward of a full step of eager PyTorch, without gtcompile."""
+    plan_seconds: float
+    """Median seconds of forward and backward with the last selection."""
+    full_saved_bytes: int | None = None
+    """Bytes that a full step saves for backward, measured; None in older summaries."""
+    full_peak_bytes: int | None = None
+    """Most bytes that a full step allocates at once; None in older summaries."""
+
+
+def compare_steps(
+    model: nn.Module, batch: Batch, selection: Mapping[str, Any], *, recomputes: bool
+) -> StepComparison:
+    """Count and measure a full step, and time one of plain PyTorch in turns with the selection's.
+
+    Args:
+        model: with compiled blocks.
+        batch: on the model's device.
+        selection: as in `selections.json`.
+        recomputes: whether compiled code recomputes activations to save memory.
+    """
+    device = next(model.parameters()).device
+    eager = torch.compiler.disable(_seconds_of_step)
+    seconds: dict[str, list[float]] = {"full": [], "plan": []}
+    with restored(model), temporarily_training(model, None):
+        full_flops = check_step_flops(model, batch, selection["full_flops"], recomputes=recomputes)
+        memory = passes_memory(model, batch, device)
+        for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
+            train_only(model, None)
+            seconds["full"].append(eager(model, batch))
+            train_only(model, selection["trained"])
+            seconds["plan"].append(_seconds_of_step(model, batch))
+    full, plan = (median(times[1:]) for times in seconds.values())
+    return StepComparison(
+        full_flops=full_flops,
+        full_seconds=full,
+        plan_seconds=plan,
+        full_saved_bytes=memory.saved,
+        full_peak_bytes=memory.peak,
+    )
+
+
+def _seconds_of_step(model: nn.Module, batch: Batch) -> float:
+    started = perf_counter()
+    loss = loss_of(model(**batch))
+    loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
+    return perf_counter() - started

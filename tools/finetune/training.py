@@ -1,0 +1,380 @@
+"""Training with transformers' Trainer: which arguments it gets, and what is recorded of every step."""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from gtcompile.compiler.blocks import find_blocks
+from gtcompile.distributed.ranks import Ranks
+from gtcompile.errors import GTCompileError
+from gtcompile.huggingface.callback import AdaptiveBackpropCallback
+from gtcompile.selection.selection import Selection
+from gtcompile.tools.common.flop_meter import check_step_flops
+from gtcompile.tools.common.step_memory import passes_memory
+from gtcompile.tools.finetune.evaluation import score
+from gtcompile.tools.finetune.progress import Reporter
+from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
+from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
+from gtcompile.tools.runs.run_folder import RunFolder
+from gtcompile.tools.runs.run_record import described_batch
+from gtcompile.tools.runs.settings import Settings
+
+ALONE = Ranks(None)
+
+
+class StoppedEarlyError(KeyboardInterrupt):
+    """The run was stopped between two steps with Ctrl-C and can be resumed."""
+
+
+class PlannedError(Exception):
+    """The first selection is made, and no step shall be taken."""
+
+
+def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArguments:
+    """The trainer's arguments: those that the settings name, and for the rest the paper's.
+
+    Raises:
+        ValueError: transformers refuses a value.
+        ImportError: a logger is not installed.
+    """
+    given: dict[str, Any] = {
+        "logging_steps": 10,
+        "max_grad_norm": 0.0,
+        "per_device_eval_batch_size": settings.batch_size,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "generation_num_beams": settings.num_beams,
+        **settings.args,
+    }
+    limit = given.pop("save_total_limit", 2)
+    try:
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.lr,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            save_total_limit=limit and max(limit, 2),  # the last whole one stays until the next is whole
+            **given,
+        )
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"transformers refuses these arguments: {error}") from error
+    if arguments.fsdp or arguments.auto_find_batch_size:
+        raise ValueError(
+            "finetune trains a whole model in each process, on batches of one size; leave out fsdp and "
+            "auto_find_batch_size"
+        )
+    if missing := set(arguments.report_to or ()) - set(get_available_reporting_integrations()):
+        raise ImportError(
+            f"report_to={', '.join(sorted(missing))}: not installed, or no logger of transformers; "
+            f'TensorBoard comes with pip install "gtcompile[tensorboard]"'
+        )
+    return arguments
+
+
+def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
+    """The callback that selects what is trained, as the settings say."""
+    settings, every = prepared.settings, prepared.settings.reselect_every
+    full, fixed = settings.policy == "full", settings.policy in ("full", "last_layers")
+    later: Any = "epoch" if every == 1 else every * prepared.steps_per_epoch
+    return AdaptiveBackpropCallback(
+        1.0 if full else settings.budget,
+        policy="last_layers" if full else settings.policy,
+        every=sys.maxsize if fixed else later,
+        batches=MEASURED_BATCHES,
+        compiler=settings.compiler,
+        activation_memory_budget=settings.activation_memory_budget,
+    )
+
+
+class Recorder(TrainerCallback):
+    """Writes every selection and every step to the run's folder, shows them, and stops between steps.
+
+    Among the trainer's callbacks it comes before the one that selects.
+
+    Args:
+        prepared: model and examples.
+        folder: for settings, metrics and selections.
+        reporter: shows progress.
+        ranks: the processes that train together; each has its own batches.
+        resumed: whether the folder holds the beginning of this run.
+        plan_only: raise `PlannedError` after the first selection; nothing is written.
+    """
+
+    trainer: Trainer
+    """Set by `make_trainer`."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        reporter: Reporter,
+        ranks: Ranks,
+        *,
+        resumed: bool = False,
+        plan_only: bool = False,
+    ) -> None:
+        self.prepared, self.folder, self.reporter, self.ranks = prepared, folder, reporter, ranks
+        self.adaptive, self._begun, self._plan_only = adaptive_callback(prepared), resumed, plan_only
+        self.model: nn.Module = prepared.language.model
+        self.selections: list[dict[str, Any]] = []
+        self.comparison: StepComparison | None = None
+        self.stop_requested = False
+        """Whether Ctrl-C was pressed in this process."""
+        self.stopping = False
+        """Whether it was pressed in any, so that all stop."""
+        self._spent = self._full = 0
+        self._step: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Continue the files of the run where the checkpoint was written, if there is one."""
+        count = len(list(find_blocks(self.model)))
+        what = f"{count} blocks" if count else "the whole model, which has no repeated blocks"
+        self.reporter.say(f"compiled: {what}, weight gradients hoisted: a new selection compiles nothing")
+        if self._begun:
+            self.selections = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
+            for step in self.folder.metrics():
+                self._add(step)
+        if not self.selections:
+            self.reporter.say(f"selecting: costs of a step, then importance on {MEASURED_BATCHES} batches")
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the record of the step, before a selection may be made for it."""
+        self._step = {
+            "step": state.global_step + 1,
+            "epoch": int(state.epoch or 0),
+            "loss": 0.0,
+            "lr": kwargs["lr_scheduler"].get_last_lr()[0],
+            "seconds": -perf_counter(),
+            **dict.fromkeys(("passes", "flops", "counted_flops", "full_flops"), 0),
+        }
+
+    def selected(self) -> None:
+        """Record the selection of the step to come, if it is new."""
+        adaptive = self.adaptive.adaptive
+        if len(adaptive.history) > len(self.selections):
+            trainer, began = self.trainer, self._step["seconds"]
+            loader = trainer.callback_handler.train_dataloader
+            batch = next(self.adaptive.measured_batches(trainer.args, trainer.state, loader))
+            batch = {name: value.to(self.prepared.device) for name, value in batch.items()}
+            self._record(adaptive.history[-1], batch, began)
+            self._step["seconds"] = -perf_counter()
+
+    def passed(self, loss: float, seconds: float) -> None:
+        """Note a forward and backward.
+
+        Args:
+            loss: of this process, as a share of the step's loss.
+            seconds: that it took.
+
+        Raises:
+            GTCompileError: the loss is not finite.
+        """
+        step, last = self._step, self.selections[-1]
+        loss = self.ranks.mean({"loss": loss})["loss"]
+        if not math.isfinite(loss):
+            raise GTCompileError(
+                f"the loss became {loss} in step {step['step']}, and nothing was updated with it. "
+                f"Lower --lr; the last checkpoint is in {self.folder.path}."
+            )
+        flops = self.adaptive.adaptive.step_flops * self.ranks.count
+        step["loss"] += loss
+        step["passes"] += seconds
+        step["flops"] += flops
+        step["counted_flops"] += flops * last["counted_step_flops"] // last["step_flops"]
+        step["full_flops"] += last["full_flops"] * self.ranks.count
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the step; stop after it if Ctrl-C was pressed in any process."""
+        self._step["seconds"] += perf_counter()
+        self._add(self._step)
+        self.folder.add_metrics(self._step)
+        spent, note = self._spent / self._full, f"{len(self.selections[-1]['trained'])} parameters"
+        self.reporter.stepped(self._step, spent, state.max_steps, self.prepared.steps_per_epoch, note)
+        if self.ranks.total({"stop": float(self.stop_requested)})["stop"] > 0:
+            self.stopping = control.should_training_stop = True
+        if control.should_training_stop or float(state.epoch or 0).is_integer():
+            control.should_save = False  # `on_epoch_end` follows
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a checkpoint; if the epoch was cut short, without the evaluation that belongs to its end."""
+        if self.stopping and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = False
+        if self.stopping or args.save_strategy != "no":
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note that the checkpoint is whole; a kill may leave a part of the next one."""
+        self.ranks.gather(None)  # every process has written its part
+        self.folder.note_checkpoint(f"checkpoint-{state.global_step}")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show the scores of an evaluation during training."""
+        shown = (f"{k} {v:.4g}" for k, v in kwargs["metrics"].items() if not k.endswith("_per_second"))
+        self.reporter.say(f"step {state.global_step}: {', '.join(shown)}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Compare steps while the blocks are still compiled."""
+        if not self.stopping and self.prepared.settings.policy != "full":
+            self.compare(self.prepared.sample())
+
+    def compare(self, batch: Batch) -> None:
+        """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
+        recomputes, last = self.prepared.settings.recomputes, self.selections[-1]
+        self.model.train()  # an evaluation may have come before
+        self.comparison = self.ranks.from_first(
+            lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
+        )
+
+    def _add(self, step: dict[str, Any]) -> None:
+        self._spent += step["flops"]
+        self._full += step["full_flops"]
+
+    def _record(self, selection: Selection, batch: Batch, began: float) -> None:
+        """Count and measure a step of a new selection, write both and show the selection."""
+        measured = self.ranks.from_first(lambda: self._measure(batch, selection))
+        importance = dict(self.adaptive.adaptive.importance)
+        epoch = self._step["epoch"]
+        record = {
+            "epoch": epoch,
+            "step": self._step["step"] - 1,
+            "trained": sorted(selection.trained),
+            "selectable": selection.selectable,
+            "step_flops": selection.step_flops,
+            "budget_flops": selection.budget_flops,
+            "full_flops": selection.full_flops,
+            "importance": importance,
+            "importance_bound": selection.importance_bound if importance else None,
+            **measured,
+            "seconds": perf_counter() + began,
+        }
+        self.selections.append(record)
+        count = f"{len(selection.trained)} of {selection.selectable} parameters"
+        share = f"{selection.step_fraction:.1%} of a full step's FLOPs"
+        self.reporter.say(f"epoch {epoch + 1}: training {count}, {share}")
+        if self._plan_only:
+            self.compare(batch)
+            raise PlannedError
+        if not self._begun:
+            described = described_batch(batch, self.prepared.collate.shape)
+            self.folder.begin(self.prepared.settings, {**described, "examples": self.prepared.digest})
+            self._begun = True
+        self.folder.write_selections(self.selections)
+
+    def _measure(self, batch: Batch, selection: Selection) -> dict[str, Any]:
+        """Count and measure a step of this process, unless one with the same set was measured before."""
+        for former in self.selections:
+            if frozenset(former["trained"]) == selection.trained:
+                return {key: former[key] for key in ("counted_step_flops", "saved_bytes", "peak_bytes")}
+        recomputes = self.prepared.settings.recomputes
+        counted = check_step_flops(self.model, batch, selection.step_flops, recomputes=recomputes)
+        memory = passes_memory(self.model, batch, self.prepared.device)
+        return {"counted_step_flops": counted, **memory.as_dict()}
+
+
+class RecordedTrainer(Trainer):
+    """A trainer that tells the recorder of every forward and backward."""
+
+    recorder: Recorder
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run forward and backward, and wait for the device."""
+        self.recorder.selected()
+        started = perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.recorder.passed(loss.item(), perf_counter() - started)
+        return loss
+
+
+class RecordedSeq2SeqTrainer(RecordedTrainer, Seq2SeqTrainer):
+    """The same for encoder-decoders, which can generate when they are evaluated during training."""
+
+
+def make_trainer(recorder: Recorder, arguments: Seq2SeqTrainingArguments) -> Trainer:
+    """The trainer of a run, whose steps the recorder writes."""
+    prepared = recorder.prepared
+    tokenizer, task = prepared.language.tokenizer, prepared.task
+    arguments.generation_max_length = arguments.generation_max_length or prepared.max_new_tokens + 1
+
+    def scores(prediction: Any) -> dict[str, float]:
+        ids = prediction.predictions.clip(0, None)[: len(task.evaluation)]  # the last may be there twice
+        answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return score(task.format.metric, answers, [example.references for example in task.evaluation])
+
+    kind = RecordedSeq2SeqTrainer if prepared.language.encoder_decoder else RecordedTrainer
+    trainer = kind(
+        model=prepared.language.model,
+        args=arguments,
+        data_collator=prepared.collate,  # type: ignore[arg-type]
+        train_dataset=prepared.examples,
+        eval_dataset=prepared.prompts,
+        compute_metrics=scores if arguments.predict_with_generate else None,
+        callbacks=[recorder, recorder.adaptive],
+    )
+    trainer.remove_callback(PrinterCallback)
+    recorder.trainer, trainer.recorder = trainer, recorder
+    return trainer
+
+
+def train(trainer: Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the beginning, to the end.
+
+    Raises:
+        StoppedEarlyError: Ctrl-C was pressed; the checkpoint is written.
+        GTCompileError: the budget is too small, or a count contradicts the prediction.
+        ValueError: the checkpoint is of another model.
+    """
+    steps = recorder.prepared.settings.epochs * recorder.prepared.steps_per_epoch
+    steps = steps if trainer.args.max_steps < 0 else trainer.args.max_steps
+    try:
+        with recorder.reporter.bar("training", steps), _ctrl_c_noted(recorder):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (RuntimeError, ValueError) as error:
+        if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
+            raise
+        raise ValueError(f"{checkpoint} is a checkpoint of another model: {error}") from error
+    done = trainer.state.global_step
+    if recorder.stopping and done < trainer.state.max_steps:
+        raise StoppedEarlyError(f"stopped after step {done} of {trainer.state.max_steps}")
+
+
+@contextlib.contextmanager
+def _ctrl_c_noted(recorder: Recorder) -> Iterator[None]:
+    """Within the block, Ctrl-C asks the recorder to stop after the step; a second one interrupts at once."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+        yield
+        return
+    former = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
