@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +10,22 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from gtcompile.torch_internals import inductor_config
 from tests.support.models import forget_captures
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
 settings.load_profile("default")
 torch.set_num_threads(1)
+# Inductor compiles in the process itself, also in processes that tests start: two workers occupy two cores.
+inductor_config.compile_threads = 1
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over the modules that were imported; it would look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
