@@ -20,12 +20,13 @@ torch.set_num_threads(1)
 # Inductor compiles in the process itself, also in processes that tests start: two workers occupy two cores.
 inductor_config.compile_threads = 1
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+gc.disable()  # while modules are imported, which creates no garbage
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector pass over the modules that were imported; it would look at them again."""
-    gc.collect()
+    """Enable the garbage collector, which never looks at what was imported: that takes a fifth of all time."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

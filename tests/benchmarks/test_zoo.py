@@ -26,8 +26,14 @@ RIGHT = Checked(
 )
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "MixtralForCausalLM"])
-@pytest.mark.parametrize("mode", ["whole-eager", "blocks-eager"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("GPT2LMHeadModel", "whole-eager"),
+        ("T5ForConditionalGeneration", "blocks-eager"),
+        ("MixtralForCausalLM", "blocks-eager"),
+    ],
+)
 def test_gradients_and_flops_of_different_architectures_are_right(name, mode):
     checked = check(ARCHITECTURES[name], MODES[mode])
     assert checked.right, checked
