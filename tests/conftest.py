@@ -24,7 +24,7 @@ gc.disable()  # while modules are imported, which creates no garbage
 
 
 def pytest_collection_finish() -> None:
-    """Enable the garbage collector. It never looks at what was imported, which would take a fifth of the time."""
+    """Enable the garbage collector. To look at what was imported again would take a fifth of all time."""
     gc.freeze()
     gc.enable()
 
