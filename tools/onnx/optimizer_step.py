@@ -56,8 +56,11 @@ class OptimizerStep(nn.Module):
 
     def examples(self, parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
         """One example per name in `input_names`, each a tensor of its own."""
-        fqns = (name.partition(".")[2] for name in self.input_names)
-        return [parameters[fqn].detach().clone() if fqn in parameters else torch.tensor(1.0) for fqn in fqns]
+        names = (name.partition(".") for name in self.input_names)
+        return [
+            torch.tensor(1.0) if kind == "optimizer" else parameters[fqn].detach().clone()
+            for kind, _, fqn in names
+        ]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the outputs in the order of `output_names` from tensors in the order of `input_names`."""
