@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gtcompile.tools.models.demo_data import pretraining_corpus
+from benchmarks.demo_corpus import pretraining_corpus
 
 _CORPUS_SEED = 0
 _CORPUS_TEXTS = 12_000
