@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m gtcompile.tools.demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not long" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not long" -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -q

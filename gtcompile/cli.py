@@ -401,8 +401,8 @@ def compare(
         }
         options = CompareOptions(**arguments | lists)
         check_model(model)
-        options.check_packages()
         options.check_output()
+        options.check_packages()
         _quiet()
         from gtcompile.tools.compare import command
 

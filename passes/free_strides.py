@@ -9,7 +9,7 @@ aten = torch.ops.aten
 
 @graph_pass
 def free_strides(given: G) -> None:
-    """Replace every `view` by a `reshape`.
+    """Replace every `view` and `_unsafe_view` by a `reshape`.
 
     Before: `y = view(x, [6, 4])`
     After:  `y = reshape(x, [6, 4])`
@@ -18,5 +18,6 @@ def free_strides(given: G) -> None:
     if a value may have other strides than its fake tensor: compiled code chooses the strides of its outputs,
     and so do some operators.
     """
-    for node in given.graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default
+    for view in (aten.view.default, aten._unsafe_view.default):
+        for node in given.graph.find_nodes(op="call_function", target=view):
+            node.target = aten.reshape.default

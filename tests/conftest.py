@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +10,23 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from gtcompile.torch_internals import inductor_config
 from tests.support.models import forget_captures
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
 settings.load_profile("default")
 torch.set_num_threads(1)
+# Inductor compiles in the process itself, also in processes that tests start: two workers occupy two cores.
+inductor_config.compile_threads = 1
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+gc.disable()  # while modules are imported, which creates no garbage
+
+
+def pytest_collection_finish() -> None:
+    """Enable the garbage collector. To look at what was imported again would take a fifth of all time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

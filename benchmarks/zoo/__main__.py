@@ -1,8 +1,8 @@
-"""`python -m benchmarks.zoo` checks many architectures and writes a table."""
+"""`python -m benchmarks.zoo` checks many architectures."""
 
 import typer
 
-from benchmarks.zoo.table import main
+from benchmarks.zoo.results import main
 
 if __name__ == "__main__":
     typer.run(main)

@@ -13,7 +13,7 @@ from torch import nn
 
 from gtcompile.capture.model_io import LossFunction
 from gtcompile.costs.budgets import smallest_budget
-from gtcompile.costs.dependency_graph import BACKWARD, capture_everything, dependencies
+from gtcompile.costs.dependency_graph import BACKWARD, capture_everything, dependencies_with_costs
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph, Parameter, names_of
 from gtcompile.graph.names import refuse_string
@@ -141,7 +141,7 @@ def costs_of(joint: JointGraph) -> BackwardCosts:
         raise CaptureError("no parameter receives a gradient: the loss depends on none that requires grad")
     forward_flops = 0
     backward: defaultdict[frozenset[str], int] = defaultdict(int)
-    for _, node in dependencies(joint).nodes(data=True):
+    for _, node in dependencies_with_costs(joint).nodes(data=True):
         if node["direction"] == BACKWARD:
             backward[node["parameters"]] += node["flops"]
         else:

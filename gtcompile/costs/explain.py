@@ -8,7 +8,13 @@ import networkx as nx
 import torch
 from torch import fx
 
-from gtcompile.costs.dependency_graph import BACKWARD, FORWARD, TANGENT, dependencies
+from gtcompile.costs.dependency_graph import (
+    BACKWARD,
+    FORWARD,
+    TANGENT,
+    dependencies,
+    dependencies_with_costs,
+)
 from gtcompile.graph.joint_graph import JointGraph, ancestors, names_of
 from gtcompile.graph.names import near_names
 
@@ -137,7 +143,7 @@ def compare_trained_sets(joint: JointGraph, before: Set[str], after: Set[str]) -
     """
     for trained in (before, after):
         _check_trained(joint, trained)
-    graph = dependencies(joint)
+    graph = dependencies_with_costs(joint)
     alive = [_alive(joint, graph, trained) for trained in (before, after)]
     saved = [_saved(joint, graph, trained) for trained in (before, after)]
     changed = [node for node in joint.module.graph.nodes if node in alive[0] ^ alive[1]]
@@ -155,7 +161,7 @@ def compare_trained_sets(joint: JointGraph, before: Set[str], after: Set[str]) -
 
 def alive_backward_nodes(joint: JointGraph, trained: Set[str]) -> frozenset[fx.Node]:
     """Return the backward nodes that run if exactly these parameters are trained."""
-    return _alive(joint, dependencies(joint), trained)
+    return _alive(joint, dependencies_with_costs(joint), trained)
 
 
 def saved_bytes(joint: JointGraph, trained: Set[str]) -> int:
@@ -163,7 +169,7 @@ def saved_bytes(joint: JointGraph, trained: Set[str]) -> int:
 
     A partitioner may save fewer bytes, because it recomputes some of these values.
     """
-    return sum(_saved(joint, dependencies(joint), trained).values())
+    return sum(_saved(joint, dependencies_with_costs(joint), trained).values())
 
 
 def _alive(joint: JointGraph, graph: "nx.DiGraph[str]", trained: Set[str]) -> frozenset[fx.Node]:

@@ -150,7 +150,7 @@ def node_flops(node: fx.Node) -> int:
     """
     if _formula_of(node) is not None:
         return _call_of(node).flops
-    if is_unknown(node):
+    if _needs_formula(node):
         refuse_unknown([node])
     return max((sum(map(node_flops, _calls_in(graph))) for graph in _subgraphs(node)), default=0)
 
@@ -196,7 +196,12 @@ def output_flops(node: fx.Node) -> dict[int, int]:
 
 def is_unknown(node: fx.Node) -> bool:
     """Whether a node does matmul-like work and has no formula."""
-    if node.op != "call_function" or _formula_of(node) is not None:
+    return _formula_of(node) is None and _needs_formula(node)
+
+
+def _needs_formula(node: fx.Node) -> bool:
+    """Whether a node without formula does matmul-like work."""
+    if node.op != "call_function":
         return False
     subgraphs = _subgraphs(node)
     if not subgraphs:

@@ -44,7 +44,7 @@ def eager_loss(recipe: Recipe, trained: frozenset[str]) -> torch.Tensor:
         return twin(**recipe.batch()).detach()
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(recipes(layers=3), st.sampled_from(VARIANTS), st.integers(0, 99))
 def test_gradients_loss_and_flops_are_those_of_eager_freezing(recipe, variants, seed):
     forget_captures()

@@ -57,7 +57,7 @@ def check_step(model, batch) -> None:
     assert_same_gradients(model, expected)
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(block_recipes(), st.sampled_from(["specialized", "hoisted"]), st.integers(0, 99))
 def test_gradients_and_flops_are_those_of_eager_freezing(recipe, variants, seed):
     forget_captures()

@@ -77,7 +77,6 @@ class WeakRecorder(TorchDispatchMode):
 
     def survivors(self) -> list[torch.Tensor]:
         gc.collect()
-        gc.unfreeze()
         return [tensor for tensor in (reference() for reference in self.references) if tensor is not None]
 
 

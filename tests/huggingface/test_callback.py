@@ -29,6 +29,8 @@ from gtcompile import (
 )
 from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
+from gtcompile.training import adaptive as adaptive_module
+from tests.support.known_costs import capture_costs_once
 from tests.support.trainer import (
     Replay,
     Witness,
@@ -47,6 +49,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def costs_captured_once(monkeypatch):
+    capture_costs_once(monkeypatch, adaptive_module)
 
 
 def check_combination(folder, steps, accumulation, bf16, checkpointing, clipping, *, every):
@@ -101,7 +108,7 @@ def test_frozen_parameters_do_not_move_and_trained_ones_do(tmp_path):
 
 
 def test_an_epoch_selects_once_and_logs_through_the_trainer(tmp_path):
-    callback = adaptive(0.5, every="epoch")
+    callback = adaptive(0.5, every="epoch", compiled=False)
     trainer = train(tmp_path, callback, num_train_epochs=2, data=make_data(8))
     entries = [e for e in trainer.state.log_history if "adaptive/trained_parameters" in e]
     assert [e["step"] for e in entries] == [0, 4]
@@ -125,12 +132,14 @@ def test_the_model_is_left_uncompiled_whole_and_able_to_generate(tmp_path):
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
-@pytest.mark.parametrize("every", ["epoch", pytest.param(3, marks=pytest.mark.long)])
-def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every):
-    """Steps 3 and 6 select anew: a checkpoint in between, right before one, and right after one."""
+@pytest.mark.parametrize(
+    ("every", "saves"), [("epoch", (2,)), pytest.param(3, (2, 3, 4), marks=pytest.mark.long)]
+)
+def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every, saves):
+    """Step 3 selects anew: a checkpoint in between, right before one, and right after one."""
     settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": 1}
     whole = train(tmp_path, adaptive(every=every), model=make_model(0.1), **settings)
-    for saved_at in (2, 3, 4):
+    for saved_at in saves:
         resumed = train(
             tmp_path / "resumed",
             adaptive(every=every),
@@ -145,10 +154,10 @@ def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, e
 
 def test_the_trainers_own_way_of_restoring_callbacks_works_too(tmp_path):
     settings = {"num_train_epochs": 2, "data": make_data(6), "save_strategy": "steps", "save_steps": 2}
-    whole = train(tmp_path, adaptive(every=3), **settings)
+    whole = train(tmp_path, adaptive(every=3, compiled=False), **settings)
     resumed = train(
         tmp_path,
-        adaptive(every=3),
+        adaptive(every=3, compiled=False),
         resume=str(tmp_path / "checkpoint-2"),
         restore_callback_states_from_checkpoint=True,
         **settings,
@@ -157,13 +166,13 @@ def test_the_trainers_own_way_of_restoring_callbacks_works_too(tmp_path):
 
 
 def test_a_resume_with_another_budget_is_refused(tmp_path):
-    train(tmp_path, adaptive(0.6), max_steps=2, save_strategy="steps", save_steps=2)
+    train(tmp_path, adaptive(0.6, compiled=False), max_steps=2, save_strategy="steps", save_steps=2)
     with pytest.raises(ValueError, match=r"trained with budget_fraction=0.6, this callback has 0.5"):
         train(tmp_path, adaptive(0.5), max_steps=4, resume=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_resume_with_the_state_of_another_model_is_refused(tmp_path):
-    train(tmp_path, adaptive(), max_steps=2, save_strategy="steps", save_steps=2)
+    train(tmp_path, adaptive(compiled=False), max_steps=2, save_strategy="steps", save_steps=2)
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
     saved = state["stateful_callbacks"]["AdaptiveBackpropCallback"]["attributes"]["progress"]
@@ -198,7 +207,7 @@ def test_a_checkpoint_of_a_training_without_the_callback_is_gone_on_from(tmp_pat
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(tmp_path, **settings)
     witness = Witness()
-    train(tmp_path, adaptive(), witness, resume=str(tmp_path / "checkpoint-1"), **settings)
+    train(tmp_path, adaptive(compiled=False), witness, resume=str(tmp_path / "checkpoint-1"), **settings)
     assert len(witness.steps) == 1
 
 
@@ -223,10 +232,10 @@ def test_early_stopping_ends_a_training_like_any_end(tmp_path):
 
 
 def test_a_resume_with_another_torch_says_that_rounding_may_differ(tmp_path, caplog):
-    train(tmp_path, adaptive(), max_steps=4, save_strategy="steps", save_steps=2)
+    train(tmp_path, adaptive(compiled=False), max_steps=4, save_strategy="steps", save_steps=2)
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0.0"'))
-    train(tmp_path, adaptive(), max_steps=4, resume=str(path.parent))
+    train(tmp_path, adaptive(compiled=False), max_steps=4, resume=str(path.parent))
     assert f"resumed with torch {torch.__version__}, saved with 2.0.0" in caplog.text
 
 
@@ -261,10 +270,11 @@ def test_data_of_unknown_length_select_anew_at_every_pass(tmp_path, resume):
             return iter(make_data(8))
 
     settings = {"data": Stream(), "max_steps": 10, "save_strategy": "steps", "save_steps": 2}
-    trainer = train(tmp_path, adaptive(every="epoch"), **settings)
+    trainer = train(tmp_path, adaptive(every="epoch", compiled=False), **settings)
     if resume:  # in the middle of a pass, to whose end the former set is trained
         checkpoint = str(tmp_path / "checkpoint-2")
-        trainer = train(tmp_path / "resumed", adaptive(every="epoch"), resume=checkpoint, **settings)
+        callback = adaptive(every="epoch", compiled=False)
+        trainer = train(tmp_path / "resumed", callback, resume=checkpoint, **settings)
     assert [entry["step"] for entry in logged_sets(trainer)] == [0, 4, 8]
 
 
@@ -397,7 +407,7 @@ def test_a_callback_that_joins_later_is_attached_and_needs_no_search(tmp_path, m
         model=make_model(), args=make_args(tmp_path, max_steps=2), train_dataset=make_data(),
         callbacks=[witness],
     )  # fmt: skip
-    callback = adaptive().attach(trainer)
+    callback = adaptive(compiled=False).attach(trainer)
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
@@ -419,7 +429,7 @@ def test_events_of_something_else_than_a_trainer_are_refused(tmp_path):
 
 
 def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path):
-    witness, callback = Witness(), adaptive(0.6, policy="occasionally_full", every="epoch")
+    witness, callback = Witness(), adaptive(0.6, policy="occasionally_full", every="epoch", compiled=False)
     trainer = train(tmp_path, callback, witness, gradient_accumulation_steps=2)
     assert len(witness.steps) == 6
     assert all(trained == gradients for trained, gradients in witness.steps)
@@ -430,10 +440,11 @@ def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(
 
 def test_a_resume_in_the_middle_of_an_epoch_continues_the_policys_sets_bit_for_bit(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
-    whole = train(tmp_path, adaptive(policy="sampled", every="epoch"), **settings)
+    how = {"policy": "sampled", "every": "epoch", "compiled": False}
+    whole = train(tmp_path, adaptive(**how), **settings)
     resumed = train(
         tmp_path / "resumed",
-        adaptive(policy="sampled", every="epoch"),
+        adaptive(**how),
         resume=str(tmp_path / "checkpoint-5"),
         **settings | {"save_strategy": "no"},
     )

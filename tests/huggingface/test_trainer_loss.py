@@ -6,12 +6,19 @@ from transformers import Trainer, default_data_collator
 
 from gtcompile import PrefixCache, add_labelled_positions, only_labelled_logits
 from gtcompile.huggingface.trainer_loss import TrainerLoss
+from gtcompile.training import adaptive as adaptive_module
+from tests.support.known_costs import capture_costs_once
 from tests.support.trainer import adaptive, losses, make_args, make_data, make_model, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def costs_captured_once(monkeypatch):
+    capture_costs_once(monkeypatch, adaptive_module)
 
 
 def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):
@@ -21,7 +28,7 @@ def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):
         seen.append(num_items_in_batch)
         return 2 * torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
 
-    plain, twice = adaptive(every=9), adaptive(every=9)
+    plain, twice = (adaptive(every=9, compiled=False) for _ in range(2))
     train(tmp_path, plain, max_steps=1, label_smoothing_factor=0.1, optim="sgd")
     train(tmp_path, twice, max_steps=1, trainer_settings={"compute_loss_func": doubled}, optim="sgd")
     assert len(seen) == 3  # two batches measured, one trained

@@ -142,23 +142,24 @@ def lose_a_rank() -> None:
     print("rank 0 is still alive", flush=True)
 
 
-def main(case: str) -> None:
-    """Run one case on every rank."""
-    with gloo_ranks():
-        if case in ("budget", "model", "failure"):
-            check_refusal(case)
-        elif case == "contradiction":
-            check_contradiction()
-        elif case == "death":
-            lose_a_rank()
-        else:
-            compiled, accumulate, views = case.split("-")
-            check_training(
-                compiled=None if compiled == "plain" else compiled,
-                accumulate=int(accumulate),
-                views=views == "views",
-            )
+def run(case: str) -> None:
+    """Run one case on this rank."""
+    if case in ("budget", "model", "failure"):
+        check_refusal(case)
+    elif case == "contradiction":
+        check_contradiction()
+    elif case == "death":
+        lose_a_rank()
+    else:
+        compiled, accumulate, views = case.split("-")
+        check_training(
+            compiled=None if compiled == "plain" else compiled,
+            accumulate=int(accumulate),
+            views=views == "views",
+        )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with gloo_ranks():
+        for case in sys.argv[1:]:
+            run(case)

@@ -282,11 +282,7 @@ CASES = {
 }
 
 
-def main(case: str) -> None:
-    """Run one case on every rank."""
-    with gloo_ranks():
-        CASES.get(case, lambda: check_training(set(case.split("-"))))()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with gloo_ranks():
+        for case in sys.argv[1:]:
+            CASES.get(case, lambda case=case: check_training(set(case.split("-"))))()

@@ -35,6 +35,14 @@ EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 EVERY_VARIANT = pytest.mark.parametrize(
     "way", [*WAYS.values(), *SPECIALIZED_BLOCKS.values()], ids=[*WAYS, *SPECIALIZED_BLOCKS]
 )
+MANY_SETS = pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=pytest.mark.long if "specialized" in name else ())
+        for name, way in (WAYS | SPECIALIZED_BLOCKS).items()
+    ],
+)
+"""For loops over many sets: where each set is compiled, they are long."""
 AS_A_WHOLE = pytest.mark.parametrize("way", [WAYS["specialized"], WAYS["hoisted"]], ids=list(WAYS)[:2])
 
 

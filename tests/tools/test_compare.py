@@ -13,6 +13,8 @@ from gtcompile.tools.compare import command, run
 from gtcompile.tools.compare.report import paired_interval, summarise
 from gtcompile.tools.compare.text_batches import Batches, demo_data, read_scitldr
 from gtcompile.tools.models.loading import load_language_model
+from gtcompile.training import adaptive
+from tests.support.known_costs import capture_costs_once
 
 TINY = [
     "--dataset",
@@ -32,6 +34,11 @@ TINY = [
     "1",
 ]
 TINY += ["--measured", "2", "--selections", "1", "--save-every", "1", "--threads", "1", "--seeds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def costs_captured_once(monkeypatch):
+    capture_costs_once(monkeypatch, adaptive, run)
 
 
 def compare(folder, *more):

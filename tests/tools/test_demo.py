@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gtcompile.tools.models.demo_data import pretraining_corpus, summarisation_examples
-from gtcompile.tools.models.demo_model import build_model, build_tokenizer, load_demo, main, pretrain
+from benchmarks.demo_corpus import pretraining_corpus
+from benchmarks.demo_model import build_model, build_tokenizer, main, pretrain
+from gtcompile.tools.models.demo_data import summarisation_examples
+from gtcompile.tools.models.demo_model import load_demo
 
 SPLITS = ("train", "validation", "test")
 SUMMARY = re.compile(r"(\w+) (\w+) the (\w+) at the (\w+) on (\w+)\.")

@@ -1,6 +1,8 @@
 """`gtcompile inspect` as it is called: what it prints at 100 columns, explains, compares and refuses."""
 
+import functools
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import OPTConfig
 from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
+from gtcompile.tools.inspect import command
 from gtcompile.tools.inspect.text import DottedName, bar, has_segments, percentage
 
 SHAPE = ("--batch-size", 2, "--length", 8)
@@ -31,6 +34,15 @@ def refused(*arguments: object) -> str:
     result = run("inspect", *arguments)
     assert result.exit_code == 2, result.output
     return result.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inspected_once() -> Iterator[None]:
+    """The tests print the inspections of a few models in many ways."""
+    inspect = functools.cache(command.inspect_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "inspect_model", lambda model, options, _: inspect(model, options))
+        yield
 
 
 @pytest.fixture(scope="module")

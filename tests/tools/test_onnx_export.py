@@ -19,11 +19,11 @@ from transformers import (
 
 from gtcompile import CaptureError
 from gtcompile.tools.common.options import BatchShape
-from gtcompile.tools.onnx import command, onnx_graph, training_step
-from gtcompile.tools.onnx.convolution import convolution_gradients
+from gtcompile.tools.onnx import command, onnx_graph
+from gtcompile.tools.onnx.decompositions import WRITTEN_OUT, convolution_gradients
 from gtcompile.tools.onnx.export import export_onnx
+from gtcompile.tools.onnx.optimizer_step import LR, STEP, OptimizerStep, Update
 from gtcompile.tools.onnx.options import ExportOptions
-from gtcompile.tools.onnx.training_step import Update
 from gtcompile.tools.runs.run_record import described_batch
 from tests.support.models import Recipe, make_batch
 
@@ -168,16 +168,16 @@ def test_twenty_steps_of_adamw_in_onnx_runtime_match_torch(tmp_path):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_update_written_out_is_that_of_torch(weight_decay):
-    update = Update(name="adamw", weight_decay=weight_decay)
+    step = OptimizerStep(Update(name="adamw", weight_decay=weight_decay), ["w"])
     weight = torch.nn.Parameter(torch.randn(7, 5))
     ours = weight.detach().clone()
     first, second = torch.zeros_like(ours), torch.zeros_like(ours)
     optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=weight_decay)
     for number in range(1, 21):
         weight.grad = torch.randn(7, 5)
-        scalars = {"optimizer.lr": torch.tensor(1e-2), "optimizer.step": torch.tensor(float(number))}
-        tensors = {"parameter.w": ours, "moment1.w": first, "moment2.w": second}
-        ours, first, second = training_step._adamw(update, ["w"], {"w": weight.grad}, tensors | scalars)
+        inputs = {LR: torch.tensor(1e-2), STEP: torch.tensor(float(number)), "parameter.w": ours}
+        inputs |= {"gradient.w": weight.grad, "moment1.w": first, "moment2.w": second}
+        ours, first, second = step(*(inputs[name] for name in step.input_names))
         optimizer.step()
     torch.testing.assert_close(ours, weight.detach(), rtol=1e-5, atol=1e-6)
 
@@ -199,7 +199,7 @@ def test_a_missing_folder_and_an_unknown_pattern_are_refused(tmp_path):
 
 def test_an_export_that_differs_from_eager_is_not_written(tmp_path, monkeypatch):
     wrong = lambda gradient, value: gradient * 2  # noqa: E731
-    monkeypatch.setitem(training_step.WRITTEN_OUT, torch.ops.aten.silu_backward.default, wrong)
+    monkeypatch.setitem(WRITTEN_OUT, torch.ops.aten.silu_backward.default, wrong)
     path = tmp_path / "step.onnx"
     path.write_text("kept")
     with pytest.raises(CaptureError, match="differs from eager"):

@@ -1,5 +1,7 @@
 """An inspection as the plain, compact values that the HTML report draws."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -9,6 +11,8 @@ from gtcompile.costs.explain import saved_bytes
 from gtcompile.graph.module_paths import block_of
 from gtcompile.tools.inspect.graph_exports import shape_of
 from gtcompile.tools.inspect.inspection import Inspection
+
+Numbers = defaultdict[str, int]
 
 
 def report_data(inspection: Inspection) -> dict[str, Any]:
@@ -20,7 +24,7 @@ def report_data(inspection: Inspection) -> dict[str, Any]:
     """
     parameters = inspection.costs.parameters
     own, number = inspection.own_flops(), {p.fqn: i for i, p in enumerate(parameters)}
-    operators, modules, blocks = Numbering(), Numbering(), Numbering()
+    operators, modules, blocks = _numbering(), _numbering(), _numbering()
     rows = inspection.rows()
     return {
         "model": inspection.model,
@@ -42,34 +46,24 @@ def report_data(inspection: Inspection) -> dict[str, Any]:
         ],
         "plans": _plans(inspection, number),
         "nodes": _nodes(inspection, number, operators, modules, blocks),
-        "operators": operators.names,
-        "modules": modules.names,
-        "blocks": blocks.names,
+        "operators": list(operators),
+        "modules": list(modules),
+        "blocks": list(blocks),
         "run": _run(inspection),
     }
 
 
-class Numbering:
-    """Numbers names in the order of their first use."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def __getitem__(self, name: str) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
-
-    @property
-    def names(self) -> list[str]:
-        """The names in the order of their numbers."""
-        return list(self._numbers)
+def _numbering() -> Numbers:
+    """Number names in the order of their first use."""
+    return defaultdict(itertools.count().__next__)
 
 
 def _nodes(
     inspection: Inspection,
     number: Mapping[str, int],
-    operators: Numbering,
-    modules: Numbering,
-    blocks: Numbering,
+    operators: Numbers,
+    modules: Numbers,
+    blocks: Numbers,
 ) -> list[list[Any]]:
     joint = inspection.joint
     known = dependencies(joint).nodes

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions
+from rich.filesize import decimal
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -120,7 +121,7 @@ def _costs(inspection: Inspection) -> Table:
         ("budget", "budget_flops"),
         ("this plan", "step_flops"),
     ):
-        held = size(saved[name]) if name in saved else ""
+        held = decimal(saved[name]) if name in saved else ""
         table.add_row(name, f"{totals[key]:.4g}", f"{totals[key] / full:.1%}", held)
     return table
 
@@ -196,16 +197,6 @@ def _parameters(rows: Sequence[dict[str, Any]], of: int, order: str, *, shapes: 
     return table
 
 
-def size(count: int) -> str:
-    """Bytes with a unit."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
-
-
 def trained_set(inspection: Inspection, text: str) -> frozenset[str]:
     """Read a trained set from the command line.
 
@@ -278,7 +269,7 @@ def difference_lines(difference: Difference, before: str, after: str) -> list[st
         f"  in: {some(d.entered, most=LISTED) or 'none'}",
         f"  out: {some(d.left, most=LISTED) or 'none'}",
         f"  FLOPs a step: +{d.gained_flops:.4g} -{d.lost_flops:.4g}",
-        f"  saved for backward: +{size(d.gained_bytes)} -{size(d.lost_bytes)}",
+        f"  saved for backward: +{decimal(d.gained_bytes)} -{decimal(d.lost_bytes)}",
         f"  nodes that appeared: {some(d.appeared, most=LISTED) or 'none'}",
         f"  nodes that went: {some(d.gone, most=LISTED) or 'none'}",
     ]

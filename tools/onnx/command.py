@@ -12,8 +12,8 @@ from gtcompile.tools.models.factories import call_factory, is_factory, language_
 from gtcompile.tools.models.loading import load_model
 from gtcompile.tools.models.random_batch import check_length, random_batch
 from gtcompile.tools.onnx.export import Batch, Export, export_onnx
+from gtcompile.tools.onnx.optimizer_step import Update
 from gtcompile.tools.onnx.options import ExportOptions
-from gtcompile.tools.onnx.training_step import Update
 from gtcompile.tools.runs.run_record import RunRecord, read_run
 
 

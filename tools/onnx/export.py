@@ -26,8 +26,9 @@ from gtcompile.tools.onnx.check import (
     require,
     runtime_installed,
 )
-from gtcompile.tools.onnx.onnx_graph import lower, size_of, write
-from gtcompile.tools.onnx.training_step import TrainingStep, Update
+from gtcompile.tools.onnx.onnx_graph import append, lower, size_of, write
+from gtcompile.tools.onnx.optimizer_step import OptimizerStep, Update
+from gtcompile.tools.onnx.training_step import TrainingStep
 from gtcompile.torch_internals import mark_dynamic
 
 Batch = Mapping[str, torch.Tensor]
@@ -97,7 +98,7 @@ def export_onnx(
     _check_arguments(model, batch, path)
     with exportable(model):
         joint = _trained_joint(model, batch, trained, dynamic=dynamic)
-        step = TrainingStep(joint, model, list(batch), None)
+        step = TrainingStep(joint, model, list(batch))
         agreement = None
         proto = _lowered(step, model, batch, dynamic=dynamic)
         if runtime_installed():
@@ -105,8 +106,8 @@ def export_onnx(
             cause = ONE_BRANCH if joint.follows_values else SHAPES
             agreement = require(compare(Session(proto), model, another, step.trained), cause)
         if update is not None:
-            step = TrainingStep(joint, model, list(batch), update)
-            proto = _lowered(step, model, batch, dynamic=dynamic)
+            following = OptimizerStep(update, step.trained)
+            proto = append(proto, lower(following, following.examples(dict(model.named_parameters()))))
     if joint.follows_values:
         proto.doc_string = ONE_BRANCH
     size = size_of(proto)  # before its constants go to a separate file
@@ -181,10 +182,7 @@ def _lowered(step: TrainingStep, model: nn.Module, batch: Batch, *, dynamic: boo
         kind, _, rest = name.partition(".")
         if kind == "batch":
             examples.append(batch[rest].clone())  # one tensor under two names would become one input
-            auto = dict.fromkeys(range(_changing(batch[rest])), torch.export.Dim.AUTO)
-            shapes[name] = auto
-        elif kind == "optimizer":
-            examples.append(torch.tensor(1.0))
+            shapes[name] = dict.fromkeys(range(_changing(batch[rest])), torch.export.Dim.AUTO)
         else:
             examples.append(parameters[rest].detach())
     return lower(step, examples, shapes if dynamic else None)

@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from gtcompile.errors import CaptureError
+from gtcompile.tools.onnx.optimizer_step import OptimizerStep
 from gtcompile.tools.onnx.training_step import TrainingStep
 from gtcompile.torch_internals import get_decompositions
 
@@ -57,7 +58,7 @@ NO_LOWERING = re.compile(r"No ONNX function found for <?(?:OpOverload\(op='([^']
 
 
 def lower(
-    step: TrainingStep,
+    step: TrainingStep | OptimizerStep,
     tensors: Sequence[torch.Tensor],
     dynamic: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> onnx.ModelProto:
@@ -130,7 +131,27 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def _checked(proto: onnx.ModelProto, step: TrainingStep) -> onnx.ModelProto:
+def append(step: onnx.ModelProto, update: onnx.ModelProto) -> onnx.ModelProto:
+    """Let an update follow a training step: it reads the gradients, which are outputs no more.
+
+    Args:
+        step: outputs `loss` and `gradient.FQN`; changed in place.
+        update: reads gradients, parameters and inputs of its own.
+
+    Raises:
+        CaptureError: the model is not valid.
+    """
+    added = onnx.compose.add_prefix(update, "update.", rename_inputs=False, rename_outputs=False).graph
+    present = {value.name for value in (*step.graph.input, *step.graph.output)}
+    step.graph.input.extend(value for value in added.input if value.name not in present)
+    step.graph.node.extend(added.node)
+    step.graph.initializer.extend(added.initializer)
+    del step.graph.output[1:]
+    step.graph.output.extend(added.output)
+    return step if is_large(step) else _inferred(step)
+
+
+def _checked(proto: onnx.ModelProto, step: TrainingStep | OptimizerStep) -> onnx.ModelProto:
     """Check the operators and names of an exported model, and infer its shapes."""
     domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if domains or proto.functions:

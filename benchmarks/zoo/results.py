@@ -1,13 +1,13 @@
-"""Check the backend on many architectures and write a table: `python -m benchmarks.zoo`.
+"""Check the backend on many architectures: `python -m benchmarks.zoo`.
 
-Each model is checked in its own process. The table is written after each model, and models that it already
-holds are not checked again, so an interrupted run can be continued.
+Each model is checked in its own process. Results are written after each model, and models that the file
+already holds are not checked again, so an interrupted run can be continued.
 """
 
 import dataclasses
+import json
 import multiprocessing
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
@@ -18,13 +18,10 @@ from rich.progress import track
 
 from benchmarks.zoo.check import MODES, Checked, check_named
 from benchmarks.zoo.models import ARCHITECTURES, read_architectures
-from gtcompile.tools.common.files import write_text
+from gtcompile.tools.common.files import write_lines
 
 TIME_LIMIT = 600.0
 """Seconds for one model."""
-HEADER = "| model | family | mode | regions | parameters | sets | gradients | FLOPs | s | |"
-REMARK = re.compile(r"(right|-|\*\*WRONG\*\*)(?: \(in double precision (\S+)\))? *(.*)")
-"""The last cell of a row."""
 
 
 def check_in_process(path: Path, name: str, family: str, mode: str) -> Checked:
@@ -52,54 +49,21 @@ def _send(pipe: Connection, path: Path, name: str, mode: str) -> None:
     pipe.send(check_named(path, name, mode))
 
 
-def table(results: Iterable[Checked]) -> str:
-    """A Markdown table, one row per model and mode."""
-    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|"]
-    for r in sorted(results, key=lambda r: (list(MODES).index(r.mode), r.name)):
-        right = "right" if r.right else "-" if r.skipped else "**WRONG**"
-        flops = "" if r.flops_difference is None else str(r.flops_difference)
-        gradients = f"{r.gradient_difference:.1e}" if r.sets else ""
-        cells = (r.name, r.family, r.mode, r.regions, r.parameters, r.sets, gradients, flops, r.seconds)
-        settled = "" if r.double_difference is None else f"(in double precision {r.double_difference:.1e})"
-        remark = " ".join(filter(None, (right, settled, r.failure.replace("|", "/").strip())))
-        lines.append(f"| {' | '.join(map(str, cells))} | {remark} |")
-    return "\n".join(lines) + "\n"
+def read_results(path: Path) -> list[Checked]:
+    """Read the results that a file holds; none if there is no file."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [Checked(**json.loads(line)) for line in lines]
 
 
-def read_table(text: str) -> list[Checked]:
-    """Read the rows of a table, to the digits that they have."""
-    _, _, rows = text.partition(HEADER)
-    return [_read_row(row) for row in rows.splitlines()[2:]]
-
-
-def _read_row(row: str) -> Checked:
-    *cells, remark = (cell.strip() for cell in row.strip().removeprefix("|").removesuffix("|").split(" | "))
-    name, family, mode, regions, parameters, sets, gradients, flops, seconds = cells
-    match = REMARK.fullmatch(remark)
-    assert match, row
-    _, double, failure = match.groups()
-    return Checked(
-        name=name,
-        family=family,
-        mode=mode,
-        regions=int(regions),
-        parameters=int(parameters),
-        sets=int(sets),
-        gradient_difference=float(gradients or 0),
-        double_difference=float(double) if double else None,
-        flops_difference=int(flops) if flops else None,
-        seconds=float(seconds),
-        failure=failure,
-    )
-
-
-def with_table(text: str, results: Sequence[Checked]) -> str:
-    """Replace the table in a file; the text above it stays, except for the lines of the summary."""
-    heading, _, _ = text.partition(HEADER)
-    for line in summary(results):
-        mode = line.partition(":")[0]
-        heading = re.sub(rf"^\* {mode}: .*$", f"* {line}", heading, flags=re.MULTILINE)
-    return heading + table(results)
+def write_results(path: Path, results: Sequence[Checked]) -> None:
+    """Write one JSON object a line, by mode and name; values that are the default are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Checked)}
+    ordered = sorted(results, key=lambda result: (list(MODES).index(result.mode), result.name))
+    rows = [
+        {name: value for name, value in dataclasses.asdict(result).items() if value != defaults[name]}
+        for result in ordered
+    ]
+    write_lines(path, rows)
 
 
 def summary(results: Sequence[Checked]) -> list[str]:
@@ -123,7 +87,7 @@ def main(
     models: Annotated[list[str] | None, typer.Option(help="model classes; all by default")] = None,
     modes: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MODES)}")] = None,
     architectures: Annotated[Path, typer.Option(help="file of configuration values")] = ARCHITECTURES,
-    output: Annotated[Path, typer.Option(help="the table; an existing one is continued")] = Path("zoo.md"),
+    output: Annotated[Path, typer.Option(help="results; an existing file is continued")] = Path("zoo.jsonl"),
 ) -> None:
     """Check the backend on many architectures."""
     known = read_architectures(architectures)
@@ -131,15 +95,14 @@ def main(
     for name in [*chosen, *(modes or [])]:
         if name not in known and name not in MODES:
             raise typer.BadParameter(f"{name!r} is neither a model of {architectures} nor a mode")
-    text = output.read_text() if output.exists() else ""
-    results = read_table(text)
+    results = read_results(output)
     done = {(r.name, r.mode) for r in results}
     wanted = [(m, n) for m in modes or ["whole-eager", "blocks-eager"] for n in chosen if (n, m) not in done]
     console = Console()
     for mode, name in track(wanted, description="checking", console=console):
         result = check_in_process(architectures, name, known[name].family, mode)
         results.append(result)
-        write_text(output, with_table(text, results))
+        write_results(output, results)
         if not (result.right or result.skipped) or result.flops_difference:
             console.print(f"{name} {mode}: {result}", highlight=False)
     console.print(*summary(results), sep="\n", highlight=False)

@@ -1,11 +1,13 @@
-"""Gradients of a convolution, written as convolutions, which every runtime has."""
+"""Operators that torch's exporter cannot lower to ONNX, written as operators that every runtime has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from gtcompile.errors import CaptureError
 
+aten = torch.ops.aten
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -78,7 +80,7 @@ def _of_input(
         0 if step == 1 else value.shape[2 + d] - ((gradient.shape[2 + d] - 1) * step - 2 * pad + reach + 1)
         for d, (step, pad, reach) in enumerate(zip(stride, padding, _reaches(weight, dilation), strict=True))
     ]
-    found: torch.Tensor = torch.ops.aten.convolution(
+    found: torch.Tensor = aten.convolution(
         gradient, weight, None, stride, padding, dilation, True, left, groups
     )
     return found
@@ -103,9 +105,32 @@ def _of_weight(
     by_group = value.reshape(rows, groups, channels // groups, *value.shape[2:])
     images = by_group.permute(2, 1, 0, *places).reshape(channels // groups, groups * rows, *value.shape[2:])
     zeros = [0] * len(places)
-    found: torch.Tensor = torch.ops.aten.convolution(
+    found: torch.Tensor = aten.convolution(
         images, gradient.transpose(0, 1), None, dilation, padding, stride, False, zeros, groups
     )
     for d in range(2, weight.dim()):
         found = found.narrow(d, 0, weight.shape[d])  # drop what the stride did not read
     return found.transpose(0, 1)
+
+
+def _silu_backward(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    sigmoid = torch.sigmoid(value)
+    return gradient * sigmoid * (1 + value * (1 - sigmoid))
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return source.to(target.dtype).expand(target.shape).clone()
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_gradients,
+    aten.silu_backward.default: _silu_backward,
+    aten.copy.default: _copy,
+    aten.fill.Tensor: _copy,
+}
+"""From an operator to a function that computes the same.
+
+`convolution_backward` has neither a lowering nor a decomposition in torch. `silu_backward` has no lowering,
+and an export does not decompose it. A copy or a fill that broadcasts is lowered to a cast, which does not
+broadcast.
+"""
