@@ -1,8 +1,8 @@
 """The time to compile a model's blocks, with an empty cache on disk and with a full one."""
 
 import contextlib
+import dataclasses
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +11,9 @@ from benchmarks.gpu.candidates import COMPILED, MAKERS
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import SHORT, Setting
 from benchmarks.gpu.sheet import Sheet
-from gtcompile.tools.bench.baselines import compilations
-from gtcompile.tools.bench.measurement import seconds
+from benchmarks.switching import time_compilation
 
 COLD, WARM = "empty cache", "full cache"
-ORDINARY_STEPS = 3
 
 
 def units(setting: Setting) -> list[str]:
@@ -35,11 +33,8 @@ def measure(setting: Setting, unit: str, deadline: float) -> Iterator[dict[str, 
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         workload = setting.block(SHORT) if cache == COLD else setting.workload(SHORT)
-        candidate, before = MAKERS[way](workload), compilations()
-        first = seconds(candidate.step, workload.device)
-        done = compilations() - before
-        later = statistics.median(seconds(candidate.step, workload.device) for _ in range(ORDINARY_STEPS))
-        yield {"seconds": first - later, "captures": done.captures, "compiled": done.compiled}
+        found = time_compilation(MAKERS[way], workload)
+        yield {"seconds": found.seconds, **dataclasses.asdict(found.done)}
 
 
 def sheet(saved: Saved) -> Sheet:

@@ -1,6 +1,5 @@
 """Bytes saved for backward, predicted and measured, and bytes of optimizer state."""
 
-import gc
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ from benchmarks.gpu.candidates import EAGER, MAKERS, OURS
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import SHORT, Setting
 from benchmarks.gpu.sheet import Sheet, against
+from benchmarks.measurement import release_memory
 from benchmarks.steady_state import step_memory
 from gtcompile import train_only
 from gtcompile.state.optimizer_state import FrozenState
@@ -58,7 +58,7 @@ def _state(setting: Setting, kept: str) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    gc.collect()
+    release_memory(workload.device)
     state = FrozenState(optimizer, kept)  # type: ignore[arg-type]
     train_only(model, setting.selections(SHORT)[BUDGET].trained)
     to_host = seconds(state.apply, workload.device)

@@ -9,9 +9,8 @@ from benchmarks.gpu.candidates import COMPILED, GENERATED, MAKERS, ways_of
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import BUDGETS, Setting
 from benchmarks.gpu.sheet import Sheet
-from benchmarks.paper.models import build_on_meta
+from benchmarks.steady_state import joint_of
 from gtcompile import BackwardCosts, BudgetError, select_parameters
-from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.costs.explain import saved_bytes
 from gtcompile.selection.selection import Selection
@@ -41,7 +40,7 @@ def _plan(setting: Setting, name: str) -> dict[str, Any]:
     """Select for every budget on the joint graph of the device, which needs no weights."""
     workload = setting.workload(name)
     start = time.perf_counter()
-    joint = capture(build_on_meta(workload.config()), workload.batch())
+    joint = joint_of(workload)
     costs = costs_of(joint)
     captured = time.perf_counter()
     selections = _select(costs)

@@ -1,6 +1,5 @@
 """Ordinary steps of every way at several budgets: time, host time, memory."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from benchmarks.gpu.candidates import (
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import BELOW_ONE_BILLION, Setting
 from benchmarks.gpu.sheet import Sheet, against
+from benchmarks.measurement import release_memory
 from gtcompile.graph.flops import count_flops
 from gtcompile.tools.bench.measurement import Spread, ratios, spread, wait_for
 from gtcompile.tools.bench.steady_state import SteadyState, Trial
@@ -86,9 +86,7 @@ def _prepare(steady: SteadyState, trial: Trial, full_flops: int, device: torch.d
     except torch.OutOfMemoryError:
         candidate.model.zero_grad()
         row["failure"] = "out of memory"
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     return row
 
 
