@@ -95,7 +95,9 @@ class HoistedVariants:
         outputs = self._code(*inputs)
         node = region_node(outputs, before)
         if node is not None:
-            own = (i for i, out in enumerate(outputs) if isinstance(out, torch.Tensor) and out.grad_fn is node)
+            own = (
+                i for i, out in enumerate(outputs) if isinstance(out, torch.Tensor) and out.grad_fn is node
+            )
             self._computed = next(own, None)
         return node, outputs
 
@@ -128,7 +130,6 @@ class HoistedVariants:
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
         """Wrap the compiled forward so that it frees the saved values that the backward will not read."""
-
         nothing: dict[int, torch.Tensor] = {}  # by position of a saved value, what is saved in its place
 
         def forward(inputs: list[Any]) -> Sequence[Any]:
