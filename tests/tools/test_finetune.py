@@ -339,7 +339,7 @@ def test_products_that_cannot_be_counted_are_named_as_the_reason(
     monkeypatch.setattr("gtcompile.tools.common.flop_meter.count_step_flops", lambda *_: 1)
     with (
         torch._inductor.config.patch(max_autotune=True),
-        pytest.raises(GTCompileError, match="only 1 were counted.*switch off max_autotune"),
+        pytest.raises(GTCompileError, match=r"only 1 were counted.*switch off max_autotune"),
     ):
         finetune(replace(settings, method="full"), tmp_path / "run", reporter())
 
