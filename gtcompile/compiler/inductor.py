@@ -94,8 +94,8 @@ class InductorParts:
     resume: Callable[[], contextlib.AbstractContextManager[None]]
     """Restores the state of the region's compilation."""
     variables: contextvars.Context = field(default_factory=contextvars.copy_context)
-    """Context variables of the region's compilation: torch keeps the user's settings in them. Every thread has
-    its own, and on a GPU the backward runs in another thread."""
+    """Context variables of the region's compilation: torch keeps the user's settings in them. Every thread
+    has its own, and on a GPU the backward runs in another thread."""
 
     def compile(self, part: Part) -> Boxed:
         """Compile a part to a function of the inputs that it reads, or take it from Inductor's disk cache."""

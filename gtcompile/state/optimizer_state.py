@@ -18,8 +18,8 @@ from gtcompile.state.shadow_optimizer import ShadowOptimizer, innermost
 
 Setting = Literal["keep", "cpu", "drop"]
 """Handling of a frozen parameter's optimizer state. "keep": unchanged. "cpu": moved to host memory while
-frozen, bit for bit; from a GPU to pinned memory. "drop": deleted; training the parameter again starts with new
-state."""
+frozen, bit for bit; from a GPU to pinned memory. "drop": deleted; training the parameter again starts
+with new state."""
 
 
 class FrozenState:
