@@ -1,7 +1,6 @@
 """The benchmark for a GPU at the smallest sizes on a CPU: it keeps what it has, and continues."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,38 +11,20 @@ import pytest
 import typer
 
 from benchmarks.gpu import account, energy, steps, tables
-from benchmarks.gpu.command import main
+from benchmarks.gpu.command import PRELOAD, main
 from benchmarks.gpu.kernels import kind_of
 from benchmarks.gpu.setting import SHORT
 from benchmarks.gpu.stages import STAGES, with_needs
 from benchmarks.processes import Ended, Job, Result, run_jobs
+from tests.support.jobs import count_up, die, fail, loop
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output"]
 
 
-def count_up(last: int, _deadline: float):
-    yield from range(last)
-
-
-def fail(_deadline: float):
-    yield "a part"
-    raise RuntimeError("it broke")
-
-
-def die(_deadline: float):
-    os._exit(3)
-    yield
-
-
-def loop(_deadline: float):
-    yield "a part"
-    time.sleep(600)
-
-
 def test_jobs_say_what_they_found_and_how_they_ended():
     jobs = [Job("count", count_up, (2,)), Job("fail", fail, ()), Job("die", die, ())]
-    assert list(run_jobs(jobs, limit_s=60)) == [
+    assert list(run_jobs(jobs, limit_s=120, preload=PRELOAD)) == [
         Result("count", 0),
         Result("count", 1),
         Ended("count", ""),
@@ -56,12 +37,12 @@ def test_jobs_say_what_they_found_and_how_they_ended():
 def test_jobs_that_do_not_end_are_stopped_and_the_others_not_started():
     jobs = [Job("loop", loop, ()), Job("count", count_up, (2,))]
     start = time.monotonic()
-    assert list(run_jobs(jobs, limit_s=5)) == [
-        Result("loop", "a part"),
+    messages = run_jobs(jobs, limit_s=4, preload=PRELOAD)
+    assert [message for message in messages if isinstance(message, Ended)] == [
         Ended("loop", "stopped: out of time"),
         Ended("count", "not started: out of time"),
     ]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
 
 
 def test_a_stage_brings_those_that_it_reads():
@@ -72,23 +53,25 @@ def test_a_stage_brings_those_that_it_reads():
 
 
 def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, capsys):
-    main(tmp_path, only=["energy"], tiny=True, commit="abc")
-    plans = json.loads((tmp_path / "plans.json").read_text())
-    assert plans["header"]["commit"] == "abc"
-    assert set(plans["finished"]) == set(plans["results"])
-    assert not plans["failures"]
+    main(tmp_path, only=["correctness"], tiny=True, commit="abc")
+    path = tmp_path / "correctness.json"
+    saved = json.loads(path.read_text())
+    assert saved["header"]["commit"] == "abc"
+    assert set(saved["finished"]) == set(saved["results"])
+    assert not saved["failures"]
     # a unit that was lost is measured again, and nothing else is
-    lost = plans["finished"].pop(0)
-    kept = plans["results"] | {lost: "lost"}
-    (tmp_path / "plans.json").write_text(json.dumps(plans | {"results": kept}))
+    lost, *_ = (unit for unit in saved["finished"] if unit.endswith("float32"))
+    changed = {unit: {**result, "failure": "as it was"} for unit, result in saved["results"].items()}
+    finished = [unit for unit in saved["finished"] if unit != lost]
+    path.write_text(json.dumps(saved | {"results": changed, "finished": finished}))
     capsys.readouterr()
-    main(tmp_path, only=["energy"], tiny=True, commit="abc")
-    again = json.loads((tmp_path / "plans.json").read_text())
-    assert {unit for unit in kept if again["results"][unit] != kept[unit]} == {lost}
-    assert "energy: 1 to measure" not in capsys.readouterr().out
-    assert "TFLOP a full step" in tables.markdown(tmp_path)
+    main(tmp_path, only=["correctness"], tiny=True, commit="abc")
+    assert "correctness: 1 to measure" in capsys.readouterr().out
+    again = json.loads(path.read_text())["results"]
+    assert {unit for unit in again if again[unit] != changed[unit]} == {lost}
+    assert f"| {lost} | 3 | 0.0e+00 |  | 0 | right |" in tables.markdown(tmp_path)
     with pytest.raises(typer.BadParameter, match="choose another folder"):
-        main(tmp_path, only=["energy"], tiny=True, commit="def")
+        main(tmp_path, only=["correctness"], tiny=True, commit="def")
 
 
 @pytest.mark.long
@@ -109,18 +92,18 @@ def test_a_whole_run_at_the_smallest_sizes(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_killed_loses_nothing_and_leaves_no_process(tmp_path, how):
-    process = subprocess.Popen([*COMMAND, str(tmp_path), "--only", "new_sets"], cwd=ROOT, text=True)
-    plans = tmp_path / "plans.json"
-    while process.poll() is None and (not plans.exists() or not json.loads(plans.read_text())["finished"]):
+    process = subprocess.Popen([*COMMAND, str(tmp_path), "--only", "correctness"], cwd=ROOT, text=True)
+    path = tmp_path / "correctness.json"
+    while process.poll() is None and (not path.exists() or not json.loads(path.read_text())["finished"]):
         time.sleep(0.1)
     process.send_signal(how)
     assert process.wait(30) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    before = json.loads(plans.read_text())
+    before = json.loads(path.read_text())
     assert before["finished"]
     time.sleep(2)
     assert str(tmp_path) not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
-    assert subprocess.run([*COMMAND, str(tmp_path), "--only", "new_sets"], cwd=ROOT).returncode == 0
-    after = json.loads(plans.read_text())
+    assert subprocess.run([*COMMAND, str(tmp_path), "--only", "correctness"], cwd=ROOT).returncode == 0
+    after = json.loads(path.read_text())
     assert after["results"].items() >= {u: before["results"][u] for u in before["finished"]}.items()
 
 

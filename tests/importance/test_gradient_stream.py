@@ -45,7 +45,7 @@ def test_no_more_gradients_are_alive_than_one_operator_makes():
 
 def collect(module, batch):
     found = {}
-    stream_of(module).run(batch, lambda fqn, parameter, gradient: found.update({fqn: gradient}))
+    stream_of(module).run(batch, lambda fqn, _, gradient, __: found.update({fqn: gradient}))
     return found
 
 
