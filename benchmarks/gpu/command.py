@@ -15,6 +15,8 @@ from benchmarks.gpu.stages import STAGES, Stage, measure_unit, with_needs
 from benchmarks.processes import Job, Result, run_jobs
 
 PRELOAD = ("benchmarks.gpu.stages",)
+WIDTH = 180
+"""Columns of a file or pipe, so that tables are whole."""
 STARTING_S = 300.0
 """Most seconds in which a process must have imported everything and found the device."""
 
@@ -45,9 +47,11 @@ def main(
         data_dir=data_dir,
     )
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     console.print("starting")
     header = _header(setting, commit)
-    console.print(header)
+    console.print(str(header))
     if header.commit == UNKNOWN:
         console.print("there is no git here: --commit records which commit is measured")
     names = with_needs(only or list(STAGES))

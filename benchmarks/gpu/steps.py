@@ -39,7 +39,7 @@ Measured = dict[str, Any]
 
 
 def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
-    """Measure one workload; yields everything so far after each round.
+    """Measure one workload; yields everything so far after each way has compiled, and after each round.
 
     Args:
         setting: of the run.
@@ -51,12 +51,13 @@ def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
     steady = SteadyState(candidates, setting.selections(name), full_only=FULL_ONLY)
     plan = setting.plan(name)
     found: Measured = {"tokens": workload.rows * workload.length, "full_flops": plan["full_flops"]}
-    found["trials"] = [
-        _prepare(steady, trial, plan["full_flops"], workload.device) for trial in steady.trials
-    ]
-    trials = [
-        (trial, row) for trial, row in zip(steady.trials, found["trials"], strict=True) if not row["failure"]
-    ]
+    found["trials"], trials = [], []
+    for trial in steady.trials:
+        row = _prepare(steady, trial, plan["full_flops"], workload.device)
+        found["trials"].append(row)
+        if not row["failure"]:
+            trials.append((trial, row))
+        yield found
     fewest, most = ROUNDS
     for done in range(most):
         started = time.monotonic()
