@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from torch import fx
 
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, run_part
-from gtcompile.compiler.operator_program import Boxed, OperatorProgram, Values
+from gtcompile.compiler.operator_program import FUNCTIONS, Boxed, OperatorProgram, Values
 from gtcompile.compiler.partitioning import Partition, Slots
 from gtcompile.compiler.region_graph import Live, input_name, pick
 from gtcompile.passes.hoisting import (
@@ -41,17 +40,6 @@ from gtcompile.passes.output_masks import narrow_output_masks
 from gtcompile.passes.split_convolutions import split_convolutions
 from gtcompile.torch_internals import INDUCTOR_RANDOM
 
-aten = torch.ops.aten
-FUNCTIONS: Mapping[object, Callable[..., Any]] = {
-    aten.mm.default: torch.mm,
-    aten.bmm.default: torch.bmm,
-    aten.permute.default: torch.permute,
-    aten.t.default: torch.t,
-    aten.transpose.int: torch.transpose,
-    aten.reshape.default: torch.reshape,
-    aten.sum.dim_IntList: torch.sum,
-}
-"""torch's functions for operators of leaves. They do the same, and parse their arguments in less time."""
 PLANS_KEPT = 256
 """Plans a region keeps; the least recently used is dropped. Making one again takes microseconds, or finds its
 code in Inductor's cache."""
