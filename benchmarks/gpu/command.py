@@ -1,10 +1,12 @@
 """Run the stages, keep every result the moment it exists, and continue where an earlier call ended."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import typer
 from rich.console import Console
@@ -15,6 +17,9 @@ from benchmarks.gpu.stages import STAGES, Stage, measure_unit, with_needs
 from benchmarks.processes import Job, Result, run_jobs
 
 PRELOAD = ("benchmarks.gpu.stages",)
+WITHOUT_CUDA = {"TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""The process that imports everything, and of which all others are copies, must not ask the CUDA runtime
+whether there is a device: then no copy could use one. Inductor asks when it is imported, for this benchmarker."""
 WIDTH = 180
 """Columns of a file or pipe, so that tables are whole."""
 STARTING_S = 300.0
@@ -50,7 +55,8 @@ def main(
     if not console.is_terminal:
         console.width = WIDTH
     console.print("starting")
-    header = _header(setting, commit)
+    with mock.patch.dict(os.environ, WITHOUT_CUDA):
+        header = _header(setting, commit)
     console.print(str(header))
     if header.commit == UNKNOWN:
         console.print("there is no git here: --commit records which commit is measured")
