@@ -19,7 +19,8 @@ from benchmarks.processes import Job, Result, run_jobs
 PRELOAD = ("benchmarks.gpu.stages",)
 WITHOUT_CUDA = {"TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """The process that imports everything, and of which all others are copies, must not ask the CUDA runtime
-whether there is a device: then no copy could use one. Inductor asks when it is imported, for this benchmarker."""
+whether there is a device: then no copy could use one. Inductor asks while it is imported, for this
+benchmarker."""
 WIDTH = 180
 """Columns of a file or pipe, so that tables are whole."""
 STARTING_S = 300.0
