@@ -1,6 +1,7 @@
 """Measurements that only the benchmarks need: duels, intervals, fresh processes and targets."""
 
 import ctypes
+import gc
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable
@@ -67,6 +68,13 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
         library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what nothing refers to any more, and give a GPU's memory back to other processes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:

@@ -52,9 +52,8 @@ def duels(steady: SteadyState) -> list[Duel]:
 
 
 def joint_of(workload: Workload) -> JointGraph:
-    """The joint graph of a workload, captured without weights."""
-    batch = {name: torch.zeros_like(value, device="cpu") for name, value in workload.batch().items()}
-    return capture(build_on_meta(workload.config()), batch)
+    """The joint graph of a workload on its device, captured without weights."""
+    return capture(build_on_meta(workload.config()), workload.batch())
 
 
 def set_up(workload: Workload, budgets: Sequence[float], seed: int) -> SteadyState:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.dispatch_overhead import Dispatch, measure_dispatch
-from benchmarks.measurement import in_fresh_process, keep_memory, verdict
+from benchmarks.measurement import in_fresh_process, keep_memory, release_memory, verdict
 from benchmarks.paper.models import build_on_meta
 from benchmarks.steady_state import (
     measure_memory,
@@ -204,7 +204,7 @@ def switching_verdicts(results: Sequence[Switching]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """Compiling a model's blocks from nothing."""
+    """Compiling a model's blocks."""
 
     depth: int
     """Blocks."""
@@ -213,15 +213,20 @@ class Compiled:
     done: Compilations
 
 
+def time_compilation(make: Callable[[Workload], Candidate], workload: Workload) -> Compiled:
+    """Time the first step of a fresh candidate against later ones."""
+    candidate, before = make(workload), compilations()
+    first = seconds(candidate.step, workload.device)
+    done = compilations() - before
+    later = statistics.median(seconds(candidate.step, workload.device) for _ in range(ORDINARY_STEPS))
+    return Compiled(depth=workload.layers, seconds=first - later, done=done)
+
+
 def measure_compilation(workload: Workload) -> Compiled:
     """Time the first step of a model with hoisted blocks, with no cache on disk."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        candidate, before = hoisted_blocks(workload), compilations()
-        first = seconds(candidate.step, workload.device)
-        done = compilations() - before
-        later = statistics.median(seconds(candidate.step, workload.device) for _ in range(ORDINARY_STEPS))
-    return Compiled(depth=workload.layers, seconds=first - later, done=done)
+        return time_compilation(hoisted_blocks, workload)
 
 
 def compare_depths(workload: Workload, depths: Sequence[int]) -> list[Compiled]:
@@ -358,6 +363,7 @@ def main(
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # earlier runs must not help
         for part in parts:
+            release_memory(chosen.device)  # a part may start processes that need the memory of the one before
             table, lines = run_part(part, chosen, effort)
             console.print(table)
             console.print(*lines, sep="\n", highlight=False)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from gtcompile import compile_blocks, train_only
 from gtcompile.compiler.blocks import find_blocks
@@ -42,6 +49,29 @@ def llama_shape(layers: int, hidden: int, vocabulary: int, length: int) -> Llama
         num_attention_heads=heads,
         num_key_value_heads=max(heads // 4, 1),
         max_position_embeddings=length,
+    )
+
+
+def wide_llama_shape(layers: int, hidden: int, vocabulary: int, length: int) -> LlamaConfig:
+    """Llama's shape as its models of a billion parameters have it: 4 x hidden inside, a tied head."""
+    config = llama_shape(layers, hidden, vocabulary, length)
+    config.intermediate_size, config.tie_word_embeddings = 4 * hidden, True
+    return config
+
+
+def qwen3_shape(layers: int, hidden: int, vocabulary: int, length: int) -> Qwen3Config:
+    """A decoder of Qwen3's shape: a gated 3 x hidden inside, heads of 128 with norms, a tied head."""
+    heads = max(hidden // 64, 2)
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=128,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
     )
 
 

@@ -102,6 +102,12 @@ class HoistedBackward:
         return sum(len(leaf.handed_on) for leaf in self.leaves)
 
     @property
+    def computed(self) -> int:
+        """Number of computed values: those of the chain, then those of the leaves."""
+        outputs: Any = self.chain.module.graph.output_node().args[0]
+        return len(outputs) + self.handed_on
+
+    @property
     def modules(self) -> tuple[fx.GraphModule, ...]:
         """The graphs of the chain and of the leaves."""
         return (self.chain.module, *(leaf.module for leaf in self.leaves))

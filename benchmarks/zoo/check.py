@@ -16,6 +16,7 @@ from gtcompile import BackwardCosts, CaptureError, backward_costs, compile_block
 from gtcompile.capture.model_io import loss_of
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.graph.flops import count_flops
+from gtcompile.importance.gradient_stream import on_device
 from gtcompile.testing import reference_gradients
 from gtcompile.torch_internals import dynamo_counters
 
@@ -23,10 +24,13 @@ Scope = Literal["whole", "blocks"]
 Compiler = Literal["eager", "inductor"]
 SHARES = (0.15, 0.5, 0.9)
 """Sizes of the trained sets, as shares of the parameters that receive gradients."""
+CPU = torch.device("cpu")
 SEED = 0
 """Seed of every step, since some models route tokens at random even without dropout."""
 TOLERANCE: Mapping[str, float] = {"eager": 1e-6, "inductor": 2e-4}
-"""Greatest allowed difference of a gradient, in units of the model's largest gradient."""
+"""Greatest allowed difference of a gradient in float32, in units of the model's largest gradient."""
+BFLOAT16_TOLERANCE = 0.03
+"""The same in bfloat16, whose numbers have 8 bits."""
 DOUBLE_TOLERANCE = 1e-8
 """Tolerance in double precision, where rounding almost vanishes and a wrong gradient stays wrong."""
 
@@ -67,6 +71,8 @@ class Checked:
     name: str
     family: str
     mode: str
+    dtype: str = "float32"
+    """Type of weights and activations."""
     regions: int = 0
     """Graphs that Dynamo captured."""
     parameters: int = 0
@@ -88,7 +94,8 @@ class Checked:
     @property
     def right(self) -> bool:
         """Whether gradients and trained sets are right, in double precision where rounding decides."""
-        tolerance = TOLERANCE[MODES[self.mode].compiler]
+        rounded = self.dtype == "bfloat16"
+        tolerance = BFLOAT16_TOLERANCE if rounded else TOLERANCE[MODES[self.mode].compiler]
         settled = self.double_difference is not None and self.double_difference <= DOUBLE_TOLERANCE
         return self.sets == len(SHARES) and (self.gradient_difference <= tolerance or settled)
 
@@ -101,23 +108,33 @@ class Checked:
 NO_BLOCKS = "no repeated blocks"
 
 
-def check(architecture: Architecture, mode: Mode, dtype: torch.dtype = torch.float32) -> Checked:
+def check(
+    architecture: Architecture,
+    mode: Mode,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> Checked:
     """Build a model, compile it, and compare three random trained sets with eager freezing.
 
     Errors do not raise; they are part of the result.
     """
     start = time.perf_counter()
-    result = Checked(name=architecture.name, family=architecture.family, mode=str(mode))
+    result = Checked(
+        name=architecture.name,
+        family=architecture.family,
+        mode=str(mode),
+        dtype=str(dtype).removeprefix("torch."),
+    )
     try:
-        result = _check(architecture, mode, dtype, result)
+        model, batch = architecture.build(dtype), architecture.batch(dtype)
+        result = _check(model.to(device), on_device(batch, device), mode, result)  # type: ignore[arg-type]
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         result = dataclasses.replace(result, failure=f"{type(error).__name__}: {lines[0][:200]}")
     return dataclasses.replace(result, seconds=round(time.perf_counter() - start, 1))
 
 
-def _check(architecture: Architecture, mode: Mode, dtype: torch.dtype, result: Checked) -> Checked:
-    model, batch = architecture.build(dtype), architecture.batch(dtype)
+def _check(model: nn.Module, batch: Mapping[str, Any], mode: Mode, result: Checked) -> Checked:
     if mode.scope == "blocks" and not list(find_blocks(model)):
         return dataclasses.replace(result, failure=NO_BLOCKS)
     loss_of(model(**batch)).backward()
@@ -158,12 +175,12 @@ def _check(architecture: Architecture, mode: Mode, dtype: torch.dtype, result: C
     )
 
 
-def settle(architecture: Architecture, result: Checked) -> Checked:
+def settle(architecture: Architecture, result: Checked, device: torch.device = CPU) -> Checked:
     """Check a result again in double precision if its gradients differ by more than the tolerance."""
     if result.right or result.sets < len(SHARES):
         return result
     torch.compiler.reset()
-    double = check(architecture, MODES[result.mode], torch.float64)
+    double = check(architecture, MODES[result.mode], torch.float64, device)
     if double.sets < len(SHARES):
         return result
     return dataclasses.replace(result, double_difference=double.gradient_difference)

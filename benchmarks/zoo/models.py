@@ -34,11 +34,14 @@ class Architecture:
     """Values of the configuration."""
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=lambda: TOKENS)
     """Descriptions of the model's inputs for `example_input`, by name."""
+    with_dropout: bool = False
+    """Whether dropout stays as the values say."""
 
     def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model with random weights, the same every time, in training mode, without dropout."""
+        """The model with random weights, the same every time, in training mode."""
         config = getattr(transformers, self.config_class)(**self.values)
-        disable_dropout(config)
+        if not self.with_dropout:
+            disable_dropout(config)
         if getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0
         torch.manual_seed(0)

@@ -6,9 +6,7 @@ already holds are not checked again, so an interrupted run can be continued.
 
 import dataclasses
 import json
-import multiprocessing
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.processes import Job, Result, run_jobs
 from benchmarks.zoo.check import MODES, Checked, check_named
 from benchmarks.zoo.models import ARCHITECTURES, read_architectures
 from gtcompile.tools.common.files import write_lines
@@ -26,27 +25,17 @@ TIME_LIMIT = 600.0
 
 def check_in_process(path: Path, name: str, family: str, mode: str) -> Checked:
     """Check a model in its own process, so that a crash or an endless loop does no harm."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo.check"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(theirs, path, name, mode))
-    process.start()
-    theirs.close()
-    failed = Checked(name=name, family=family, mode=mode, failure=f"no result in {TIME_LIMIT:.0f} s")
-    try:
-        if ours.poll(TIME_LIMIT):
-            return ours.recv()  # type: ignore[no-any-return]
-    except EOFError:
-        process.join()
-        failed = dataclasses.replace(failed, failure=f"the process died with exit code {process.exitcode}")
-    finally:
-        process.kill()
-        process.join()
+    failed = Checked(name=name, family=family, mode=mode)
+    job = Job(name, _check, (path, name, mode))
+    for message in run_jobs([job], limit_s=TIME_LIMIT, preload=["benchmarks.zoo.check"]):
+        if isinstance(message, Result):
+            return message.value  # type: ignore[no-any-return]
+        failed = dataclasses.replace(failed, failure=message.failure)
     return failed
 
 
-def _send(pipe: Connection, path: Path, name: str, mode: str) -> None:
-    pipe.send(check_named(path, name, mode))
+def _check(path: Path, name: str, mode: str, _deadline: float) -> Iterator[Checked]:
+    yield check_named(path, name, mode)
 
 
 def read_results(path: Path) -> list[Checked]:

@@ -17,17 +17,17 @@ compiled code can run it.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx
 
 from gtcompile.compiler.captured_region import CapturedRegion
 from gtcompile.compiler.inductor import InductorParts, run_part
-from gtcompile.compiler.operator_program import Boxed, OperatorProgram
+from gtcompile.compiler.operator_program import FUNCTIONS, Boxed, OperatorProgram, Values
 from gtcompile.compiler.partitioning import Partition, Slots
-from gtcompile.compiler.region_graph import Live, input_name
+from gtcompile.compiler.region_graph import Live, input_name, pick
 from gtcompile.passes.hoisting import (
     HoistedBackward,
     Leaf,
@@ -91,6 +91,36 @@ class Chain:
     """The compiled chain."""
     flops: int
     """FLOPs of the chain."""
+    calls: Mapping[frozenset[int], Callable[..., Any]]
+    """The leaves as functions, by the slots that each serves."""
+
+
+LeafCall = tuple[Callable[..., Any], Callable[[Values], Sequence[Any]], int | list[int | None], list[int]]
+"""A leaf as a function; what picks its operands from the values; where its results go (None: not wanted); and
+which values nothing reads after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainProgram:
+    """Chain and leaves for one set of live gradients, prepared so that calling them takes little time.
+
+    While it runs, all values are in one list: a gradient per slot, the computed values, the saved operands.
+    """
+
+    inputs: tuple[int, ...]
+    """Positions of the chain's inputs among the backward graph's inputs."""
+    run: Boxed
+    """The compiled chain."""
+    slots: int
+    """Number of gradient slots."""
+    handed_on: int
+    """Number of computed values that the leaves add to those of the chain."""
+    gradients: tuple[tuple[int, int], ...]
+    """For each live gradient that the chain computes, its slot and its position among the values."""
+    saved: tuple[int, ...]
+    """Positions among the backward graph's inputs of the saved values that leaves read."""
+    calls: tuple[LeafCall, ...]
+    """The leaves in order."""
 
 
 class BackwardPlans:
@@ -112,8 +142,10 @@ class BackwardPlans:
         """By zero tangents, the graph to run; the full one where leaving them out saves no FLOPs."""
         self._plan = functools.lru_cache(PLANS_KEPT)(self._make_plan)
         """By live gradients and graph, the plan."""
+        self.released = functools.lru_cache(PLANS_KEPT)(self._find_released)
+        """By live gradients, what a forward may release; forgotten whenever there is another graph."""
 
-    def released(self, live: Live) -> frozenset[int]:
+    def _find_released(self, live: Live) -> frozenset[int]:
         """The saved values that a forward may release: those that no backward graph known so far would read.
 
         Args:
@@ -143,6 +175,7 @@ class BackwardPlans:
         if zero not in self._graphs:
             reduced = BackwardGraph(self._partition.without(zero), self._options)
             self._graphs[zero] = reduced if reduced.full_flops < self._full.full_flops else self._full
+            self.released.cache_clear()
         return self._graphs[zero]
 
     def _make_plan(self, live: Live, graph: "BackwardGraph") -> Plan:
@@ -205,9 +238,8 @@ class BackwardGraph:
         if not chain.activation <= live or flops != self._program.flops(live):
             return None
         read = {*chain.hoisted.chain.inputs, *(o.index for leaf in leaves for o in leaf.operands if o.saved)}
-        slots = len(self._partition.slots)
-        backward = functools.partial(run_chain, chain, with_last_reads(leaves), live, slots)
-        return Plan(self._partition.released(read), backward)
+        program = plan_leaves(chain, leaves, live, len(self._partition.slots))
+        return Plan(self._partition.released(read), functools.partial(run_chain, program))
 
     def operator_program(self, live: Slots) -> Plan:
         """Call the operators that these gradients need one by one."""
@@ -236,7 +268,8 @@ class BackwardGraph:
         slots = {i: name for i, name in enumerate(self._partition.slots) if name is not None}
         activation = self._costliest(i for i, name in slots.items() if name not in self._options.parameters)
         hoisted = hoist_weight_gradients(backward, keep=activation, hoist=slots.keys() - activation)
-        return Chain(activation, hoisted, parts.compile(hoisted.chain), hoisted.chain.flops)
+        calls = {leaf.serves: direct_call(leaf.module) for leaf in hoisted.leaves}
+        return Chain(activation, hoisted, parts.compile(hoisted.chain), hoisted.chain.flops, calls)
 
     def _costliest(self, slots: Iterable[int]) -> Slots:
         """The slot whose gradient alone takes most FLOPs; empty if there are no slots."""
@@ -244,38 +277,75 @@ class BackwardGraph:
         return frozenset({max(costs, key=costs.__getitem__)} if costs else ())
 
 
-def with_last_reads(leaves: Sequence[Leaf]) -> tuple[tuple[Leaf, tuple[Operand, ...]], ...]:
-    """Pair each leaf with those of its operands that no later leaf reads."""
-    last = {operand: i for i, leaf in enumerate(leaves) for operand in leaf.operands}
-    return tuple((leaf, tuple(o for o in leaf.operands if last[o] == i)) for i, leaf in enumerate(leaves))
+def direct_call(leaf: fx.GraphModule) -> Callable[..., Any]:
+    """Return a leaf as a function that is called fast, and returns a single result without a tuple."""
+    graph = fx.Graph()
+    results: Any = graph.graph_copy(leaf.graph, {})
+    for node in graph.nodes:
+        node.target = FUNCTIONS.get(node.target, node.target)
+    graph.output(results[0] if len(results) == 1 else results)
+    return cast("Callable[..., Any]", fx.GraphModule(leaf, graph).forward)
 
 
-def run_chain(
-    chain: Chain,
-    leaves: Sequence[tuple[Leaf, Sequence[Operand]]],
-    live: Slots,
-    slots: int,
-    inputs: list[Any],
-) -> Sequence[Any]:
-    """Run the chain, then the leaves one by one, and free every value that no later leaf reads."""
+def plan_leaves(chain: Chain, leaves: Sequence[Leaf], live: Slots, slots: int) -> ChainProgram:
+    """Decide, for one set of live gradients, where each value is kept and until when.
+
+    Args:
+        chain: of the backward graph.
+        leaves: those that run, in their order.
+        live: slots of the live gradients.
+        slots: number of slots.
+    """
     hoisted = chain.hoisted
-    saved = {o.index: inputs[o.index] for leaf, _ in leaves for o in leaf.operands if o.saved}
-    computed = [*run_part(hoisted.chain.inputs, chain.run, inputs), *[None] * hoisted.handed_on]
-    gradients: list[Any] = [None] * slots
-    for position, slot in enumerate(hoisted.chain_slots):
-        if slot in live:
-            gradients[slot] = computed[position]
-    for leaf, last_read in leaves:
-        operands = [saved[o.index] if o.saved else computed[o.index] for o in leaf.operands]
-        results = list(leaf.module.forward(*operands))
-        del operands
-        for position in reversed(leaf.handed_on):
-            computed[position] = results.pop()
-        for slot in reversed(leaf.slots):
-            gradients[slot] = results.pop() if slot in live else None
-        for operand in last_read:
-            (saved if operand.saved else computed)[operand.index] = None
-    return gradients
+    operands = dict.fromkeys(operand for leaf in leaves for operand in leaf.operands)
+    saved = tuple(operand.index for operand in operands if operand.saved)
+    place = {operand: slots + operand.index for operand in operands if not operand.saved}
+    first_saved = slots + hoisted.computed
+    place |= {Operand(saved=True, index=index): first_saved + i for i, index in enumerate(saved)}
+    last_reader = {operand: i for i, leaf in enumerate(leaves) for operand in leaf.operands}
+    calls = []
+    for i, leaf in enumerate(leaves):
+        results = [slot if slot in live else None for slot in leaf.slots]
+        results += [slots + position for position in leaf.handed_on]
+        calls.append(
+            (
+                chain.calls[leaf.serves],
+                pick([place[operand] for operand in leaf.operands]),
+                results[0] if len(results) == 1 else results,
+                [place[operand] for operand in dict.fromkeys(leaf.operands) if last_reader[operand] == i],
+            )
+        )
+    return ChainProgram(
+        inputs=hoisted.chain.inputs,
+        run=chain.run,
+        slots=slots,
+        handed_on=hoisted.handed_on,
+        gradients=tuple((slot, slots + i) for i, slot in enumerate(hoisted.chain_slots) if slot in live),
+        saved=saved,
+        calls=tuple(calls),
+    )
+
+
+def run_chain(program: ChainProgram, inputs: list[Any]) -> Sequence[Any]:
+    """Run the chain, then the leaves one by one, and free every value that no later leaf reads."""
+    saved = [inputs[i] for i in program.saved]
+    values: Values = [None] * program.slots
+    values += run_part(program.inputs, program.run, inputs)
+    values += [None] * program.handed_on
+    values += saved
+    del saved
+    for slot, position in program.gradients:
+        values[slot] = values[position]
+    for call, operands, results, last_read in program.calls:
+        if isinstance(results, int):
+            values[results] = call(*operands(values))
+        else:
+            for position, value in zip(results, call(*operands(values)), strict=True):
+                if position is not None:
+                    values[position] = value
+        for position in last_read:
+            values[position] = None
+    return values[: program.slots]
 
 
 def recomputes_random_numbers(module: fx.GraphModule) -> bool:

@@ -49,8 +49,12 @@ class CapturedRegion:
     @property
     def inductor_settings(self) -> dict[str, Any]:
         """Settings of Inductor for every compilation of this graph."""
-        fallback = {"fallback_random": self.options.random == "eager"}
-        return {**fallback, **onednn_products.inductor_settings()}
+        settings = {
+            "fallback_random": self.options.random == "eager",
+            # On a GPU, Inductor would pad products of odd sizes, which costs FLOPs that no budget contains.
+            "shape_padding": False,
+        }
+        return {**settings, **onednn_products.inductor_settings()}
 
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:

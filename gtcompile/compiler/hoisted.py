@@ -56,6 +56,8 @@ class HoistedVariants:
         self._region = region
         self._activations = sorted(set(range(len(region.example_inputs))) - set(region.parameters))
         self._current = threading.local()
+        self._computed: int | None = None
+        """Position of an output whose history begins with the node of the call; None until one is known."""
         self._parts: InductorParts | None = None
         partitioner = HoistingPartitioner(region.options.activation_memory_budget)
         inductor = region.options.compiler == "inductor"
@@ -73,15 +75,31 @@ class HoistedVariants:
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
         released = self._current.released = self._plans.released(live)
-        before = histories([inputs[i] for i in self._activations])
-        outputs = self._code(*inputs)
-        node = region_node(outputs, before)
+        node, outputs = self._run(inputs)
         if node is not None:
             metadata: Any = node.metadata
             metadata[LIVE], metadata[RELEASED] = live, released
             if len(self._tangents) > 1:
                 node.register_prehook(functools.partial(_note_zero_tangents, metadata, self._tangents))
         return outputs
+
+    def _run(self, inputs: Sequence[Any]) -> tuple[torch.autograd.graph.Node | None, Sequence[Any]]:
+        """Run the code; find the autograd node of the call, in later calls by an output that it computes.
+
+        Which outputs are inputs or views of them is the same in every call of one compiled graph.
+        """
+        if self._computed is not None:
+            outputs = self._code(*inputs)
+            return outputs[self._computed].grad_fn, outputs
+        before = histories([inputs[i] for i in self._activations])
+        outputs = self._code(*inputs)
+        node = region_node(outputs, before)
+        if node is not None:
+            own = (
+                i for i, out in enumerate(outputs) if isinstance(out, torch.Tensor) and out.grad_fn is node
+            )
+            self._computed = next(own, None)
+        return node, outputs
 
     def prepare(self, live: Live) -> None:
         """Compile nothing: one compilation, done by now, serves every set."""
@@ -112,11 +130,14 @@ class HoistedVariants:
 
     def _forward(self, compiled: Callable[[list[Any]], Any]) -> Boxed:
         """Wrap the compiled forward so that it frees the saved values that the backward will not read."""
+        nothing: dict[int, torch.Tensor] = {}  # by position of a saved value, what is saved in its place
 
         def forward(inputs: list[Any]) -> Sequence[Any]:
             outputs = list(compiled(inputs))
             for position in self._current.released:
-                outputs[position] = outputs[position].new_empty(0)
+                if position not in nothing:
+                    nothing[position] = outputs[position].new_empty(0)
+                outputs[position] = nothing[position]
             return outputs
 
         return boxed(forward)

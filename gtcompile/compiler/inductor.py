@@ -25,8 +25,9 @@ partitioner's `uuid` is part of its key. AOTAutograd's cache has no such key, so
 """
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -92,9 +93,15 @@ class InductorParts:
     """Inductor's settings for the region."""
     resume: Callable[[], contextlib.AbstractContextManager[None]]
     """Restores the state of the region's compilation."""
+    variables: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """Context variables of the region's compilation: torch keeps the user's settings in them. Every thread
+    has its own, and on a GPU the backward runs in another thread."""
 
     def compile(self, part: Part) -> Boxed:
         """Compile a part to a function of the inputs that it reads, or take it from Inductor's disk cache."""
+        return self.variables.copy().run(self._compile, part)
+
+    def _compile(self, part: Part) -> Boxed:
         keep_output_strides(part.module)
         inputs = [self.example_inputs[i] for i in part.inputs]
         settings = {**self.settings, "custom_partitioner_fn": NothingDonated()}

@@ -22,6 +22,25 @@ from gtcompile.passes.output_masks import MASKED_OPERATORS
 from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 aten = torch.ops.aten
+
+
+def _converted(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype, copy=True)
+
+
+FUNCTIONS: Mapping[object, Callable[..., Any]] = {
+    aten.view.default: torch.reshape,  # a value may have other strides at run time than in the trace
+    aten.reshape.default: torch.reshape,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+    aten.permute.default: torch.permute,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.sum.dim_IntList: torch.sum,
+    torch.ops.prims.convert_element_type.default: _converted,
+}
+"""Functions that do the same as an operator, and are called faster because they parse their arguments in C.
+The operator that converts types, frequent in bfloat16, is slowest: all of it is written in Python."""
 Boxed = Callable[[list[Any]], Sequence[Any]]
 """A function from a list of inputs, which it empties, to outputs."""
 Values = list[Any]
@@ -165,7 +184,7 @@ class OperatorProgram:
         return work
 
     def _step(self, node: fx.Node) -> Step:
-        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        target: Any = FUNCTIONS.get(node.target, node.target)
         reads = tuple(self._positions[source] for source in node.all_input_nodes)
         call = _caller(target, _filler(node.args, self._positions), _filler(node.kwargs, self._positions))
         masked = self._picks(node) if node.target in MASKED_OPERATORS else None

@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,14 @@ from gtcompile.compiler.captured_region import CapturedRegion, captured_region
 from gtcompile.compiler.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.compiler.inductor import compile_frozen
 from gtcompile.compiler.options import CompileOptions
-from gtcompile.compiler.region_graph import Histories, Live, histories, output_sources, region_node
+from gtcompile.compiler.region_graph import (
+    Histories,
+    Live,
+    histories,
+    output_sources,
+    pick,
+    region_node,
+)
 from gtcompile.compiler.specialized import SpecializedVariants
 from gtcompile.errors import GraphContractError
 from gtcompile.state import trained_set
@@ -81,7 +88,8 @@ class Region:
         visible = self._without_hooks(inputs, live)
         ends = self._ends_of.get(live)
         if ends is not None:
-            return detach(self._variants(live, visible), ends)
+            outputs = self._variants(live, visible)
+            return detach(outputs, ends) if ends else outputs
         before = histories(visible)
         outputs = self._variants(live, visible)
         expect_gradients(outputs, visible, before, live)
@@ -155,13 +163,6 @@ def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
             detached[i] = end_backward(outputs[i])
     return detached
-
-
-def pick(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Return a function that picks the values at some positions, faster than a comprehension does."""
-    if len(positions) < 2:  # for one position `itemgetter` returns no tuple
-        return lambda values: [values[i] for i in positions]
-    return operator.itemgetter(*positions)
 
 
 def expect_gradients(outputs: Any, inputs: Sequence[Any], before: Histories, live: Live) -> None:

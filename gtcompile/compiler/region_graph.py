@@ -3,8 +3,9 @@
 A *region* is a graph that Dynamo captured; its inputs are known by their position.
 """
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ Histories = frozenset[torch.autograd.graph.Node | None]
 def requires_grad(value: object) -> bool:
     """Whether an input is a tensor that requires grad."""
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def pick(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that picks the values at some positions, faster than a comprehension does."""
+    if len(positions) < 2:  # for one position `itemgetter` returns no tuple
+        return lambda values: [values[i] for i in positions]
+    return operator.itemgetter(*positions)
 
 
 def region_joint(graph: fx.GraphModule) -> JointGraph:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
+from gtcompile.importance.kept_gradients import KeptGradients
+from gtcompile.state.host_memory import HOST, to_host
 from gtcompile.state.restore import restored, temporarily_training
 from gtcompile.state.shadow_optimizer import ShadowOptimizer
 from gtcompile.state.trained_set import enter_shards, selectable_names, trained_parameters
@@ -44,8 +46,9 @@ def measure_importance(
     Dw, at the weights that all Dw lead to.
 
     Nothing changes: weights, the optimizer, accumulated gradients, buffers, the trained set and random states
-    are bit-identical afterwards, even if the call fails or is interrupted. Each gradient is used as soon as
-    it is complete and then freed; gradients kept from one batch to the next are in host memory.
+    are bit-identical afterwards, even if the call fails or is interrupted. Each gradient is used soon after
+    it is complete and then freed. Gradients kept from one batch to the next stay on the model's device if all
+    of them fit there beside the activations; otherwise they are in host memory.
 
     The model runs in its present mode (dropout is noise like any other), and without a `torch.compile`
     wrapper, which would return all gradients at once. Autocast around the call applies to the forward. Hooks
@@ -85,7 +88,11 @@ def measure_importance(
         names = {parameter: fqn for fqn, parameter in parameters.items()}
         stream = GradientStream(module, names, ranks, loss_fn)
         with temporarily_training(model, _trained_meanwhile(model, parameters)):
-            estimator = _AtUpdatedWeights(stream, shadow) if two_pass else _AcrossBatches(stream, shadow)
+            estimator: _Estimator = (
+                _AtUpdatedWeights(stream, shadow)
+                if two_pass
+                else _AcrossBatches(stream, shadow, KeptGradients(names))
+            )
             means = ranks.total(_average(estimator, checked))
     return {fqn: means.get(fqn, 0.0) for fqn in parameters if fqn in stream.arrived}
 
@@ -122,39 +129,118 @@ class _Estimator(Protocol):
 class _AcrossBatches:
     """Dw from the latest earlier gradient, dL/dw from this batch.
 
-    A batch that turns out not to be finite contributes nothing. The gradients that arrived before it failed
-    still serve as earlier gradients: they are finite, and independent of the next batch.
+    A batch that turns out not to be finite contributes nothing. Those of its gradients that are finite still
+    serve as earlier gradients, for they are independent of the next batch.
     """
 
     stream: GradientStream
     shadow: ShadowOptimizer
-    earlier: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Latest gradient by FQN, in host memory."""
+    earlier: KeptGradients
 
     def contributions(self, batch: Any) -> dict[str, float] | None:
-        found: dict[str, float] = {}
+        products = _Products(self.shadow)
+        first = not len(self.earlier)
         replaced: set[str] = set()
+        without_earlier: set[str] = set()
 
-        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor, finite: torch.Tensor) -> None:
             replaced.add(fqn)
-            if fqn in self.earlier:
-                update = self.shadow.update(parameter, self.earlier.pop(fqn))
-                found[fqn] = _predicted_reduction(fqn, update, gradient)
-            self.earlier[fqn] = gradient.to("cpu")
+            if fqn not in self.earlier:
+                without_earlier.add(fqn)
+                self.earlier.put(fqn, gradient)
+                return
+            earlier = self.earlier.take(fqn, gradient.device)
+            self.earlier.put(fqn, _usable(finite, gradient, earlier))
+            products.add(fqn, parameter, earlier, gradient)
 
-        first = not self.earlier
         try:
             self.stream.run(batch, consume)
-        except NotFiniteError:
+            return None if first else products.read()
+        except NotFiniteError as problem:
+            self.earlier.drop(problem.gradients & without_earlier)
             self._forget_shards(replaced)
             raise
-        return None if first else found
 
     def _forget_shards(self, replaced: set[str]) -> None:
         """Drop gradients of which ranks may hold shards from different batches."""
         if self.stream.ranks.count > 1:
-            for fqn in set().union(*self.stream.ranks.gather(replaced)):
-                self.earlier.pop(fqn, None)
+            self.earlier.drop(set().union(*self.stream.ranks.gather(replaced)))
+
+
+def _usable(finite: torch.Tensor, gradient: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """A gradient if it is finite, else the earlier one; decided on the device, for the host does not wait."""
+    if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
+        return torch.where(finite, gradient, earlier)
+    return gradient if finite else earlier.clone()  # the optimizer may overwrite it
+
+
+class _Products:
+    """The products -<Dw, dL/dw> of one batch, computed for many parameters at a time.
+
+    An optimizer's step takes a while to call and, for a small parameter, no time to compute.
+
+    Args:
+        shadow: computes Dw.
+    """
+
+    def __init__(self, shadow: ShadowOptimizer) -> None:
+        self._shadow = shadow
+        self._waiting: list[tuple[str, nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self._waiting_bytes = 0
+        self._products: dict[str, torch.Tensor] = {}
+        self._finite: dict[str, torch.Tensor] = {}
+
+    def add(self, fqn: str, parameter: nn.Parameter, earlier: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one parameter.
+
+        Args:
+            fqn: of the parameter.
+            parameter: steps by the earlier gradient.
+            earlier: its gradient in an earlier batch; may be overwritten.
+            gradient: its gradient in this batch.
+        """
+        self._waiting.append((fqn, parameter, earlier, gradient))
+        self._waiting_bytes += local(parameter).nbytes
+        if self._waiting_bytes >= _TOGETHER:
+            self._compute()
+
+    def read(self) -> dict[str, float]:
+        """All products by FQN; this waits for the device.
+
+        Raises:
+            NotFiniteError: an update or a product is not finite.
+        """
+        self._compute()
+        return {fqn: self._checked(fqn, value) for fqn, value in _values(self._products).items()}
+
+    def _compute(self) -> None:
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if not waiting:
+            return
+        updates = self._shadow.updates({parameter: earlier for _, parameter, earlier, _ in waiting})
+        for fqn, parameter, _, gradient in waiting:
+            self._products[fqn] = _predicted_reduction(updates[parameter], gradient)
+            self._finite[fqn] = torch.isfinite(local(updates[parameter])).all()
+
+    def _checked(self, fqn: str, value: float) -> float:
+        if math.isfinite(value):
+            return value
+        if not self._finite[fqn]:
+            raise NotFiniteError(f"the optimizer's update of {fqn} is not finite")
+        raise NotFiniteError(f"the predicted loss reduction of {fqn} is {value}")
+
+
+_TOGETHER = 1 << 26
+"""Bytes of parameters whose updates are computed together; a larger parameter is alone."""
+
+
+def _values(numbers: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Read numbers all at once."""
+    if not numbers:
+        return {}
+    device = next(iter(numbers.values())).device
+    read = torch.stack([number.to(device) for number in numbers.values()]).tolist()
+    return dict(zip(numbers, read, strict=True))
 
 
 @dataclass(slots=True)
@@ -165,32 +251,37 @@ class _AtUpdatedWeights:
     shadow: ShadowOptimizer
 
     def contributions(self, batch: Any) -> dict[str, float]:
-        gradients: dict[str, torch.Tensor] = {}
-        found: dict[str, float] = {}
+        gradients = KeptGradients(self.stream.names)
+        products: dict[str, torch.Tensor] = {}
 
-        def keep(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-            gradients[fqn] = gradient.to("cpu")
+        def keep(fqn: str, _: nn.Parameter, gradient: torch.Tensor, __: torch.Tensor) -> None:
+            gradients.put(fqn, gradient)
 
-        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        def consume(fqn: str, parameter: nn.Parameter, gradient: torch.Tensor, _: torch.Tensor) -> None:
             if parameter in former:
-                update = parameter.detach() - former[parameter].to(parameter.device)
-                found[fqn] = _predicted_reduction(fqn, update, gradient)
+                update = parameter.detach() - former[parameter].to(parameter.device, non_blocking=True)
+                products[fqn] = _predicted_reduction(update, gradient)
 
         self.stream.run(batch, keep)
         with self._updated(gradients) as former:
             self.stream.run(batch, consume)
+        found = _values(products)
+        wrong = [fqn for fqn, value in found.items() if not math.isfinite(value)]
+        if wrong:
+            raise NotFiniteError(f"the predicted loss reduction of {wrong[0]} is {found[wrong[0]]}")
         return found
 
     @contextlib.contextmanager
-    def _updated(self, gradients: dict[str, torch.Tensor]) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+    def _updated(self, gradients: KeptGradients) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
         """Set the weights to those after the optimizer's step; yield the former ones, in host memory."""
         former: dict[nn.Parameter, torch.Tensor] = {}
         with_gradient = [(p, fqn) for p, fqn in self.stream.names.items() if fqn in gradients]
         try:
             with torch.no_grad():
                 for parameter, fqn in with_gradient:
-                    former[parameter] = parameter.detach().to("cpu", copy=True)
-                    value = self.shadow.stepped(parameter, gradients.pop(fqn))
+                    own = parameter.detach()
+                    former[parameter] = own.clone() if own.device == HOST else to_host(own)
+                    value = self.shadow.stepped(parameter, gradients.take(fqn, parameter.device))
                     _check_update(fqn, value)
                     parameter.copy_(value)
             yield former
@@ -220,13 +311,9 @@ def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float
     return {fqn: total / counted for fqn, total in totals.items()}
 
 
-def _predicted_reduction(fqn: str, update: torch.Tensor, gradient: torch.Tensor) -> float:
+def _predicted_reduction(update: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Compute -<update, gradient>; for sharded tensors this rank's part of the sum."""
-    reduction = -torch.dot(_real_vector(update), _real_vector(gradient)).item() / copies(gradient)
-    if not math.isfinite(reduction):
-        _check_update(fqn, update)
-        raise NotFiniteError(f"the predicted loss reduction of {fqn} is {reduction}")
-    return reduction
+    return -torch.dot(_real_vector(update), _real_vector(gradient)) / copies(gradient)
 
 
 def _real_vector(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A stream of gradients: each is consumed as soon as the backward completes it, and then freed."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,18 @@ from gtcompile.distributed.fsdp import local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import CaptureError, GTCompileError
 
-Consumer = Callable[[str, nn.Parameter, torch.Tensor], None]
-"""Takes a parameter's FQN, the parameter and its gradient, which the consumer may keep or overwrite."""
+Consumer = Callable[[str, nn.Parameter, torch.Tensor, torch.Tensor], None]
+"""Takes a parameter's FQN, the parameter, its gradient, which the consumer may keep or overwrite, and whether
+loss and gradient are finite: a bool tensor without dimensions, since reading it would stop the host."""
 
 
 class NotFiniteError(GTCompileError):
     """A loss, gradient or update is infinite or not a number; the message says which."""
+
+    def __init__(self, message: str, gradients: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.gradients = frozenset(gradients)
+        """FQNs of the gradients that cannot be used."""
 
 
 @dataclass(slots=True)
@@ -39,47 +45,40 @@ class GradientStream:
     def run(self, batch: Any, consume: Consumer) -> None:
         """Run the forward and the backward of one batch.
 
+        On a GPU the host waits for nothing before the backward has been queued.
+
         Raises:
-            NotFiniteError: the loss or a gradient is not finite; nothing is consumed after the first one.
+            NotFiniteError: the loss or a gradient is not finite. All gradients were consumed all the same.
             CaptureError: the model or `loss_fn` returned no loss.
             GTCompileError: a gradient came in several parts.
         """
-        seen: set[str] = set()
-        problems: list[NotFiniteError] = []
+        device = next(iter(self.names)).device
+        with torch.enable_grad():
+            loss = batch_loss(self.module, on_device(batch, device), self.loss_fn)
+        loss_is_finite = torch.isfinite(loss.detach())
+        finite: dict[str, torch.Tensor] = {}
 
         def hand_over(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if parameter in self.names and gradient is not None and not problems:
+            if parameter in self.names and gradient is not None:
                 fqn = self.names[parameter]
-                _check_whole(fqn, seen)
-                seen.add(fqn)
-                try:
-                    _check_finite(fqn, gradient)
-                    consume(fqn, parameter, gradient)
-                except NotFiniteError as problem:
-                    problems.append(problem)
+                _check_whole(fqn, finite)
+                finite[fqn] = loss_is_finite & _is_finite(gradient).to(loss.device)
+                consume(fqn, parameter, gradient, finite[fqn].to(gradient.device))
 
         trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in trainable]
         try:
-            self._forward_backward(batch, problems)
+            with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
+                loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
+        problems = list(_problems(loss, loss_is_finite, finite))
         self._agree_on(problems)
         if problems:
             raise problems[0]
-        self.arrived |= seen
-
-    def _forward_backward(self, batch: Any, problems: list[NotFiniteError]) -> None:
-        device = next(iter(self.names)).device
-        with torch.enable_grad():
-            loss = batch_loss(self.module, on_device(batch, device), self.loss_fn)
-        if not torch.isfinite(loss):
-            problems.append(NotFiniteError(f"the loss is {loss.item()}"))
-        self._agree_on(problems)
-        with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone
-            loss.backward()  # even after a loss that is not finite: sharded modules expect a backward
+        self.arrived |= finite.keys()
 
     def _agree_on(self, problems: list[NotFiniteError]) -> None:
         """Add the first problem of any rank to `problems` on the ranks that have none."""
@@ -96,9 +95,20 @@ def _check_whole(fqn: str, seen: Collection[str]) -> None:
         )
 
 
-def _check_finite(fqn: str, gradient: torch.Tensor) -> None:
-    if not torch.isfinite(local(gradient).to_dense()).all():
-        raise NotFiniteError(f"the gradient of {fqn} is not finite")
+def _is_finite(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(local(gradient).to_dense()).all()
+
+
+def _problems(
+    loss: torch.Tensor, loss_is_finite: torch.Tensor, finite: Mapping[str, torch.Tensor]
+) -> Iterator[NotFiniteError]:
+    """The problem of a batch, if there is one; this waits for the device."""
+    flags = torch.stack([loss_is_finite, *finite.values()]).tolist()
+    wrong = [fqn for fqn, is_finite in zip(finite, flags[1:], strict=True) if not is_finite]
+    if not flags[0]:
+        yield NotFiniteError(f"the loss is {loss.item()}", wrong)
+    elif wrong:
+        yield NotFiniteError(f"the gradient of {wrong[0]} is not finite", wrong)
 
 
 def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> torch.Tensor:

@@ -12,13 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gtcompile.capture.model_io import unwrap
 from gtcompile.distributed.fsdp import sharded
+from gtcompile.state.host_memory import to_host
 from gtcompile.state.parameter_records import is_trained, was_trainable
 from gtcompile.state.shadow_optimizer import ShadowOptimizer, innermost
 
 Setting = Literal["keep", "cpu", "drop"]
 """Handling of a frozen parameter's optimizer state. "keep": unchanged. "cpu": moved to host memory while
-frozen, bit for bit. "drop": deleted; training the parameter again starts with new state."""
-HOST = torch.device("cpu")
+frozen, bit for bit; from a GPU to pinned memory. "drop": deleted; training the parameter again starts
+with new state."""
 
 
 class FrozenState:
@@ -42,6 +43,9 @@ class FrozenState:
 
     def apply(self) -> None:
         """Move or drop state according to the current trained set. Call it after every change of the set."""
+        devices = {
+            parameter.device for group in self._optimizer.param_groups for parameter in group["params"]
+        }
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if is_trained(parameter):
@@ -50,17 +54,19 @@ class FrozenState:
                     self._optimizer.state.pop(parameter, None)
                 elif self._setting == "cpu":
                     self._send(parameter)
+        for device in (device for device in devices if device.type == "cuda"):
+            torch.cuda.synchronize(device)  # the copies were only queued, and anyone may read them now
 
     def _send(self, parameter: nn.Parameter) -> None:
         if parameter in self._optimizer.state:
             self._replace(
-                parameter, lambda value: value.to(HOST) if value.device == parameter.device else value
+                parameter, lambda value: to_host(value) if value.device == parameter.device else value
             )
             self._moved[parameter] = True
 
     def _fetch(self, parameter: nn.Parameter) -> None:
         if self._moved.pop(parameter, False) and parameter in self._optimizer.state:
-            self._replace(parameter, lambda value: value.to(parameter.device))
+            self._replace(parameter, lambda value: value.to(parameter.device, non_blocking=True))
 
     def _replace(self, parameter: nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the tensors of a parameter's state. Scalars (step counts) stay unchanged."""

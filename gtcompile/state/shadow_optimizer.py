@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch.optim import Optimizer
 
 
 class ShadowOptimizer:
-    """Steps a copy of one parameter, with the optimizer's own update rule, moments and hyperparameters.
+    """Steps copies of parameters, with the optimizer's own update rule, moments and hyperparameters.
 
-    The optimizer itself is only read. Parameters are stepped one at a time, so the extra memory is a small
-    multiple of one parameter: its copy, copies of its moments, and temporary tensors.
+    The optimizer itself is only read. The extra memory is a small multiple of the parameters that are stepped
+    together: their copies, copies of their moments, and temporary tensors.
 
     In the first step of a warm-up the learning rate is 0, so every update would be 0. If the `lr` of a group
     is 0, its `initial_lr` is used instead, which learning rate schedulers set.
@@ -50,33 +51,42 @@ class ShadowOptimizer:
             parameter: one that the optimizer owns.
             gradient: has the parameter's shape, on any device. The optimizer may overwrite it.
         """
-        return self._step(parameter, gradient)[0].detach()
+        twins, _ = self._step({parameter: gradient})
+        return twins[parameter].detach()
 
     def state_after(self, parameter: nn.Parameter, gradient: torch.Tensor) -> dict[str, Any]:
         """Return the parameter's state after one step, as new tensors. Arguments as in `stepped`."""
-        twin, shadow = self._step(parameter, gradient)
-        return dict(shadow.state[twin])
+        twins, shadow = self._step({parameter: gradient})
+        return dict(shadow.state[twins[parameter]])
 
     @torch.no_grad()
-    def update(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the change that the optimizer's next step makes. Arguments as in `stepped`.
+    def updates(self, gradients: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the changes that the optimizer's next step makes to some parameters.
 
         Weight decay is included, because freezing a parameter stops its decay too. (It could be separated
         only if it is decoupled: in SGD, decay goes through the momentum.)
+
+        Args:
+            gradients: by parameter, as in `stepped`.
         """
-        return self.stepped(parameter, gradient).sub_(parameter)
+        twins, _ = self._step(gradients)
+        return {parameter: twin.detach().sub_(parameter) for parameter, twin in twins.items()}
 
     @torch.no_grad()
-    def _step(self, parameter: nn.Parameter, gradient: torch.Tensor) -> tuple[nn.Parameter, Optimizer]:
-        """Return a stepped copy of the parameter, and the optimizer that stepped it."""
-        twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        twin.grad = gradient.to(parameter.device)
-        shadow = self._shadow(parameter, twin)
+    def _step(
+        self, gradients: Mapping[nn.Parameter, torch.Tensor]
+    ) -> tuple[dict[nn.Parameter, nn.Parameter], Optimizer]:
+        """Return a stepped copy of each parameter, and the optimizer that stepped them."""
+        twins = {}
+        for parameter, gradient in gradients.items():
+            twin = twins[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            twin.grad = gradient.to(parameter.device)
+        shadow = self._shadow(twins)
         shadow.step()
-        return twin, shadow
+        return twins, shadow
 
-    def _shadow(self, parameter: nn.Parameter, twin: nn.Parameter) -> Optimizer:
-        """Create an optimizer of the same class for `twin` alone, as unpickling would (without `__init__`).
+    def _shadow(self, twins: Mapping[nn.Parameter, nn.Parameter]) -> Optimizer:
+        """Create an optimizer of the same class for the twins alone, as unpickling would, without `__init__`.
 
         Hooks are left out, and so are wrappers that schedulers or compilers put around `step`.
         """
@@ -86,9 +96,13 @@ class ShadowOptimizer:
             if name != "step" and not name.endswith("_hooks")
         }
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
-        if kept := self._optimizer.state.get(parameter):
-            state[twin] = {name: _copied(value, parameter.device) for name, value in kept.items()}
-        own |= {"state": state, "param_groups": [{**self._groups[parameter], "params": [twin]}]}
+        groups: dict[int, dict[str, Any]] = {}
+        for parameter, twin in twins.items():
+            if kept := self._optimizer.state.get(parameter):
+                state[twin] = {name: _copied(value, parameter.device) for name, value in kept.items()}
+            group = self._groups[parameter]
+            groups.setdefault(id(group), {**group, "params": []})["params"].append(twin)
+        own |= {"state": state, "param_groups": list(groups.values())}
         shadow = object.__new__(type(self._optimizer))
         shadow.__setstate__(own)
         return shadow

@@ -246,9 +246,9 @@ def leaves_run(monkeypatch) -> list[int]:
     """How many leaves each run of a compiled chain was followed by, in the order of the runs."""
     runs: list[int] = []
 
-    def run_chain(chain, leaves, *arguments):
-        runs.append(len(leaves))
-        return chain_and_leaves(chain, leaves, *arguments)
+    def run_chain(program, inputs):
+        runs.append(len(program.calls))
+        return chain_and_leaves(program, inputs)
 
     chain_and_leaves = backward_plans.run_chain
     monkeypatch.setattr(backward_plans, "run_chain", run_chain)

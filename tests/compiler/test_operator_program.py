@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gtcompile.compiler.operator_program import OperatorProgram
+from gtcompile.compiler.operator_program import FUNCTIONS, OperatorProgram
 from gtcompile.graph.flops import count_flops
 from gtcompile.passes.hoisting import Part, extract
 from gtcompile.passes.output_masks import narrow_output_masks
 from tests.support.graphs import backward_of, capture_of, random_inputs, run_graph
 from tests.support.models import POOL, RANDOM_LAYERS, Recipe
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 DETERMINISTIC = [recipe for recipe in POOL if RANDOM_LAYERS.isdisjoint(recipe.layers)]
 
 
@@ -130,6 +130,34 @@ def test_constants_of_the_graph_are_found():
     inner.two = torch.tensor(2.0)
     module = fx.GraphModule({"inner.two": inner.two}, graph)
     assert OperatorProgram(module).excerpt([0]).run([torch.tensor(1.0)])[0].item() == 3
+
+
+ARGUMENTS = {
+    aten.view.default: (torch.randn(2, 6), [3, 4]),
+    aten.reshape.default: (torch.randn(2, 6).t(), [3, 4]),
+    aten.mm.default: (torch.randn(2, 3), torch.randn(3, 4)),
+    aten.bmm.default: (torch.randn(2, 2, 3), torch.randn(2, 3, 4)),
+    aten.permute.default: (torch.randn(2, 3, 4), [2, 0, 1]),
+    aten.t.default: (torch.randn(2, 3),),
+    aten.transpose.int: (torch.randn(2, 3, 4), 1, 2),
+    aten.sum.dim_IntList: (torch.randn(2, 3, 4), [0, 1], True),
+    prims.convert_element_type.default: (torch.randn(2, 3).t(), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("operator", FUNCTIONS, ids=str)
+def test_a_function_does_the_same_as_the_operator_that_it_is_called_for(operator):
+    given = ARGUMENTS[operator]
+    expected, found = operator(*given), FUNCTIONS[operator](*given)
+    assert torch.equal(found, expected)
+    assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    is_view = expected.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()
+    assert (found.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()) == is_view
+
+
+def test_a_conversion_to_the_same_type_is_a_copy_as_by_the_operator():
+    value = torch.ones(2)
+    assert FUNCTIONS[prims.convert_element_type.default](value, torch.float32) is not value
 
 
 def test_nothing_asked_for_reads_nothing():

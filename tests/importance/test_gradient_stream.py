@@ -33,7 +33,7 @@ def stream_of(module):
 def test_no_more_gradients_are_alive_than_one_operator_makes():
     module, storages, alive = Deep(), [], []
 
-    def consume(fqn, parameter, gradient):
+    def consume(fqn, parameter, gradient, finite):
         storages.append(StorageWeakRef(gradient.untyped_storage()))
         alive.append(sum(not storage.expired() for storage in storages))
 
@@ -45,7 +45,7 @@ def test_no_more_gradients_are_alive_than_one_operator_makes():
 
 def collect(module, batch):
     found = {}
-    stream_of(module).run(batch, lambda fqn, parameter, gradient: found.update({fqn: gradient}))
+    stream_of(module).run(batch, lambda fqn, _, gradient, __: found.update({fqn: gradient}))
     return found
 
 
@@ -68,20 +68,33 @@ def test_a_gradient_that_comes_in_parts_is_refused():
 def test_gradients_not_asked_for_are_dropped():
     module, found = Deep(), []
     stream = GradientStream(module, {module.shared: "shared"})
-    stream.run({"x": torch.ones(2, 4)}, lambda fqn, parameter, gradient: found.append(fqn))
+    stream.run({"x": torch.ones(2, 4)}, lambda fqn, *_: found.append(fqn))
     assert found == ["shared"]
     assert stream.arrived == {"shared"}
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_the_backward_ends_at_the_first_gradient_that_is_not_finite():
-    module, found = Deep(), []
+def test_a_batch_with_a_gradient_that_is_not_finite_fails_and_says_which_are_not():
+    module, found = Deep(), {}
     module.layers[6].register_full_backward_hook(lambda *_: (torch.full((2, 4), torch.inf),))
-    with pytest.raises(NotFiniteError, match=r"the gradient of layers\.5"):
-        stream_of(module).run({"x": torch.ones(2, 4)}, lambda fqn, *_: found.append(fqn))
-    assert found
-    assert not any(fqn.startswith(("layers.0", "layers.5")) for fqn in found)
+    with pytest.raises(NotFiniteError, match=r"the gradient of layers\.5") as raised:
+        stream_of(module).run(
+            {"x": torch.ones(2, 4)}, lambda fqn, p, g, finite: found.setdefault(fqn, bool(finite))
+        )
+    wrong = {fqn for fqn in found if fqn.startswith(tuple(f"layers.{i}." for i in range(6)))} | {"shared"}
+    assert {fqn for fqn, finite in found.items() if not finite} == wrong == raised.value.gradients
     assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
+
+
+def test_no_gradient_of_a_loss_that_is_not_finite_can_be_used():
+    module, found = Deep(), []
+    module.register_forward_hook(lambda _module, _inputs, loss: loss + torch.inf)
+    with pytest.raises(NotFiniteError, match="the loss is inf") as raised:
+        stream_of(module).run(
+            {"x": torch.ones(2, 4)}, lambda f, p, g, finite: found.append((f, bool(finite)))
+        )
+    assert raised.value.gradients == {fqn for fqn, _ in found}
+    assert not any(finite for _, finite in found)
 
 
 def test_tensors_nested_in_a_batch_go_to_the_models_device():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gtcompile import AdaptiveBackprop, train_only
-from gtcompile.state import optimizer_state
+from gtcompile.state import host_memory
 from gtcompile.state.optimizer_state import FrozenState
 from tests.support.models import Regression, make_batch, step
 from tests.support.optimizers import state_bytes
@@ -79,7 +79,7 @@ def test_dropped_state_is_gone_and_starts_anew(kind):
 
 
 def test_state_is_moved_for_frozen_parameters_alone(monkeypatch):
-    monkeypatch.setattr(optimizer_state, "HOST", torch.device("meta"))  # a host that differs from the device
+    monkeypatch.setattr(host_memory, "HOST", torch.device("meta"))  # a host that differs from the device
     model, optimizer = make("AdamW")
     run(model, optimizer)
     train_only(model, ["1.*"])

@@ -60,7 +60,7 @@ def test_the_shadow_steps_bit_for_bit_as_the_optimizer_itself_then_does(make, st
     before = [p.detach().clone() for p in parameters]
     shadow = ShadowOptimizer(optimizer)
     predicted = [shadow.stepped(p, g.clone()) for p, g in zip(parameters, gradients, strict=True)]
-    updates = [shadow.update(p, g.clone()) for p, g in zip(parameters, gradients, strict=True)]
+    updates = [shadow.updates({p: g.clone()})[p] for p, g in zip(parameters, gradients, strict=True)]
     assert_same(optimizer.state_dict(), state)
     assert_same(parameters, before)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -85,7 +85,7 @@ def test_a_wrapper_around_an_optimizer_is_looked_through():
     (parameter,) = make_parameters((2,))
     shadow = ShadowOptimizer(Wrapper(torch.optim.SGD([parameter], lr=1.0)))
     assert shadow.owns(parameter)
-    assert shadow.update(parameter, torch.ones(2)).tolist() == pytest.approx([-1.0, -1.0])
+    assert shadow.updates({parameter: torch.ones(2)})[parameter].tolist() == pytest.approx([-1.0, -1.0])
 
 
 def test_attributes_that_a_rule_keeps_on_itself_are_there():
@@ -101,7 +101,7 @@ def test_attributes_that_a_rule_keeps_on_itself_are_there():
             return super().step(closure)
 
     (parameter,) = make_parameters((2,))
-    update = ShadowOptimizer(Scaled([parameter], scale=3.0)).update(parameter, torch.ones(2))
+    update = ShadowOptimizer(Scaled([parameter], scale=3.0)).updates({parameter: torch.ones(2)})[parameter]
     assert update.tolist() == pytest.approx([-3.0, -3.0])
 
 
@@ -109,8 +109,8 @@ def test_a_rate_of_zero_is_used_as_it_is_where_no_scheduler_left_another():
     moving, still = make_parameters((2,), (2,))
     optimizer = torch.optim.SGD([{"params": [moving]}, {"params": [still], "lr": 0.0}], lr=1.0)
     shadow = ShadowOptimizer(optimizer)
-    assert shadow.update(moving, torch.ones(2)).any()
-    assert not shadow.update(still, torch.ones(2)).any()
+    assert shadow.updates({moving: torch.ones(2)})[moving].any()
+    assert not shadow.updates({still: torch.ones(2)})[still].any()
 
 
 def test_parameters_of_another_optimizer_are_not_owned():
@@ -164,7 +164,7 @@ def test_moments_made_of_other_tensors_are_copied_and_counted_by_their_parts():
     weight.grad = torch.ones(4, 4)
     optimizer.step()
     moment, value = optimizer.state[weight]["moment"].part.clone(), weight.detach().clone()
-    predicted = ShadowOptimizer(optimizer).update(weight, torch.ones(4, 4))
+    predicted = ShadowOptimizer(optimizer).updates({weight: torch.ones(4, 4)})[weight]
     assert torch.equal(optimizer.state[weight]["moment"].part, moment)
     assert torch.equal(weight, value)
     optimizer.step()
@@ -180,7 +180,10 @@ def test_an_8_bit_optimizer_of_torchao_is_measured_like_any():
     optimizer = optim.AdamW8bit([weight], lr=1e-2)
     gradient = torch.linspace(-1, 1, weight.numel()).view_as(weight)
     for _ in range(2):
-        value, predicted = weight.detach().clone(), ShadowOptimizer(optimizer).update(weight, gradient)
+        value, predicted = (
+            weight.detach().clone(),
+            ShadowOptimizer(optimizer).updates({weight: gradient})[weight],
+        )
         weight.grad = gradient.clone()
         optimizer.step()
         torch.testing.assert_close(weight - value, predicted)

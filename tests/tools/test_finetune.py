@@ -406,6 +406,17 @@ def test_a_prediction_that_is_not_exact_stops_the_run_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_products_that_cannot_be_counted_are_named_as_the_reason(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gtcompile.tools.common.flop_meter.count_step_flops", lambda *_: 1)
+    with (
+        torch._inductor.config.patch(max_autotune=True),
+        pytest.raises(GTCompileError, match=r"only 1 were counted.*switch off max_autotune"),
+    ):
+        finetune(replace(settings, policy="full"), tmp_path / "run", reporter())
+
+
 @pytest.mark.parametrize(
     "how",
     [

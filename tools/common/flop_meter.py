@@ -9,6 +9,7 @@ from gtcompile.capture.model_io import loss_of, unwrap
 from gtcompile.errors import GTCompileError
 from gtcompile.graph.flops import count_flops
 from gtcompile.state.restore import restored
+from gtcompile.torch_internals import inductor_config
 
 
 def count_step_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -43,6 +44,12 @@ def check_step_flops(
         GTCompileError: the prediction is not exact.
     """
     counted = count_step_flops(model, batch)
+    if counted < predicted and (inductor_config.max_autotune or inductor_config.max_autotune_gemm):
+        raise GTCompileError(
+            f"of {predicted} FLOPs that were predicted, only {counted} were counted. With max_autotune, "
+            f"Inductor generates kernels for products, which cannot be counted; switch off max_autotune and "
+            f"max_autotune_gemm in torch._inductor.config."
+        )
     if counted < predicted or (counted > predicted and not recomputes):
         raise GTCompileError(
             f"a training step executes {counted} FLOPs where {predicted} were predicted. The costs do "

@@ -1,0 +1,164 @@
+"""The benchmark for a GPU at the smallest sizes on a CPU: it keeps what it has, and continues."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from benchmarks.gpu import account, energy, steps, tables
+from benchmarks.gpu.command import PRELOAD, main
+from benchmarks.gpu.kernels import kind_of
+from benchmarks.gpu.setting import SHORT
+from benchmarks.gpu.stages import STAGES, with_needs
+from benchmarks.processes import Ended, Job, Result, run_jobs
+from tests.support.jobs import count_up, die, fail, loop
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output"]
+
+
+def test_jobs_say_what_they_found_and_how_they_ended():
+    jobs = [Job("count", count_up, (2,)), Job("fail", fail, ()), Job("die", die, ())]
+    assert list(run_jobs(jobs, limit_s=120, preload=PRELOAD)) == [
+        Result("count", 0),
+        Result("count", 1),
+        Ended("count", ""),
+        Result("fail", "a part"),
+        Ended("fail", "RuntimeError: it broke"),
+        Ended("die", "the process died with exit code 3"),
+    ]
+
+
+def test_jobs_that_do_not_end_are_stopped_and_the_others_not_started():
+    jobs = [Job("loop", loop, ()), Job("count", count_up, (2,))]
+    start = time.monotonic()
+    messages = run_jobs(jobs, limit_s=4, preload=PRELOAD)
+    assert [message for message in messages if isinstance(message, Ended)] == [
+        Ended("loop", "stopped: out of time"),
+        Ended("count", "not started: out of time"),
+    ]
+    assert time.monotonic() - start < 60
+
+
+def test_a_stage_brings_those_that_it_reads():
+    assert with_needs(["account"]) == ["plans", "steps", "compilation", "account"]
+    assert with_needs(["quality"]) == ["quality"]
+    order = list(STAGES)
+    assert all(order.index(need) < order.index(s.name) for s in STAGES.values() for need in s.needs)
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, capsys):
+    main(tmp_path, only=["correctness"], tiny=True, commit="abc")
+    path = tmp_path / "correctness.json"
+    saved = json.loads(path.read_text())
+    assert saved["header"]["commit"] == "abc"
+    assert set(saved["finished"]) == set(saved["results"])
+    assert not saved["failures"]
+    # a unit that was lost is measured again, and nothing else is
+    lost, *_ = (unit for unit in saved["finished"] if unit.endswith("float32"))
+    changed = {unit: {**result, "failure": "as it was"} for unit, result in saved["results"].items()}
+    finished = [unit for unit in saved["finished"] if unit != lost]
+    path.write_text(json.dumps(saved | {"results": changed, "finished": finished}))
+    capsys.readouterr()
+    main(tmp_path, only=["correctness"], tiny=True, commit="abc")
+    assert "correctness: 1 to measure" in capsys.readouterr().out
+    again = json.loads(path.read_text())["results"]
+    assert {unit for unit in again if again[unit] != changed[unit]} == {lost}
+    assert f"| {lost} | 3 | 0.0e+00 |  | 0 | right |" in tables.markdown(tmp_path)
+    with pytest.raises(typer.BadParameter, match="choose another folder"):
+        main(tmp_path, only=["correctness"], tiny=True, commit="def")
+
+
+@pytest.mark.long
+def test_a_whole_run_at_the_smallest_sizes(tmp_path):
+    main(tmp_path, tiny=True, minutes=30, commit="abc")
+    for name, stage in STAGES.items():
+        saved = json.loads((tmp_path / f"{name}.json").read_text())
+        assert not saved["failures"], saved["failures"]
+        assert saved["results"], stage
+    correct = json.loads((tmp_path / "correctness.json").read_text())["results"]
+    assert all(row["right"] and row["flops_difference"] == 0 for row in correct.values() if "right" in row)
+    assert max(correct["30 steps with three selections"]["loss_differences"]) < 1e-5
+    written = tables.markdown(tmp_path)
+    assert written.count("\n## ") == len(STAGES)
+    assert "captures and compilations after the first set, 0: met" in written
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_killed_loses_nothing_and_leaves_no_process(tmp_path, how):
+    process = subprocess.Popen([*COMMAND, str(tmp_path), "--only", "correctness"], cwd=ROOT, text=True)
+    path = tmp_path / "correctness.json"
+    while process.poll() is None and (not path.exists() or not json.loads(path.read_text())["finished"]):
+        time.sleep(0.1)
+    process.send_signal(how)
+    assert process.wait(30) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    before = json.loads(path.read_text())
+    assert before["finished"]
+    time.sleep(2)
+    assert str(tmp_path) not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
+    assert subprocess.run([*COMMAND, str(tmp_path), "--only", "correctness"], cwd=ROOT).returncode == 0
+    after = json.loads(path.read_text())
+    assert after["results"].items() >= {u: before["results"][u] for u in before["finished"]}.items()
+
+
+def test_an_unknown_stage_is_refused_before_any_work(tmp_path):
+    with pytest.raises(typer.BadParameter, match="known are correctness, plans"):
+        main(tmp_path / "new", only=["speed"])
+    assert not (tmp_path / "new").exists()
+
+
+def row(candidate: str, budget: float, flops: int, seconds: float, peak: int = 100) -> steps.Measured:
+    times = {"host_s": [seconds / 2] * 3, "step_s": [seconds] * 3}
+    counts = {"counted_flops": flops, "predicted_flops": flops, "peak_bytes": peak, "failure": ""}
+    return {"candidate": candidate, "budget": budget, **times, **counts}
+
+
+def test_steps_are_held_against_their_targets():
+    trials = [
+        row("gtcompile", 1.0, 100, 1.0),
+        row("eager PyTorch", 1.0, 100, 1.5, peak=90),
+        row("torch.compile, blocks", 1.0, 100, 1.0),
+        row("LoRA, eager", 1.0, 70, 0.9),
+        row("LoRA, torch.compile, blocks", 1.0, 70, 0.8),
+        row("gtcompile", 0.5, 50, 0.54),
+    ]
+    measured = {"tokens": 10, "full_flops": 100, "trials": trials}
+    lines = list(steps._verdicts("llama-1b", measured))
+    assert [line.rpartition(": ")[2].split()[0] for line in lines] == ["met", "MISSED", "MISSED", "met"]
+    assert not list(steps._verdicts("qwen3-0.6b", measured))
+
+
+def test_the_account_says_after_how_many_steps_it_pays(tmp_path):
+    dear = account.Account("full", 0.0, 0.0, 0.0, 0.1)
+    ours = account.Account("ours", 5.0, 20.0, 4.98, 0.05)
+    assert ours.total_s(cold=True) == pytest.approx(20 + 5 * (4.98 + 498 * 0.05))
+    assert ours.pays_after(dear) == pytest.approx(20 / (0.1 - 0.05 - 0.01))
+    assert dear.pays_after(ours) is None
+    assert account.accounts(tmp_path, {}) == []
+    assert SHORT in STAGES["account"].units(None)  # type: ignore[arg-type]
+
+
+def test_a_cpu_has_no_counter_of_energy():
+    assert energy.joules_counter("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
+        ("void pytorch_flash::flash_bwd_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("triton_red_fused_native_layer_norm_backward_3", "generated by Inductor"),
+        ("void at::native::multi_tensor_apply_kernel<...FusedAdamMathFunctor>", "optimizer"),
+        ("void at::native::vectorized_elementwise_kernel<8>", "others"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel, kind):
+    assert kind_of(kernel) == kind
