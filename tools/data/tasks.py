@@ -237,6 +237,8 @@ def _with_labels(records: list[Record], labels: Path) -> list[Record]:
     values = labels.read_text("utf-8").split()
     if len(values) != len(records):
         raise ValueError(f"{labels} has {len(values)} labels for {len(records)} records")
+    if wrong := [value for value in values if not value.isdecimal()]:
+        raise ValueError(f"{labels}: expected whole numbers as labels, got {wrong[0]!r}")
     return [{**record, "label": int(value)} for record, value in zip(records, values, strict=True)]
 
 
