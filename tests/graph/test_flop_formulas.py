@@ -171,6 +171,10 @@ HAND_COUNTS = {
         by_formula("bitsandbytes::gemv_4bit", (1, 64), (256, 1), [8, 64], (8,), (16,), 64),
         2 * 64 * 8,
     ),
+    "bitsandbytes::gemm_4bit": (
+        by_formula("bitsandbytes::gemm_4bit", (3, 5, 64), (256, 1), [8, 64], (8,), 64, "nf4"),
+        2 * 3 * 5 * 64 * 8,
+    ),
     "torchao::int_matmul": (by_formula("torchao::int_matmul", (3, 4), (4, 5)), 2 * 3 * 4 * 5),
     "torchao::int_scaled_matmul": (
         by_formula("torchao::int_scaled_matmul", (3, 4), (4, 5), (3, 1)),
