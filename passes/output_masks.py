@@ -1,6 +1,6 @@
 """Make operators that compute gradients leave out those that no node reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from operator import getitem
 from typing import Any
 
@@ -36,20 +36,22 @@ def narrow_output_masks(given: G) -> None:
     dead `getitem` counts as a reader.
     """
     for node in given.graph.nodes:
+        read = _read(node)
+        if read is None:
+            continue
         if node.target in MASKED_OPERATORS:
-            _narrow_mask(node)
+            _narrow_mask(node, read)
         elif flags := forward_gradients(node):
-            _clear_flags(node, flags)
+            _clear_flags(node, flags, read)
 
 
-def _read(node: fx.Node) -> set[int]:
-    """Positions of the outputs that are read; all of them if a node reads the whole tuple."""
+def _read(node: fx.Node) -> set[int] | None:
+    """Positions of the outputs that are read; None if a node reads the whole tuple."""
     picked: Any = {user.args[1] for user in node.users if user.target is getitem}
-    return picked if len(picked) == len(node.users) else set(range(len(node.meta["val"])))
+    return picked if len(picked) == len(node.users) else None
 
 
-def _narrow_mask(node: fx.Node) -> None:
-    read = _read(node)
+def _narrow_mask(node: fx.Node, read: Set[int]) -> None:
     mask = list(node.args[-1])  # type: ignore[arg-type]
     narrowed = [bool(wanted) and index in read for index, wanted in enumerate(mask)]
     if narrowed != mask:
@@ -58,10 +60,10 @@ def _narrow_mask(node: fx.Node) -> None:
         node.meta["val"] = tuple(value if wanted else None for value, wanted in values)
 
 
-def _clear_flags(node: fx.Node, flags: Mapping[int, int]) -> None:
+def _clear_flags(node: fx.Node, flags: Mapping[int, int], read: Set[int]) -> None:
     """Clear the flags of unread gradients, which then are empty tensors of as many dimensions."""
     args, values = list(node.args), list(node.meta["val"])
-    for output in flags.keys() - _read(node):
+    for output in flags.keys() - read:
         args[flags[output]] = False
         values[output] = values[output].new_empty((0,) * values[output].dim())
     node.args, node.meta["val"] = tuple(args), tuple(values)
