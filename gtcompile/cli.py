@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 import gtcompile
-from gtcompile.errors import GTCompileError
+from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.tools.bench.options import BenchOptions
 from gtcompile.tools.common.options import BatchShape, check_model, is_run, parse_list
 from gtcompile.tools.common.terminal import say
@@ -339,7 +339,7 @@ def bench(
     json_output: Annotated[bool, _option("Print JSON.", "--json")] = False,
 ) -> None:
     """Compare steps at several budgets with full training and eager freezing, on random weights."""
-    with _errors_in_one_line():
+    with _errors_in_one_line("--budgets"):
         options = BenchOptions(
             budgets=parse_list("budgets", budgets, float, "numbers"),
             shape=BatchShape(batch_size=batch_size, length=length, target_length=target_length),
@@ -392,7 +392,7 @@ def compare(
 ) -> None:
     """Compare methods of fine-tuning by held-out loss, at equal steps and at equal FLOPs."""
     arguments = dict(locals())
-    with _errors_in_one_line():
+    with _errors_in_one_line("--budgets"):
         lists: dict[str, Any] = {
             "arms": parse_list("arms", arms, str, "names"),
             "budgets": parse_list("budgets", budgets, float, "numbers"),
@@ -415,10 +415,17 @@ def _check_model_or_run(model: str) -> None:
 
 
 @contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Print errors that the user can act on without a traceback, and exit with code 2."""
+def _errors_in_one_line(budget: str = "--budget") -> Iterator[None]:
+    """Print errors that the user can act on without a traceback, and exit with code 2.
+
+    Args:
+        budget: name of the option that is `budget_fraction` in Python.
+    """
     try:
         yield
+    except BudgetError as error:
+        say(Console(stderr=True), f"error: {str(error).replace('budget_fraction', budget)}")
+        raise typer.Exit(2) from error
     except (GTCompileError, ValueError, ImportError) as error:
         say(Console(stderr=True), f"error: {error}")
         raise typer.Exit(2) from error

@@ -212,6 +212,9 @@ TRACING_CONTEXT = "tracing_context"
 RECOMPUTE = "recompute"
 """Key in a node's metadata that makes the partitioner save or recompute its value."""
 
+PARTITIONER_TAG, IN_BACKWARD = "partitioner_tag", "must_be_in_backward"
+"""Key in a node's metadata, and its value, by which the partitioner never puts the node into the forward."""
+
 SAVED_RANDOM_STATE = "rng_state_output"
 """Prefix of the nodes that the partitioner adds to save a random state for recomputation."""
 

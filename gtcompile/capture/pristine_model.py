@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gtcompile.capture.model_io import runs_as_one_region
+from gtcompile.capture.quantized import expose_quantized
 from gtcompile.distributed import fsdp
 from gtcompile.torch_internals import EMBEDDING_HOOK, FakeTensorMode
 
@@ -19,7 +20,7 @@ _COLLECTIONS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 @contextlib.contextmanager
 def as_written(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo compiling and sharding within the block.
+    """Undo compiling and sharding within the block, and turn quantized weights into buffers.
 
     Args:
         model: changed in place, and restored after the block.
@@ -39,6 +40,7 @@ def as_written(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(fsdp.as_written(model, twin))
         stack.enter_context(blocks_uncompiled(model))
         stack.enter_context(attributes_kept(model))
+        expose_quantized(model)
         yield
 
 

@@ -16,7 +16,12 @@ from torch import fx
 
 from gtcompile.compiler.backward_plans import BackwardPlans, PlanOptions
 from gtcompile.compiler.captured_region import CapturedRegion
-from gtcompile.compiler.inductor import InductorParts, resumable_compilation, without_donation
+from gtcompile.compiler.inductor import (
+    InductorParts,
+    despite_damaged_files,
+    resumable_compilation,
+    without_donation,
+)
 from gtcompile.compiler.operator_program import Boxed, boxed, run_operators
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.region_graph import Live, histories, region_node
@@ -106,8 +111,11 @@ class HoistedVariants:
 
     def _generate_code(self, partitioner: HoistingPartitioner) -> Callable[..., Any]:
         settings = {**self._region.inductor_settings, "custom_partitioner_fn": partitioner}
-        graph, inputs = copy.copy(self._region.graph), list(self._region.example_inputs)
-        code: Any = compile_fx(graph, inputs, inner_compile=self._inductor, config_patches=settings)
+        how = {"inner_compile": self._inductor, "config_patches": settings}
+        region = self._region
+        code: Any = despite_damaged_files(
+            lambda: compile_fx(copy.copy(region.graph), list(region.example_inputs), **how)
+        )
         return cast("Callable[..., Any]", code)
 
     def _take_operators(self, partitioner: HoistingPartitioner) -> Callable[..., Any]:

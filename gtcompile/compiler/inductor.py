@@ -26,9 +26,14 @@ partitioner's `uuid` is part of its key. AOTAutograd's cache has no such key, so
 
 import contextlib
 import contextvars
+import copy
+import logging
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
@@ -36,12 +41,14 @@ from torch import fx
 from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
 from gtcompile.compiler.operator_program import Boxed
 from gtcompile.errors import GraphContractError
+from gtcompile.graph.joint_graph import copy_module
 from gtcompile.passes.hoisting import Part
 from gtcompile.torch_internals import (
     STATIC_INPUTS,
     VISIBLE_OUTPUTS,
     CustomPartitionerFn,
     TracingContext,
+    cache_dir,
     compile_fx,
     compile_fx_inner,
     functorch_config,
@@ -50,6 +57,53 @@ from gtcompile.torch_internals import (
     no_autocast,
     tracing,
 )
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+UNREADABLE = re.compile(
+    r"(/[^\s:]+\.s?o): (?:file too short|invalid ELF header|cannot read file data|file not recognized)"
+)
+"""How loader and linker report a shared object, or an object file, that was not written to its end."""
+
+
+def despite_damaged_files(compile_code: Callable[[], T]) -> T:
+    """Compile with Inductor; if its cache holds an unfinished file, delete the file and compile again.
+
+    A process that is killed while the C++ compiler writes leaves such a file, and Inductor takes any file
+    that exists for finished.
+
+    Args:
+        compile_code: called again after a file was deleted; each file is deleted once.
+    """
+    deleted: set[Path] = set()
+    while True:
+        try:
+            return compile_code()
+        except Exception as error:
+            damaged = damaged_files(error) - deleted
+            if not damaged:
+                raise
+        for path in damaged:
+            logger.warning("%s was not written to its end; it is deleted and compiled again", path)
+            path.unlink(missing_ok=True)
+            _forget_module(path)
+        deleted |= damaged
+
+
+def damaged_files(error: BaseException | None) -> set[Path]:
+    """The unfinished files in Inductor's cache that an error, or what caused it, names."""
+    if error is None:
+        return set()
+    cause = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    named = set(map(Path, UNREADABLE.findall(str(error))))
+    return {path for path in named if path.is_relative_to(cache_dir())} | damaged_files(cause)
+
+
+def _forget_module(path: Path) -> None:
+    """Remove what a failed import left behind; Inductor would take it for the loaded module."""
+    for name, module in list(sys.modules.items()):
+        if getattr(getattr(module, "__spec__", None), "origin", None) == str(path):
+            del sys.modules[name]
 
 
 def compile_frozen(region: CapturedRegion) -> Callable[..., Any]:
@@ -62,9 +116,12 @@ def compile_frozen(region: CapturedRegion) -> Callable[..., Any]:
     """
     run: Any = fx.GraphModule(region.graph, region.graph.graph)  # makes its Python code now, not at a call
     if region.options.compiler == "inductor":
+        graph, inputs, settings = run, region.example_inputs, region.inductor_settings
         try:
             with torch.no_grad():
-                run = compile_fx(run, list(region.example_inputs), config_patches=region.inductor_settings)
+                run = despite_damaged_files(
+                    lambda: compile_fx(copy.copy(graph), list(inputs), config_patches=settings)
+                )
         except UNTRACEABLE as error:
             run = run_as_captured(region.graph, frozenset(), error)
 
@@ -106,7 +163,11 @@ class InductorParts:
         inputs = [self.example_inputs[i] for i in part.inputs]
         settings = {**self.settings, "custom_partitioner_fn": NothingDonated()}
         with self.resume(), inductor_config.patch(settings):
-            return cast(Boxed, compile_fx_inner(part.module, inputs, **self._options(part)))
+            options = self._options(part)
+            code = despite_damaged_files(
+                lambda: compile_fx_inner(copy_module(part.module), inputs, **options)
+            )
+        return cast(Boxed, code)
 
     def _options(self, part: Part) -> dict[str, Any]:
         # Saved values have fixed addresses, tangents do not: they may be views at any offset.

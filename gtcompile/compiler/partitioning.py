@@ -9,10 +9,14 @@ import torch
 from torch import fx
 
 from gtcompile.compiler.region_graph import region_joint
+from gtcompile.graph.flops import forward_gradients, has_flops
+from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.passes.effect_tokens import EFFECTS, drop_effect_tokens
 from gtcompile.passes.random_draws import save_random_draws
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
+    IN_BACKWARD,
+    PARTITIONER_TAG,
     SAVED_RANDOM_STATE,
     CustomPartitionerFn,
     TangentAOTInput,
@@ -87,6 +91,25 @@ class Partition:
         return frozenset(output for position, output in self.saved.items() if position not in read)
 
 
+class ForwardGradientsError(Exception):
+    """An operator computes gradients in the forward, which hoisted variants compile once for all sets."""
+
+
+def keep_products_in_backward(joint: JointGraph) -> None:
+    """Tag the products that only gradients need, so that the partitioner puts none of them into the forward.
+
+    An autograd function may compute a weight gradient in its forward, as fused losses do. In the backward the
+    products are leaves, and run only for trained parameters.
+
+    Args:
+        joint: its nodes get the tag.
+    """
+    forward = joint.forward_nodes()
+    for node in joint.graph.nodes:
+        if node not in forward and has_flops(node):
+            node.meta[PARTITIONER_TAG] = IN_BACKWARD
+
+
 class HoistingPartitioner(CustomPartitionerFn):
     """Splits the joint graph within a memory budget, and keeps the backward graph."""
 
@@ -99,9 +122,17 @@ class HoistingPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split a joint graph into forward and backward."""
+        """Split a joint graph into forward and backward.
+
+        Raises:
+            ForwardGradientsError: the forward would compute gradients for every trained set.
+        """
         outputs = kwargs["num_fwd_outputs"]
-        slots = tuple(None if name == EFFECTS else name for name in region_joint(gm).slots)
+        joint = region_joint(gm)
+        if any(forward_gradients(node) for node in gm.graph.nodes):
+            raise ForwardGradientsError
+        keep_products_in_backward(joint)
+        slots = tuple(None if name == EFFECTS else name for name in joint.slots)
         descriptors = gm.graph.output_node().meta["desc"][:outputs]
         forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
         saved = _saved_positions(forward, backward, outputs)

@@ -1,6 +1,6 @@
 """A region at run time: each call computes the gradients of what is trained at that moment, no others."""
 
-import contextlib
+import logging
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from gtcompile.compiler.captured_region import CapturedRegion, captured_region
 from gtcompile.compiler.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.compiler.inductor import compile_frozen
 from gtcompile.compiler.options import CompileOptions
+from gtcompile.compiler.partitioning import ForwardGradientsError
 from gtcompile.compiler.region_graph import (
     Histories,
     Live,
@@ -27,6 +28,7 @@ from gtcompile.errors import GraphContractError
 from gtcompile.state import trained_set
 from gtcompile.torch_internals import BACKWARD_HOOKS, has_symbolic_numbers
 
+logger = logging.getLogger(__name__)
 LIVE_SETS_KEPT = 256
 """Sets of live gradients for which a region remembers where the backward ends; the oldest is forgotten."""
 NOTHING: Live = frozenset()
@@ -149,10 +151,17 @@ class Region:
 
 
 def make_variants(region: CapturedRegion) -> Variants:
-    """Make hoisted variants if the options say so and there is a backward, else specialized ones."""
+    """Make hoisted variants if the options say so and the region allows it, else specialized ones."""
     if region.options.variants == "hoisted" and region.differentiable:
-        with contextlib.suppress(NoBackwardError):
+        try:
             return HoistedVariants(region)
+        except NoBackwardError:
+            pass
+        except ForwardGradientsError:
+            logger.warning(
+                "a part of the model has an operator that computes gradients in the forward, such as "
+                "cross-entropy in chunks; this part is compiled anew for each trained set"
+            )
     return SpecializedVariants(region)
 
 

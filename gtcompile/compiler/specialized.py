@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_as_captured
 from gtcompile.compiler.hoisted import HoistedVariants
+from gtcompile.compiler.inductor import despite_damaged_files
 from gtcompile.compiler.operator_program import run_operators
 from gtcompile.compiler.partitioning import partition
 from gtcompile.compiler.region_graph import (
@@ -117,18 +118,19 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
         region: what to compile, and how.
         partitioner: of the live gradients.
     """
-    graph, inputs = copy.copy(region.graph), list(region.example_inputs)
     code: Any
     if region.options.compiler == "inductor":
         settings = {**region.inductor_settings, "custom_partitioner_fn": partitioner}
-        code = compile_fx(graph, inputs, config_patches=settings)
+        code = despite_damaged_files(
+            lambda: compile_fx(copy.copy(region.graph), list(region.example_inputs), config_patches=settings)
+        )
     else:
         code = aot_autograd(
             fw_compiler=run_operators,
             bw_compiler=run_operators,
             partition_fn=partitioner,
             keep_inference_input_mutations=True,
-        )(graph, inputs)
+        )(copy.copy(region.graph), list(region.example_inputs))
     return cast(Compiled, code)
 
 

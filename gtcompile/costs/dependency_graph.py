@@ -142,8 +142,8 @@ def _names_at(mask: int, names: Sequence[str]) -> frozenset[str]:
 def work_by_node(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
     """Return the FLOPs per training step of each node.
 
-    A convolution's backward computes each output only if its mask is set. Its FLOPs are attributed to the
-    `getitem` nodes of its outputs, and none to the operator itself.
+    Some operators compute each output only if it is wanted, such as a convolution's backward. Their FLOPs are
+    attributed to the `getitem` nodes of their outputs, and none to the operator itself.
 
     Raises:
         CaptureError: lists every matmul-like operator without a FLOP formula.

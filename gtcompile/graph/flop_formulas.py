@@ -76,9 +76,9 @@ def _linear_backward(
     return 2 * prod(rows) * weight[0] * (bool(output_mask[0]) + bool(output_mask[1]))
 
 
-def _packed_vector_product(vector: Shape, packed: Shape, shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """The matrix is packed in 4 bits; the argument `shape` is its true shape."""
-    return 2 * prod(vector) * shape[0]
+def _product_with_packed(rows: Shape, packed: Shape, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """The weight is packed in 4 bits; the argument `shape` is its true shape, (out, in)."""
+    return 2 * prod(rows) * shape[0]
 
 
 def _packed_matmul(rows: Shape, packed: Shape, block: int, features: int, out: int, **_: Any) -> int:
@@ -441,7 +441,8 @@ FORMULAS: dict[str, Formula] = {
     "bitsandbytes::int8_linear_matmul": _product_with_transposed,
     "bitsandbytes::int8_scaled_mm": _product_with_transposed,
     "bitsandbytes::int8_mixed_scaled_mm": _product_of_scaled,
-    "bitsandbytes::gemv_4bit": _packed_vector_product,
+    "bitsandbytes::gemv_4bit": _product_with_packed,
+    "bitsandbytes::gemm_4bit": _product_with_packed,
     "torchao::int_matmul": _product,
     "torchao::int_scaled_matmul": _product,
     "transformers::grouped_mm_fallback": _product,

@@ -8,7 +8,7 @@ it seems to do matmul-like work: then its FLOPs are unknown, and the cost functi
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -173,15 +173,29 @@ def has_flops(node: fx.Node) -> bool:
     return node.op == "call_function" and (is_unknown(node) or node_flops(node) > 0)
 
 
-def output_flops(node: fx.Node) -> dict[int, int]:
-    """Split the FLOPs of a convolution's backward by output; empty for other nodes.
+FORWARD_GRADIENTS = {"torch_nn::_linear_cross_entropy_batch_chunked": {1: -3, 2: -2, 3: -1}}
+"""Operators whose forward computes gradients, which the backward only scales. By the operator's name: the
+position of each gradient among its outputs, and that of the gradient's flag among its arguments."""
 
-    That operator computes the gradients of input, weight and bias independently, each only if its mask is
-    set.
+
+def forward_gradients(node: fx.Node) -> dict[int, int]:
+    """Return the gradients that an operator computes in its forward, as `FORWARD_GRADIENTS` has them."""
+    if not isinstance(node.target, OpOverload):
+        return {}
+    return FORWARD_GRADIENTS.get(str(node.target.overloadpacket._qualified_op_name), {})
+
+
+def output_flops(node: fx.Node) -> dict[int, int]:
+    """Split by output the FLOPs of an operator that computes gradients independently; empty for other nodes.
+
+    A convolution's backward computes the gradients of input, weight and bias, each only if its mask is set.
+    Cross-entropy in chunks computes the loss, and each gradient only if its flag is set.
 
     Returns:
         From the position of each computed output to its FLOPs.
     """
+    if flags := forward_gradients(node):
+        return _flops_by_flag(_call_of(node), flags)
     if node.target is not aten.convolution_backward.default:
         return {}
     call = _call_of(node)
@@ -192,6 +206,17 @@ def output_flops(node: fx.Node) -> dict[int, int]:
         kept = tuple(value if i == index else None for i, value in enumerate(call.result))
         flops[index] = call._replace(args=(*call.args[:-1], only), result=kept).flops
     return flops
+
+
+def _flops_by_flag(call: Call, flags: Mapping[int, int]) -> dict[int, int]:
+    def flops(*wanted: int) -> int:
+        args = list(call.args)
+        for position in flags.values():
+            args[position] = args[position] and position in wanted
+        return call._replace(args=tuple(args)).flops
+
+    always = flops()
+    return {0: always} | {output: flops(position) - always for output, position in flags.items()}
 
 
 def is_unknown(node: fx.Node) -> bool:

@@ -184,7 +184,9 @@ def test_inspect_prints_json_for_the_batches_of_a_dataset(data: Path, tmp_path: 
 
 def test_inspect_refuses_a_budget_below_the_minimum(tmp_path: Path) -> None:
     llama().config.save_pretrained(tmp_path)
-    assert "too small" in refused("inspect", tmp_path, "--budget", 0.1, "--length", 8)
+    said = refused("inspect", tmp_path, "--budget", 0.1, "--length", 8)
+    assert "--budget 0.1 is too small" in said
+    assert "budget_fraction" not in said
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--length"])

@@ -97,6 +97,14 @@ def test_a_number_of_labels_that_does_not_fit_is_refused(write: Write) -> None:
         read_folder(folder / "piqa", "piqa", "valid")
 
 
+def test_labels_that_are_no_numbers_are_refused_with_the_name_of_their_file(write: Write) -> None:
+    folder = write("piqa/valid.jsonl", PIQA)
+    labels = folder / "piqa" / "valid-labels.lst"
+    labels.write_text("\n".join("01010101x1"))
+    with pytest.raises(ValueError, match=f"{labels}: expected whole numbers as labels, got 'x'"):
+        read_folder(folder / "piqa", "valid", "piqa")
+
+
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_labels_are_never_learned_or_scored(hidden: int | None) -> None:
     with pytest.raises(ValueError, match="hidden"):

@@ -240,6 +240,8 @@ def read_folder(folder: Path, dataset: str, split: str) -> tuple[str, list[Recor
         values = labels.read_text("utf-8").split()
         if len(values) != len(records):
             raise ValueError(f"{labels} has {len(values)} labels for {len(records)} records")
+        if wrong := [value for value in values if not value.isdecimal()]:
+            raise ValueError(f"{labels}: expected whole numbers as labels, got {wrong[0]!r}")
         records = [{**record, "label": int(value)} for record, value in zip(records, values, strict=True)]
     return str(found[split]), records
 
