@@ -29,7 +29,7 @@ def _known_costs(model: nn.Module, batch: dict[str, torch.Tensor], **options: An
     key = (
         type(plain),
         str(plain.config),
-        plain.is_gradient_checkpointing,
+        any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()),
         uses_compiled_code(plain),
         tuple((name, p.requires_grad) for name, p in plain.named_parameters()),
         tuple((name, value.shape) for name, value in batch.items()),
