@@ -19,7 +19,7 @@ compiled code can run it.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import fx
 
@@ -95,7 +95,9 @@ class Chain:
     """The leaves as functions, by the slots that each serves."""
 
 
-LeafCall = tuple[Callable[..., Any], Callable[[Values], Sequence[Any]], int | list[int | None], list[int]]
+LeafCall = tuple[
+    Callable[..., Any], Callable[[Values], Sequence[Any]], int | list[int | None] | None, list[int]
+]
 """A leaf as a function; what picks its operands from the values; where its results go (None: not wanted); and
 which values nothing reads after it."""
 
@@ -284,7 +286,7 @@ def direct_call(leaf: fx.GraphModule) -> Callable[..., Any]:
     for node in graph.nodes:
         node.target = FUNCTIONS.get(node.target, node.target)
     graph.output(results[0] if len(results) == 1 else results)
-    return cast("Callable[..., Any]", fx.GraphModule(leaf, graph).forward)
+    return fx.GraphModule(leaf, graph).forward
 
 
 def plan_leaves(chain: Chain, leaves: Sequence[Leaf], live: Slots, slots: int) -> ChainProgram:
@@ -303,9 +305,9 @@ def plan_leaves(chain: Chain, leaves: Sequence[Leaf], live: Slots, slots: int) -
     first_saved = slots + hoisted.computed
     place |= {Operand(saved=True, index=index): first_saved + i for i, index in enumerate(saved)}
     last_reader = {operand: i for i, leaf in enumerate(leaves) for operand in leaf.operands}
-    calls = []
+    calls: list[LeafCall] = []
     for i, leaf in enumerate(leaves):
-        results = [slot if slot in live else None for slot in leaf.slots]
+        results: list[int | None] = [slot if slot in live else None for slot in leaf.slots]
         results += [slots + position for position in leaf.handed_on]
         calls.append(
             (
@@ -337,12 +339,12 @@ def run_chain(program: ChainProgram, inputs: list[Any]) -> Sequence[Any]:
     for slot, position in program.gradients:
         values[slot] = values[position]
     for call, operands, results, last_read in program.calls:
-        if isinstance(results, int):
+        if isinstance(results, list):
+            for place, value in zip(results, call(*operands(values)), strict=True):
+                if place is not None:
+                    values[place] = value
+        elif results is not None:
             values[results] = call(*operands(values))
-        else:
-            for position, value in zip(results, call(*operands(values)), strict=True):
-                if position is not None:
-                    values[position] = value
         for position in last_read:
             values[position] = None
     return values[: program.slots]

@@ -20,7 +20,7 @@ def to_host(value: torch.Tensor) -> torch.Tensor:
 def fits_beside(device: torch.device, count: int) -> bool:
     """Whether a device has room for so many more bytes now. Host memory counts as having it."""
     if device.type != "cuda":
-        return device == HOST
+        return device.type == HOST.type
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return count + total // _SPARE <= free + unused
