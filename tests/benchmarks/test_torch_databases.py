@@ -24,7 +24,7 @@ def databases() -> ModuleType:
 
 
 def refused(databases: ModuleType, names: list[str]) -> list[str]:
-    """What is not as it should be: not as in eager PyTorch, or right although it is listed as an exception."""
+    """What is not as in eager PyTorch, or is right although it is listed as an exception."""
     known = databases.subjects()
     found = []
     for report in databases.examine([known[name] for name in names]):
