@@ -167,6 +167,9 @@ try:
 
     # --- Autograd at run time ---
 
+    # What Dynamo's graphs call where a part runs under `torch.enable_grad()` or `torch.no_grad()`.
+    set_grad_mode = torch._C._set_grad_enabled
+
     # The autograd node whose backward is running: its metadata holds the trained set of the forward.
     current_autograd_node = torch._C._current_autograd_node
 

@@ -18,6 +18,7 @@ from gtcompile.torch_internals import (
     FakeTensor,
     TracingContext,
     exceptions_allowed_to_be_fallback,
+    set_grad_mode,
     tracing,
 )
 
@@ -39,8 +40,10 @@ class CapturedRegion:
     """Positions of the inputs that are parameters."""
     activations: tuple[int, ...]
     """Positions of the other inputs that required grad at the capture."""
+    grad_enabled: bool
+    """Whether gradients were enabled at the capture."""
     differentiable: bool
-    """Whether gradients were enabled at the capture and any input required one."""
+    """Whether any input required grad at the capture, and gradients were enabled, there or in the graph."""
     context: TracingContext
     """Dynamo's state of the compilation of this graph."""
     options: CompileOptions
@@ -59,7 +62,7 @@ class CapturedRegion:
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:
         """Enter Dynamo's compilation of this graph again, to compile another variant."""
-        with tracing(self.context), torch.set_grad_enabled(self.differentiable):
+        with tracing(self.context), torch.set_grad_enabled(self.grad_enabled and self.differentiable):
             yield
 
 
@@ -83,10 +86,17 @@ def captured_region(
         example_inputs=tuple(_fake_inputs(graph, example_inputs)),
         parameters=parameters,
         activations=tuple(i for i in differentiated if i not in parameters),
-        differentiable=torch.is_grad_enabled() and bool(differentiated),
+        grad_enabled=torch.is_grad_enabled(),
+        differentiable=(torch.is_grad_enabled() or _enables_grad(graph)) and bool(differentiated),
         context=TracingContext.get(),
         options=options,
     )
+
+
+def _enables_grad(graph: fx.GraphModule) -> bool:
+    """Whether a graph has a part under `torch.enable_grad()`, which may be called under `torch.no_grad()`."""
+    switches = graph.graph.find_nodes(op="call_function", target=set_grad_mode)
+    return any(node.args == (True,) for node in switches)
 
 
 def _fake_inputs(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:

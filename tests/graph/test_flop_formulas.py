@@ -90,6 +90,11 @@ HAND_COUNTS = {
     "aten::vdot": (by_running(torch.vdot, r(5), r(5)), 2 * 5),
     "aten::addr": (by_running(torch.addr, r(3, 4), r(3), r(4)), 2 * 3 * 4),
     "aten::addbmm": (by_running(torch.addbmm, r(3, 5), r(2, 3, 4), r(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
+    "aten::addmv_": (by_running(r(3).addmv_, r(3, 4), r(4)), 2 * 3 * 4),
+    "aten::addr_": (by_running(r(3, 4).addr_, r(3), r(4)), 2 * 3 * 4),
+    "aten::addmm_": (by_running(r(3, 5).addmm_, r(3, 4), r(4, 5)), 2 * 3 * 4 * 5),
+    "aten::addbmm_": (by_running(r(3, 5).addbmm_, r(2, 3, 4), r(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
+    "aten::baddbmm_": (by_running(r(2, 3, 5).baddbmm_, r(2, 3, 4), r(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
     "aten::_addmm_activation": (
         by_running(aten._addmm_activation, r(5), r(3, 4), r(4, 5)),
         2 * 3 * 4 * 5,
