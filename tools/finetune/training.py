@@ -325,12 +325,14 @@ def make_trainer(recorder: Recorder, arguments: Seq2SeqTrainingArguments) -> Tra
         return score(task.format.metric, answers, [example.references for example in task.evaluation])
 
     kind = RecordedSeq2SeqTrainer if prepared.language.encoder_decoder else RecordedTrainer
+    examples: Any = prepared.examples  # a tuple is as good as a Dataset
+    prompts: Any = prepared.prompts
     trainer = kind(
         model=prepared.language.model,
         args=arguments,
-        data_collator=prepared.collate,  # type: ignore[arg-type]
-        train_dataset=prepared.examples,
-        eval_dataset=prepared.prompts,
+        data_collator=prepared.collate,
+        train_dataset=examples,
+        eval_dataset=prompts,
         compute_metrics=scores if arguments.predict_with_generate else None,
         callbacks=[recorder, recorder.adaptive],
     )
