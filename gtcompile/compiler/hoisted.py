@@ -93,7 +93,7 @@ class HoistedVariants:
 
     def _generate_code(self, partitioner: HoistingPartitioner) -> Callable[..., Any]:
         settings = {**self._region.inductor_settings, "custom_partitioner_fn": partitioner}
-        how = {"inner_compile": self._inductor, "config_patches": settings}
+        how: dict[str, Any] = {"inner_compile": self._inductor, "config_patches": settings}
         region = self._region
         code: Any = despite_damaged_files(
             lambda: compile_fx(copy.copy(region.graph), list(region.example_inputs), **how)
