@@ -63,6 +63,9 @@ def only_labelled_logits(model: nn.Module) -> "Installed":
     It concerns batches from `add_labelled_positions`; for others, and in evaluation mode, nothing changes.
     `output.logits` of such a training step has shape [1, k, vocabulary], k being the number of positions.
 
+    It needs batches that are not cut by rows after the collator: not `nn.DataParallel`, and not accelerate's
+    `dispatch_batches`, the default for an `IterableDataset` on several processes.
+
     Call it on the module that the training loop calls, after `get_peft_model` and before
     `DistributedDataParallel`.
 
@@ -80,31 +83,40 @@ def only_labelled_logits(model: nn.Module) -> "Installed":
     kept: dict[str, torch.Tensor] = {}
 
     def take_from_batch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        found: dict[str, Any] = {key: kwargs[key] for key in (POSITIONS, TARGETS) if key in kwargs}
         kept.clear()
-        if module.training:
-            kept.update(found)
-        return args, {key: value for key, value in kwargs.items() if key not in found}
+        if module.training and POSITIONS in kwargs:
+            kept.update({key: _argument(kwargs, key) for key in (POSITIONS, TARGETS, "labels")})
+        return args, {key: value for key, value in kwargs.items() if key not in (POSITIONS, TARGETS)}
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if POSITIONS not in kept:
             return args
         hidden, *rest = args
+        if hidden.shape[:2] != kept["labels"].shape:
+            raise GTCompileError(
+                f"only_labelled_logits: the head got hidden states of {list(hidden.shape[:2])} rows and "
+                f"tokens for labels of {list(kept['labels'].shape)}; adapters that add tokens are refused"
+            )
         return hidden.flatten(0, 1)[kept[POSITIONS]].unsqueeze(0), *rest
 
     @functools.wraps(loss_function)
     def labelled_loss(logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if TARGETS in kept:
-            labels = kwargs["shift_labels"] = kept[TARGETS].unsqueeze(0)
+            labels = kwargs["shift_labels"] = kept.pop(TARGETS).unsqueeze(0)
         return loss_function(logits, labels, *args, **kwargs)
 
     def forget(module: nn.Module, args: Any, output: Any) -> None:
+        computed = TARGETS not in kept
         kept.clear()  # `generate` of a model in peft calls the model inside, and the hook above does not run
+        if not computed and output is not None:  # None after an error
+            raise GTCompileError(
+                "only_labelled_logits: the model computed its loss without its loss_function"
+            )
 
     hooks = (
         model.register_forward_pre_hook(take_from_batch, with_kwargs=True),
         head.register_forward_pre_hook(select),
-        model.register_forward_hook(forget),
+        model.register_forward_hook(forget, always_call=True),
     )
     base.loss_function = labelled_loss
     return Installed(hooks, base, loss_function)
@@ -125,6 +137,16 @@ class Installed:
         self.base.loss_function = self.former_loss
 
 
+def _argument(kwargs: dict[str, Any], key: str) -> torch.Tensor:
+    value = kwargs.get(key)
+    if not isinstance(value, torch.Tensor):
+        raise GTCompileError(
+            f"only_labelled_logits: expected labels, {POSITIONS} and {TARGETS} together in the batch, but "
+            f"{key} is missing. With label_smoothing_factor or compute_loss_func, the Trainer removes labels"
+        )
+    return value
+
+
 def _causal_model(model: nn.Module) -> nn.Module:
     """Return the causal language model of transformers that a model is or contains.
 
@@ -134,7 +156,8 @@ def _causal_model(model: nn.Module) -> nn.Module:
     base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     takes_targets = "shift_labels" in inspect.signature(getattr(base, "loss_function", len)).parameters
-    if isinstance(base, nn.Module) and isinstance(head, nn.Module) and takes_targets:
+    decodes_only = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if isinstance(base, nn.Module) and isinstance(head, nn.Module) and takes_targets and decodes_only:
         return base
     raise GTCompileError(
         f"only_labelled_logits: expected a causal language model of transformers, with an output embedding "

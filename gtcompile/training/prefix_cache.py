@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gtcompile.capture.model_io import runs_as_one_region, unwrap
+from gtcompile.capture.model_io import runs_as_one_region, tensors_of, unwrap
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names
@@ -28,13 +28,18 @@ from gtcompile.training.prefix_files import PrefixFiles, bytes_of, digest_of
 
 logger = logging.getLogger(__name__)
 
-NOT_READ_BY_BLOCKS = ("labels", "labelled_positions", "labelled_targets", "num_items_in_batch")
-"""Arguments of a model that decide about its loss only, so that two examples may differ in them."""
+NOT_READ_BY_BLOCKS = ("labelled_positions", "labelled_targets", "num_items_in_batch")
+"""Arguments of a model that describe a whole batch and are read by its head or loss only."""
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Arguments with which transformers' models return what every block computed."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-"""Greatest difference to a cached value, as a share of the greatest value, by dtype."""
+"""Greatest median difference to cached values, as a share of the median value, by dtype."""
 _COARSE = 2e-2
+"""The same under autocast and for other dtypes."""
+_COMPARED, _FIRST_HIT = 64, 2
+"""The first of every 64 steps that find their examples is computed again and compared; the second of all is
+the first that leaves blocks out, and its results are checked for NaN."""
+_PLAIN = (bool, int, float, str, torch.dtype)
 
 
 @dataclass(slots=True)
@@ -53,15 +58,32 @@ class PrefixStats:
     """Why nothing is cached any more; None while the cache works."""
 
 
+class _Stamp:
+    """Tensors with their version counters; two stamps are equal if none was replaced or written to.
+
+    It holds the tensors themselves, since the `id` of one that is gone may be given to another.
+    """
+
+    def __init__(self, versions: Sequence[tuple[torch.Tensor, int]]) -> None:
+        self._versions = versions
+
+    def equals(self, other: "_Stamp") -> bool:
+        """Whether both hold the same tensors at the same versions."""
+        pairs = zip(self._versions, other._versions, strict=False)
+        alike = all(own is its and version == its_version for (own, version), (its, its_version) in pairs)
+        return alike and len(self._versions) == len(other._versions)
+
+
 @dataclass(slots=True)
 class _Store:
     """Outputs of block `depth - 1`, by example."""
 
     depth: int
-    stamp: object
+    stamp: _Stamp
     rows: dict[bytes, torch.Tensor] = field(default_factory=dict)
     files: PrefixFiles | None = None
-    verified: bool = False
+    uses: int = 0
+    """How often a step found all of its examples here."""
 
 
 class PrefixCache:
@@ -69,15 +91,19 @@ class PrefixCache:
 
     It concerns forwards in training mode with gradients enabled; all others run as ever. What is frozen
     follows `train_only`, `AdaptiveBackprop` and the callback by itself, with any policy; policies that train
-    one set between two selections profit. An optimizer step that changes a parameter of the prefix, or a load
-    of other weights, empties the cache: it compares PyTorch's version counters of these parameters.
-    `parameter.data.copy_` bypasses the counters; call `clear` after it.
+    one set between two selections profit. An optimizer step that changes a parameter or buffer of the prefix,
+    or a load of other weights, empties the cache: it compares PyTorch's version counters of these tensors.
+    Writes through `parameter.data` bypass the counters, and so do changes of a module, such as another active
+    adapter: call `clear` after these.
 
-    The first step that could start from cached values computes them again and compares. If they differ, as
-    with dropout in the prefix, the cache is disabled with a warning, and training goes on without it.
+    The first step that could start from cached values, and every 64th, computes them again and compares. If
+    they differ, as with dropout in the prefix, the cache is disabled with a warning, and training goes on
+    without it. While blocks are left out, they return NaN, so that a model which reads them elsewhere cannot
+    train on wrong values; this is an error.
 
-    Examples are recognised by their contents: every tensor of the batch except the labels. So shuffling is
-    fine; padding to another length makes another example.
+    Examples are recognised by their contents: their rows of every tensor of the batch. So shuffling is fine;
+    padding to another length makes another example. Batches with other arguments than tensors, numbers and
+    strings, or with an input that requires grad, are computed as ever.
 
     Args:
         model: any model whose forward takes tensors with one row per example, and whose repeated blocks run
@@ -118,19 +144,24 @@ class PrefixCache:
         self._blocks = [self._model.get_submodule(name) for name in self._names]
         self._folder, self._max_disk_bytes = None if folder is None else Path(folder), max_disk_bytes
         self._max_bytes, self._device, self._ignored = max_bytes, torch.device(device), frozenset(ignored)
+        configs = [getattr(module, "config", None) for module in self._model.modules()]
+        self._configs = [vars(c) for c in {id(c): c for c in configs if hasattr(c, "__dict__")}.values()]
         self._depths: dict[str, int] | None = None
         """By FQN of a parameter: how many blocks finish before the first module that owns it starts."""
+        self._precision: object = None
+        """Autocast inside of the model, which may enable it itself."""
         self._tuples: list[int] = []
         """For each block, the length of the tuple it returns; 0 where it returns a tensor."""
         self._store: _Store | None = None
         self._stack = contextlib.ExitStack()
         self._after: Callable[[], None] | None = None
+        self._after_hit = False
         self.enabled = True
         """Set it to False to compute every block for a while; values are kept."""
         self.stats = PrefixStats()
         self._handles: list[RemovableHandle] = [
             self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward),
+            self._model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -166,7 +197,7 @@ class PrefixCache:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stack.close()  # a former forward may have raised
-        self._after = None
+        self._after, self._after_hit = None, False
         if self._is_concerned(module, args, kwargs):
             if self._depths is None:
                 self._survey()
@@ -176,16 +207,34 @@ class PrefixCache:
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.close()
         after, self._after = self._after, None
-        if after is not None:
+        first, self._after_hit = self._after_hit, False
+        if first and any(t.is_floating_point() and t.isnan().any() for t in tensors_of(output)):
+            self._disable("the model reads blocks of the frozen prefix elsewhere than in the next block")
+            raise GTCompileError(
+                f"PrefixCache: {self.stats.disabled}, so this step has no right loss. Nothing has changed; "
+                f"train without the cache, or name the blocks that only the next one reads with blocks=[...]"
+            )
+        if after is not None and output is not None:
             after()
 
     def _is_concerned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if self.stats.disabled or not self.enabled or not module.training or not torch.is_grad_enabled():
+        if self.stats.disabled or not self.enabled:
             return False
-        if torch.compiler.is_compiling() or any(map(kwargs.get, _RECORDED)):
+        if any(values.get(name) for values in (kwargs, *self._configs) for name in _RECORDED):
             return False
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        return bool(tensors) and not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        inputs = self._inputs(args, kwargs).values()
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        if any(isinstance(t, FakeTensor) or t.is_meta or t.requires_grad for t in tensors):
+            return False
+        known = all(value is None or isinstance(value, (torch.Tensor, *_PLAIN)) for value in inputs)
+        return known and any(tensor.dim() for tensor in tensors)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+        """The arguments that blocks may depend on, by position or name."""
+        named = {name: value for name, value in kwargs.items() if name not in self._ignored}
+        return {**dict(enumerate(args)), **named}
 
     # Which parameters belong to the prefix.
 
@@ -202,6 +251,7 @@ class PrefixCache:
 
         def finish(block: nn.Module, args: Any, output: Any) -> None:
             outputs.append(len(output) if isinstance(output, tuple) else 0)
+            self._precision = self._autocast()
             if _hidden_of(output) is None or block is not self._blocks[len(outputs) - 1]:
                 problems.append(type(block).__name__)
 
@@ -222,13 +272,13 @@ class PrefixCache:
                 )
                 return
             self._tuples = outputs
-            depth_of: dict[nn.Parameter, int] = {}
+            depth_of: dict[torch.Tensor, int] = {}
             for name, unit in units.items():
                 depth = started.get(name, 0)  # a module that was not called may be called the next time
-                for parameter in unit.parameters(recurse=name in whole):
-                    depth_of[parameter] = min(depth, depth_of.get(parameter, depth))
-            named = self._model.named_parameters(remove_duplicate=False)
-            self._depths = {name: depth_of[parameter] for name, parameter in named}
+                inside = name in whole
+                for tensor in (*unit.parameters(recurse=inside), *unit.buffers(recurse=inside)):
+                    depth_of[tensor] = min(depth, depth_of.get(tensor, depth))
+            self._depths = {name: depth_of[tensor] for name, tensor in self._tensors()}
 
         self._after = conclude
 
@@ -238,11 +288,15 @@ class PrefixCache:
         trained = trained_parameters(self._model)
         return min((self._depths.get(name, 0) for name in trained), default=0)
 
-    def _stamp(self, depth: int) -> object:
-        """A value that changes when a parameter of the first `depth` blocks, or before them, does."""
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers with every name they have."""
+        yield from self._model.named_parameters(remove_duplicate=False)
+        yield from self._model.named_buffers(remove_duplicate=False)
+
+    def _stamp(self, depth: int) -> _Stamp:
+        """Parameters and buffers of the first `depth` blocks and of what runs before them, with versions."""
         assert self._depths is not None
-        parameters = self._model.named_parameters(remove_duplicate=False)
-        return [(id(p), p._version) for name, p in parameters if self._depths.get(name, 0) < depth]
+        return _Stamp([(t, t._version) for name, t in self._tensors() if self._depths.get(name, 0) < depth])
 
     # Looking up and storing.
 
@@ -251,9 +305,12 @@ class PrefixCache:
         store = self._current(depth)
         keys = self._keys(args, kwargs)
         found = [row for key in keys if (row := self._find(store, key)) is not None]
-        if len(found) == len(keys) and store.verified:
+        complete = len(found) == len(keys)
+        store.uses += complete
+        if complete and store.uses % _COMPARED != 1:
             self.stats.hits += 1
             self._bypass(store.depth, torch.stack(found), self._stack)
+            self._after_hit = store.uses == _FIRST_HIT
             return
         self.stats.misses += 1
         output = self._watch(self._blocks[store.depth - 1])
@@ -262,8 +319,8 @@ class PrefixCache:
             hidden = output()
             if hidden is None or len(hidden) != len(keys):
                 self._disable("the blocks return more than one tensor with a row for each example")
-            elif len(found) == len(keys):
-                self._verify(store, torch.stack(found), hidden)
+            elif complete:
+                self._compare(torch.stack(found), hidden)
             else:
                 self._keep(store, keys, hidden)
 
@@ -272,7 +329,8 @@ class PrefixCache:
     def _current(self, depth: int) -> _Store:
         """The store for this depth, emptied if the depth or a parameter of the prefix has changed."""
         stamp = self._stamp(depth)
-        if self._store is None or (self._store.depth, self._store.stamp) != (depth, stamp):
+        known = self._store is not None and self._store.depth == depth and self._store.stamp.equals(stamp)
+        if self._store is None or not known:
             self.clear()
             self._store, self.stats.depth = _Store(depth, stamp, files=self._files(depth)), depth
         return self._store
@@ -288,7 +346,8 @@ class PrefixCache:
         classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in self._model.modules()]
         yield repr((depth, torch.__version__, version("transformers"), classes)).encode()
         yield repr(getattr(self._model, "config", None)).encode()
-        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+        yield repr(self._precision).encode()
+        for name, tensor in self._tensors():
             if self._depths.get(name, 0) < depth:
                 yield name.encode() + digest_of(tensor)
 
@@ -309,14 +368,12 @@ class PrefixCache:
 
     def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
         """One digest per example, of everything that its row of the prefix can depend on."""
-        inputs: dict[Any, Any] = dict(enumerate(args))
-        inputs |= {name: value for name, value in kwargs.items() if name not in self._ignored}
+        inputs = self._inputs(args, kwargs)
         tensors = {k: v.detach().cpu() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         rows = max(len(t) for t in tensors.values() if t.dim())
         shared = {k: v for k, v in inputs.items() if k not in tensors}
-        device = next(self._model.parameters()).device.type
-        context = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        digests = [hashlib.blake2b(repr((shared, context)).encode(), digest_size=16) for _ in range(rows)]
+        digests = [hashlib.blake2b(repr((shared, self._autocast())).encode(), digest_size=16)]
+        digests += [digests[0].copy() for _ in range(rows - 1)]
         for key, tensor in tensors.items():
             by_row = tensor.dim() > 0 and len(tensor) == rows
             for row, digest in enumerate(digests):
@@ -324,6 +381,10 @@ class PrefixCache:
                 digest.update(repr((key, part.dtype, tuple(part.shape))).encode())
                 digest.update(bytes_of(part))
         return [digest.digest() for digest in digests]
+
+    def _autocast(self) -> object:
+        device = next(self._model.parameters()).device.type
+        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
     def _keep(self, store: _Store, keys: Sequence[bytes], hidden: torch.Tensor) -> None:
         for key, row in zip(keys, hidden, strict=True):
@@ -333,15 +394,12 @@ class PrefixCache:
                 if store.files is not None:
                     store.files.write(key, kept)
 
-    def _verify(self, store: _Store, cached: torch.Tensor, hidden: torch.Tensor) -> None:
-        cached = cached.to(hidden.device)
-        allowed = _TOLERANCE.get(hidden.dtype, _COARSE)
-        if torch.is_autocast_enabled(hidden.device.type):
-            allowed = _COARSE
-        difference = (cached - hidden).abs().max()
-        if not difference <= allowed * hidden.abs().max():  # also when it is NaN
+    def _compare(self, cached: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Disable the cache if values differ; by medians, since a few values in a model are huge."""
+        difference = (cached.to(hidden.device) - hidden).abs().float().median()
+        allowed = _COARSE if self._precision else _TOLERANCE.get(hidden.dtype, _COARSE)
+        if not difference <= allowed * hidden.abs().float().median():  # also when it is NaN
             self._disable("frozen blocks computed other values for the same example; do they have dropout?")
-        store.verified = True
 
     def _disable(self, reason: str) -> None:
         self.clear()
@@ -353,12 +411,17 @@ class PrefixCache:
     def _watch(self, block: nn.Module) -> Callable[[], torch.Tensor | None]:
         """Record what a block returns; the result is a function that tells it after the forward."""
         outputs: list[torch.Tensor | None] = []
-        hook = block.register_forward_hook(lambda *call: outputs.append(_hidden_of(call[-1])))
-        self._stack.callback(hook.remove)
-        return lambda: outputs[0].detach() if outputs and outputs[0] is not None else None
+
+        def record(_: nn.Module, args: Any, output: Any) -> None:
+            hidden = _hidden_of(output)  # a copy, since the model may write to it
+            outputs.append(None if hidden is None else hidden.detach().clone())
+            self._precision = self._autocast()
+
+        self._stack.callback(block.register_forward_hook(record).remove)
+        return lambda: outputs[0] if outputs else None
 
     def _bypass(self, depth: int, cached: torch.Tensor | None, stack: contextlib.ExitStack) -> None:
-        """Let all blocks but the last of the prefix return their input, and the last the cached values."""
+        """Let all blocks but the last of the prefix return NaN, and the last the cached values."""
         for index, block in enumerate(self._blocks[:depth]):
             value = cached if index == depth - 1 else None
             stack.enter_context(_replaced_forward(block, value, self._tuples[index]))
@@ -396,12 +459,15 @@ def _hidden_of(output: Any) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def _replaced_forward(block: nn.Module, cached: torch.Tensor | None, length: int) -> Iterator[None]:
-    """Let a block return its input, or the cached values, in a tuple of this length unless it is 0."""
+    """Let a block return NaN, or the cached values, in a tuple of this length unless it is 0."""
     own = vars(block).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        output = hidden if cached is None else cached.to(hidden.device, non_blocking=True)
+        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+        if cached is None:
+            output = torch.full_like(hidden, torch.nan, requires_grad=False)
+        else:
+            output = cached.to(hidden.device, non_blocking=True)
         return (output, *[None] * (length - 1)) if length else output
 
     block.forward = forward

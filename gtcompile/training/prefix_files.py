@@ -79,17 +79,20 @@ class PrefixFiles:
 
     def write(self, key: bytes, tensor: torch.Tensor) -> None:
         """Write the values of an example, as long as the limit and the disk allow it."""
-        if not self._writes or not self._make_room(tensor.nbytes):
+        if not self._writes or self._path(key).exists():
             return
+        name = None
         try:
+            if not self._make_room(tensor.nbytes):
+                return
             handle, name = tempfile.mkstemp(dir=self._folder, prefix=".")
             with os.fdopen(handle, "wb") as file:
                 file.write(save({_NAME: tensor}, {_CHECKSUM: digest_of(tensor).hex()}))
             os.replace(name, self._path(key))
             self._bytes += tensor.nbytes
         except OSError as error:
-            with contextlib.suppress(OSError, UnboundLocalError):
-                os.unlink(name)
+            with contextlib.suppress(OSError):
+                os.unlink(name or "")
             self._writes = False
             logger.warning("no more values of the frozen prefix are written to %s: %s", self._folder, error)
 
@@ -100,7 +103,7 @@ class PrefixFiles:
         if self._bytes + size <= self._max_bytes:
             return True
         others = [path for path in self._shared.iterdir() if path.is_dir() and path != self._folder]
-        for other in sorted(others, key=lambda path: path.stat().st_mtime):
+        for other in sorted(others, key=lambda path: path.stat().st_mtime):  # another run may delete it first
             shutil.rmtree(other, ignore_errors=True)
             self._bytes = _size(self._shared)
             if self._bytes + size <= self._max_bytes:
@@ -109,9 +112,10 @@ class PrefixFiles:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below a folder; files that another run deletes meanwhile do not count."""
+    """Bytes of all files below a folder; what another run deletes meanwhile does not count."""
     total = 0
-    for path in folder.rglob("*.safetensors"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+    for below, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(below, name)).st_size
     return total

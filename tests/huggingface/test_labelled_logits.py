@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import gtcompile
@@ -143,10 +145,30 @@ def test_a_sum_over_items_in_the_batch_is_divided_as_before():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_positions_without_labels_and_adapters_that_add_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    model, batch = make_model(), gtcompile.add_labelled_positions(make_batch(every_third()))
+    handle = gtcompile.only_labelled_logits(model)
+    with pytest.raises(gtcompile.GTCompileError, match="but labels is missing"):
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+    handle.remove()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(model, config)
+    gtcompile.only_labelled_logits(model)
+    with pytest.raises(gtcompile.GTCompileError, match="adapters that add tokens"):
+        model(**batch)
+
+
 def test_a_model_or_batch_of_another_kind_is_refused_by_name():
     classifier = BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=32))
     with pytest.raises(gtcompile.GTCompileError, match="BertForSequenceClassification is none"):
         gtcompile.only_labelled_logits(classifier)
+    decoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=8, num_layers=1, num_heads=1)
+    )
+    with pytest.raises(gtcompile.GTCompileError, match="T5ForConditionalGeneration is none"):
+        gtcompile.only_labelled_logits(decoder)
     with pytest.raises(gtcompile.GTCompileError, match="Linear is none"):
         gtcompile.only_labelled_logits(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"rows, tokens\], got shape \[3\]"):

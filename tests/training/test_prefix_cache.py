@@ -277,6 +277,63 @@ def test_what_cannot_work_is_refused():
         pass
 
 
+class Stack(torch.nn.Module):
+    """Blocks in a row whose outputs the model may also use elsewhere or write to."""
+
+    def __init__(self, *, reads_all=False, writes=False):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(3)]
+        self.blocks, self.head = torch.nn.ModuleList(blocks), torch.nn.Linear(4, 1)
+        self.reads_all, self.writes = reads_all, writes
+
+    def forward(self, x):
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            if self.writes and not x.requires_grad:
+                x *= 0.5
+            outputs.append(x)
+        return self.head(sum(outputs) if self.reads_all else x).pow(2).mean()
+
+
+def losses_of_the_head(model, x, steps=5):
+    gtcompile.train_only(model, ["head.*"])
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(steps):
+        loss = model(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_a_model_that_reads_blocks_of_the_prefix_elsewhere_is_refused():
+    model = Stack(reads_all=True)
+    cache = gtcompile.PrefixCache(model)
+    with pytest.raises(gtcompile.GTCompileError, match="elsewhere than in the next block"):
+        losses_of_the_head(model, torch.randn(2, 4))
+    assert losses_of_the_head(model, torch.ones(2, 4))
+    assert cache.stats.hits == 1
+
+
+def test_a_model_that_writes_to_the_output_of_a_block_trains_the_same():
+    x, model = torch.randn(2, 4), Stack(writes=True)
+    expected = losses_of_the_head(Stack(writes=True), x)
+    cache = gtcompile.PrefixCache(model)
+    assert losses_of_the_head(model, x) == expected
+    assert cache.stats.hits == 2
+
+
+def test_an_input_that_requires_grad_gets_its_gradient():
+    x, model = torch.randn(2, 4, requires_grad=True), Stack()
+    cache = gtcompile.PrefixCache(model)
+    losses_of_the_head(model, x)
+    assert x.grad is not None
+    assert cache.stats.hits == 0
+
+
 # Values on disk.
 
 

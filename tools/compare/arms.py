@@ -1,8 +1,8 @@
 """The methods that are compared. This module imports no torch, so that their names can be checked at once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,40 +50,33 @@ def biases_and_norms(model: "nn.Module") -> "nn.Module":
     return model
 
 
-def _today(policy: str, prepare: Prepare, learning_rate: float, *, budgeted: bool = False) -> Arm:
-    """What people do today, logits at every position."""
-    return Arm(prepare=prepare, policy=policy, budgeted=budgeted, learning_rate=learning_rate)
+def _whole(learning_rate: float, prepare: Prepare = unchanged) -> Arm:
+    return Arm(prepare=prepare, policy="last_layers", budgeted=False, learning_rate=learning_rate)
 
 
-def _ours(
-    policy: str, learning_rate: float = 2e-4, prepare: Prepare = unchanged, *, cached: bool = False
-) -> Arm:
-    """With logits at labelled positions alone."""
-    return Arm(
-        prepare=prepare,
-        policy=policy,
-        budgeted=True,
-        learning_rate=learning_rate,
-        labelled=True,
-        cached=cached,
-    )
+def _policy(name: str) -> Arm:
+    return Arm(prepare=unchanged, policy=name, budgeted=True, learning_rate=2e-4)
+
+
+def _saving(policy: Arm, **changes: Any) -> Arm:
+    return replace(policy, labelled=True, **changes)
 
 
 ARMS: Mapping[str, Arm] = {
-    "full": _today("last_layers", unchanged, 1e-4),
-    "lora": _today("last_layers", with_lora, 1e-3),
-    "last_layers": _today("last_layers", unchanged, 2e-4, budgeted=True),
-    "last_layers_cached": _ours("last_layers", cached=True),
-    "best_cached": _ours("best", cached=True),
-    "lora_cached": _ours("last_layers", 1e-3, with_lora, cached=True),
-    "occasionally_full": _ours("occasionally_full"),
-    "lora_occasionally_full": _ours("occasionally_full", 1e-3, with_lora),
-    "best": _ours("best"),
-    "sampled": _ours("sampled"),
-    "rotating": _ours("rotating"),
-    "lisa": _ours("lisa"),
-    "random": _today("random", unchanged, 2e-4, budgeted=True),
-    "paper": _today("paper", unchanged, 2e-4, budgeted=True),
-    "bitfit": _today("last_layers", biases_and_norms, 2e-3),
+    "full": _whole(1e-4),
+    "lora": _whole(1e-3, with_lora),
+    "last_layers": _policy("last_layers"),
+    "last_layers_cached": _saving(_policy("last_layers"), cached=True),
+    "best_cached": _saving(_policy("best"), cached=True),
+    "lora_cached": _saving(_policy("last_layers"), cached=True, prepare=with_lora, learning_rate=1e-3),
+    "lora_occasionally_full": _saving(_policy("occasionally_full"), prepare=with_lora, learning_rate=1e-3),
+    "occasionally_full": _policy("occasionally_full"),
+    "best": _policy("best"),
+    "sampled": _policy("sampled"),
+    "rotating": _policy("rotating"),
+    "lisa": _policy("lisa"),
+    "random": _policy("random"),
+    "paper": _policy("paper"),
+    "bitfit": _whole(2e-3, biases_and_norms),
 }
 """Methods by name, in the order in which they are run."""

@@ -185,11 +185,12 @@ class _Training:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
-        self._flops += self._costs(batch, skipped).step_flops(trained_parameters(self._model))
+        trained = trained_parameters(self._model)
         self._adaptive.step()
         self._train_losses.append(loss.item())
         self.step += 1
         self._seconds += time.perf_counter() - began
+        self._flops += self._costs(batch, skipped, trained)
         if self.step * self._setting.evaluations % self._run.steps < self._setting.evaluations:
             self._evaluate()
 
@@ -258,14 +259,14 @@ class _Training:
         loss = _loss(self._model, batch, self._setting)
         return loss, self._cache.stats.depth if self._cache.stats.hits > hits else 0
 
-    def _costs(self, batch: Batch, skipped: int) -> BackwardCosts:
-        """Costs of this batch; captured once for each number of labelled positions and of skipped blocks."""
+    def _costs(self, batch: Batch, skipped: int, trained: frozenset[str]) -> int:
+        """FLOPs of a step; captured once for each number of labelled positions and of skipped blocks."""
         key = (_shape(batch), skipped)
         if key not in self._costs_of:
             hit = self._cache.pretend_hit() if self._cache and skipped else contextlib.nullcontext()
             with hit:
                 self._costs_of[key] = backward_costs(self._model, batch)
-        return self._costs_of[key]
+        return self._costs_of[key].step_flops(trained)
 
 
 def _shape(batch: Batch) -> tuple[torch.Size, ...]:
