@@ -32,6 +32,7 @@ from gtcompile.torch_internals import (
     CustomPartitionerFn,
     aot_autograd,
     compile_fx,
+    functorch_config,
     get_hash_for_files,
 )
 
@@ -121,9 +122,13 @@ def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartition
     code: Any
     if region.options.compiler == "inductor":
         settings = {**region.inductor_settings, "custom_partitioner_fn": partitioner}
-        code = despite_damaged_files(
-            lambda: compile_fx(copy.copy(region.graph), list(region.example_inputs), config_patches=settings)
-        )
+        # AOTAutograd would put off an error in the backward's compilation until the backward runs
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            code = despite_damaged_files(
+                lambda: compile_fx(
+                    copy.copy(region.graph), list(region.example_inputs), config_patches=settings
+                )
+            )
     else:
         code = aot_autograd(
             fw_compiler=run_operators,

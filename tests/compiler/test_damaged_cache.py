@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_a_run_after_a_killed_one_succeeds(cache, variants):
         return subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=True)
 
     first = run()
-    files = list(cache.rglob("*.so"))
+    # Inductor also keeps programs there that find out what the processor can do; their failure is no error
+    sources = {path: path.with_suffix(".cpp").read_text() for path in cache.rglob("*.so")}
+    files = [path for path, source in sources.items() if re.search(r"\bkernel\(", source)]
     assert files
     for path in files:
         path.write_bytes(b"")
