@@ -53,6 +53,8 @@ class GradientStream:
             GTCompileError: a gradient came in several parts.
         """
         device = next(iter(self.names)).device
+        # Before the forward: after it, the root of a sharded model holds whole parameters without gradients.
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         with torch.enable_grad():
             loss = batch_loss(self.module, on_device(batch, device), self.loss_fn)
         loss_is_finite = torch.isfinite(loss.detach())
@@ -66,7 +68,6 @@ class GradientStream:
                 finite[fqn] = loss_is_finite & _is_finite(gradient).to(loss.device)
                 consume(fqn, parameter, gradient, finite[fqn].to(gradient.device))
 
-        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         handles = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in trainable]
         try:
             with torch.autocast(device.type, enabled=False):  # autocast is for the forward alone

@@ -83,7 +83,7 @@ def test_importances_of_a_run_are_used(config_only: str, inspection: Inspection,
     [
         ("nonsense", "not the selections.json"),
         ("[]", "not the selections.json"),
-        ('[{"importance": {}}]', "--method adaptive"),
+        ('[{"importance": {}}]', "--policy best"),
         ('[{"importance": {"other.weight": 1.0}}]', "another model: it names other.weight"),
     ],
 )

@@ -102,7 +102,7 @@ def test_labels_that_are_no_numbers_are_refused_with_the_name_of_their_file(writ
     labels = folder / "piqa" / "valid-labels.lst"
     labels.write_text("\n".join("01010101x1"))
     with pytest.raises(ValueError, match=f"{labels}: expected whole numbers as labels, got 'x'"):
-        read_folder(folder / "piqa", "valid", "piqa")
+        read_folder(folder / "piqa", "piqa", "valid")
 
 
 @pytest.mark.parametrize("hidden", [-1, None])
