@@ -19,12 +19,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gtcompile.capture.model_io import runs_as_one_region, tensors_of, unwrap
-from gtcompile.compiler.blocks import find_blocks
 from gtcompile.errors import GTCompileError
-from gtcompile.graph.names import near_names
-from gtcompile.state.trained_set import trained_parameters
 from gtcompile.torch_internals import FakeTensor
-from gtcompile.training.prefix_files import PrefixFiles, bytes_of, digest_of
+from gtcompile.training.block_stack import BlockStack, TensorVersions
+from gtcompile.training.prefix_files import PrefixFiles, bytes_of, digest_of, writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,28 +56,12 @@ class PrefixStats:
     """Why nothing is cached any more; None while the cache works."""
 
 
-class _Stamp:
-    """Tensors with their version counters; two stamps are equal if none was replaced or written to.
-
-    It holds the tensors themselves, since the `id` of one that is gone may be given to another.
-    """
-
-    def __init__(self, versions: Sequence[tuple[torch.Tensor, int]]) -> None:
-        self._versions = versions
-
-    def equals(self, other: "_Stamp") -> bool:
-        """Whether both hold the same tensors at the same versions."""
-        pairs = zip(self._versions, other._versions, strict=False)
-        alike = all(own is its and version == its_version for (own, version), (its, its_version) in pairs)
-        return alike and len(self._versions) == len(other._versions)
-
-
 @dataclass(slots=True)
 class _Store:
     """Outputs of block `depth - 1`, by example."""
 
     depth: int
-    stamp: _Stamp
+    versions: TensorVersions
     rows: dict[bytes, torch.Tensor] = field(default_factory=dict)
     files: PrefixFiles | None = None
     uses: int = 0
@@ -121,7 +103,7 @@ class PrefixCache:
 
     Raises:
         GTCompileError: the model is compiled as a whole, or has no repeated blocks.
-        ValueError: a name in `blocks` is not a module.
+        ValueError: a name in `blocks` is not a module, or nothing can be written to `folder`.
     """
 
     def __init__(
@@ -140,20 +122,15 @@ class PrefixCache:
                 "the model is compiled as a whole, so no block can be skipped; compile it with compile_blocks"
             )
         self._model = unwrap(model)
-        self._names = _first_stack(self._model, blocks)
-        self._blocks = [self._model.get_submodule(name) for name in self._names]
-        self._folder, self._max_disk_bytes = None if folder is None else Path(folder), max_disk_bytes
+        self._blocks = BlockStack(self._model, blocks)
+        self._folder = None if folder is None else writable_folder(Path(folder))
+        self._max_disk_bytes = max_disk_bytes
         self._max_bytes, self._device, self._ignored = max_bytes, torch.device(device), frozenset(ignored)
         configs = [getattr(module, "config", None) for module in self._model.modules()]
         self._configs = [vars(c) for c in {id(c): c for c in configs if hasattr(c, "__dict__")}.values()]
-        self._depths: dict[str, int] | None = None
-        """By FQN of a parameter: how many blocks finish before the first module that owns it starts."""
-        self._precision: object = None
-        """Autocast inside of the model, which may enable it itself."""
-        self._tuples: list[int] = []
-        """For each block, the length of the tuple it returns; 0 where it returns a tensor."""
         self._store: _Store | None = None
-        self._stack = contextlib.ExitStack()
+        self._hooks = contextlib.ExitStack()
+        """Undoes what was done for the present forward."""
         self._after: Callable[[], None] | None = None
         self._after_hit = False
         self.enabled = True
@@ -183,12 +160,13 @@ class PrefixCache:
         Raises:
             GTCompileError: no training forward has run yet, from which the order of the modules is known.
         """
-        if self._depths is None:
-            raise GTCompileError("run one training forward first: it shows in which order the modules run")
+        depth = self._blocks.frozen_depth()
+        if self._store is not None:
+            depth = min(depth, self._store.depth)
         enabled, self.enabled = self.enabled, False
         try:
-            with contextlib.ExitStack() as stack:
-                self._bypass(self._frozen_depth(), None, stack)
+            with contextlib.ExitStack() as hooks:
+                self._blocks.bypass(depth, None, hooks)
                 yield
         finally:
             self.enabled = enabled
@@ -196,16 +174,16 @@ class PrefixCache:
     # Hooks of the model.
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stack.close()  # a former forward may have raised
+        self._hooks.close()  # a former forward may have raised
         self._after, self._after_hit = None, False
         if self._is_concerned(module, args, kwargs):
-            if self._depths is None:
-                self._survey()
-            elif depth := self._frozen_depth():
+            if not self._blocks.surveyed:
+                self._after = self._survey()
+            elif depth := self._blocks.frozen_depth():
                 self._look_up(depth, args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.close()
+        self._hooks.close()
         after, self._after = self._after, None
         first, self._after_hit = self._after_hit, False
         if first and any(t.is_floating_point() and t.isnan().any() for t in tensors_of(output)):
@@ -236,67 +214,14 @@ class PrefixCache:
         named = {name: value for name, value in kwargs.items() if name not in self._ignored}
         return {**dict(enumerate(args)), **named}
 
-    # Which parameters belong to the prefix.
+    def _survey(self) -> Callable[[], None]:
+        conclude = self._blocks.survey(self._hooks)
 
-    def _survey(self) -> None:
-        """In the next forward, note how many blocks have finished when each module is first called.
+        def disable_if_wrong() -> None:
+            if problem := conclude():
+                self._disable(problem)
 
-        Hooks inside of a block would make Dynamo capture it again; all of a block has one depth.
-        """
-        started: dict[str, int] = {}
-        outputs: list[Any] = []
-
-        def start(name: str) -> None:
-            started.setdefault(name, len(outputs))
-
-        def finish(block: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(len(output) if isinstance(output, tuple) else 0)
-            self._precision = self._autocast()
-            if _hidden_of(output) is None or block is not self._blocks[len(outputs) - 1]:
-                problems.append(type(block).__name__)
-
-        problems: list[str] = []
-        whole = frozenset((*find_blocks(self._model), *self._names))
-        units = dict(_units(self._model, whole))
-        for name, unit in units.items():
-            hook = unit.register_forward_pre_hook(lambda *_, name=name: start(name))
-            self._stack.callback(hook.remove)
-        for block in self._blocks:
-            self._stack.callback(block.register_forward_hook(finish).remove)
-
-        def conclude() -> None:
-            if problems or len(outputs) != len(self._blocks):
-                self._disable(
-                    "expected the blocks to run once each, in order, and to return one tensor; name others "
-                    "with blocks=[...]"
-                )
-                return
-            self._tuples = outputs
-            depth_of: dict[torch.Tensor, int] = {}
-            for name, unit in units.items():
-                depth = started.get(name, 0)  # a module that was not called may be called the next time
-                inside = name in whole
-                for tensor in (*unit.parameters(recurse=inside), *unit.buffers(recurse=inside)):
-                    depth_of[tensor] = min(depth, depth_of.get(tensor, depth))
-            self._depths = {name: depth_of[tensor] for name, tensor in self._tensors()}
-
-        self._after = conclude
-
-    def _frozen_depth(self) -> int:
-        """How many blocks finish before the first module with a trained parameter starts."""
-        assert self._depths is not None
-        trained = trained_parameters(self._model)
-        return min((self._depths.get(name, 0) for name in trained), default=0)
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers with every name they have."""
-        yield from self._model.named_parameters(remove_duplicate=False)
-        yield from self._model.named_buffers(remove_duplicate=False)
-
-    def _stamp(self, depth: int) -> _Stamp:
-        """Parameters and buffers of the first `depth` blocks and of what runs before them, with versions."""
-        assert self._depths is not None
-        return _Stamp([(t, t._version) for name, t in self._tensors() if self._depths.get(name, 0) < depth])
+        return disable_if_wrong
 
     # Looking up and storing.
 
@@ -309,11 +234,11 @@ class PrefixCache:
         store.uses += complete
         if complete and store.uses % _COMPARED != 1:
             self.stats.hits += 1
-            self._bypass(store.depth, torch.stack(found), self._stack)
+            self._blocks.bypass(store.depth, torch.stack(found), self._hooks)
             self._after_hit = store.uses == _FIRST_HIT
             return
         self.stats.misses += 1
-        output = self._watch(self._blocks[store.depth - 1])
+        output = self._blocks.watch(store.depth, self._hooks)
 
         def conclude() -> None:
             hidden = output()
@@ -327,13 +252,20 @@ class PrefixCache:
         self._after = conclude
 
     def _current(self, depth: int) -> _Store:
-        """The store for this depth, emptied if the depth or a parameter of the prefix has changed."""
-        stamp = self._stamp(depth)
-        known = self._store is not None and self._store.depth == depth and self._store.stamp.equals(stamp)
-        if self._store is None or not known:
+        """The store for this depth or a smaller one, emptied if its prefix has changed or became shorter.
+
+        If the frozen prefix became longer, the values stay: to fill a new store costs a whole epoch.
+        """
+        store = self._store
+        if (
+            store is None
+            or store.depth > depth
+            or not store.versions.equals(self._blocks.versions(store.depth))
+        ):
             self.clear()
-            self._store, self.stats.depth = _Store(depth, stamp, files=self._files(depth)), depth
-        return self._store
+            store = _Store(depth, self._blocks.versions(depth), files=self._files(depth))
+            self._store, self.stats.depth = store, depth
+        return store
 
     def _files(self, depth: int) -> PrefixFiles | None:
         if self._folder is None:
@@ -342,14 +274,12 @@ class PrefixCache:
 
     def _identity(self, depth: int) -> Iterator[bytes]:
         """What decides the values of a prefix besides the example: code, configuration and weights."""
-        assert self._depths is not None
         classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in self._model.modules()]
         yield repr((depth, torch.__version__, version("transformers"), classes)).encode()
         yield repr(getattr(self._model, "config", None)).encode()
-        yield repr(self._precision).encode()
-        for name, tensor in self._tensors():
-            if self._depths.get(name, 0) < depth:
-                yield name.encode() + digest_of(tensor)
+        yield repr(self._blocks.precision).encode()
+        for name, tensor in self._blocks.tensors(depth):
+            yield name.encode() + digest_of(tensor)
 
     def _find(self, store: _Store, key: bytes) -> torch.Tensor | None:
         """The values of an example, from memory or from disk."""
@@ -372,7 +302,7 @@ class PrefixCache:
         tensors = {k: v.detach().cpu() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         rows = max(len(t) for t in tensors.values() if t.dim())
         shared = {k: v for k, v in inputs.items() if k not in tensors}
-        digests = [hashlib.blake2b(repr((shared, self._autocast())).encode(), digest_size=16)]
+        digests = [hashlib.blake2b(repr((shared, self._blocks.autocast())).encode(), digest_size=16)]
         digests += [digests[0].copy() for _ in range(rows - 1)]
         for key, tensor in tensors.items():
             by_row = tensor.dim() > 0 and len(tensor) == rows
@@ -381,10 +311,6 @@ class PrefixCache:
                 digest.update(repr((key, part.dtype, tuple(part.shape))).encode())
                 digest.update(bytes_of(part))
         return [digest.digest() for digest in digests]
-
-    def _autocast(self) -> object:
-        device = next(self._model.parameters()).device.type
-        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
     def _keep(self, store: _Store, keys: Sequence[bytes], hidden: torch.Tensor) -> None:
         for key, row in zip(keys, hidden, strict=True):
@@ -397,7 +323,7 @@ class PrefixCache:
     def _compare(self, cached: torch.Tensor, hidden: torch.Tensor) -> None:
         """Disable the cache if values differ; by medians, since a few values in a model are huge."""
         difference = (cached.to(hidden.device) - hidden).abs().float().median()
-        allowed = _COARSE if self._precision else _TOLERANCE.get(hidden.dtype, _COARSE)
+        allowed = _COARSE if self._blocks.precision else _TOLERANCE.get(hidden.dtype, _COARSE)
         if not difference <= allowed * hidden.abs().float().median():  # also when it is NaN
             self._disable("frozen blocks computed other values for the same example; do they have dropout?")
 
@@ -405,76 +331,3 @@ class PrefixCache:
         self.clear()
         self.stats.disabled = reason
         logger.warning("the frozen prefix is not cached any more: %s", reason)
-
-    # Blocks for the time of one forward.
-
-    def _watch(self, block: nn.Module) -> Callable[[], torch.Tensor | None]:
-        """Record what a block returns; the result is a function that tells it after the forward."""
-        outputs: list[torch.Tensor | None] = []
-
-        def record(_: nn.Module, args: Any, output: Any) -> None:
-            hidden = _hidden_of(output)  # a copy, since the model may write to it
-            outputs.append(None if hidden is None else hidden.detach().clone())
-            self._precision = self._autocast()
-
-        self._stack.callback(block.register_forward_hook(record).remove)
-        return lambda: outputs[0] if outputs else None
-
-    def _bypass(self, depth: int, cached: torch.Tensor | None, stack: contextlib.ExitStack) -> None:
-        """Let all blocks but the last of the prefix return NaN, and the last the cached values."""
-        for index, block in enumerate(self._blocks[:depth]):
-            value = cached if index == depth - 1 else None
-            stack.enter_context(_replaced_forward(block, value, self._tuples[index]))
-
-
-def _first_stack(model: nn.Module, blocks: Sequence[str] | None) -> tuple[str, ...]:
-    names = tuple(find_blocks(model) if blocks is None else blocks)
-    if not names:
-        raise GTCompileError(f"{type(model).__name__} has no repeated blocks; name them with blocks=[...]")
-    known = dict(model.named_modules())
-    for name in names:
-        if name not in known:
-            near = near_names(name, known)
-            raise ValueError(f"blocks: {type(model).__name__} has no module {name!r}; {near}")
-    if blocks is not None:
-        return names
-    parent = names[0].rpartition(".")[0]
-    return tuple(name for name in names if name.rpartition(".")[0] == parent)
-
-
-def _units(model: nn.Module, whole: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that is not inside of a block, by FQN."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        parts = name.split(".")
-        if not any(".".join(parts[:count]) in whole for count in range(1, len(parts))):
-            yield name, module
-
-
-def _hidden_of(output: Any) -> torch.Tensor | None:
-    """The only tensor that a block returns, alone or first in a tuple; None if it returns more."""
-    if isinstance(output, tuple) and output and all(other is None for other in output[1:]):
-        output = output[0]
-    return output if isinstance(output, torch.Tensor) else None
-
-
-@contextlib.contextmanager
-def _replaced_forward(block: nn.Module, cached: torch.Tensor | None, length: int) -> Iterator[None]:
-    """Let a block return NaN, or the cached values, in a tuple of this length unless it is 0."""
-    own = vars(block).get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
-        if cached is None:
-            output = torch.full_like(hidden, torch.nan, requires_grad=False)
-        else:
-            output = cached.to(hidden.device, non_blocking=True)
-        return (output, *[None] * (length - 1)) if length else output
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own

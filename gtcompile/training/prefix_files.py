@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _NAME = "hidden"
 _CHECKSUM = "blake2b"
+_UNFINISHED_FOR = 3600.0
+"""Seconds after which a file that is still under its temporary name is one that nobody will finish."""
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
@@ -35,6 +38,22 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return the contents of a tensor of any dtype and device."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def writable_folder(folder: Path) -> Path:
+    """Return a folder, which is created if it does not exist.
+
+    Raises:
+        ValueError: nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"folder: expected a folder that can be written to, got {folder}: {error}"
+        ) from error
 
 
 class PrefixFiles:
@@ -53,10 +72,14 @@ class PrefixFiles:
             identity.update(part)
         self._shared, self._max_bytes = folder, max_bytes
         self._folder = folder / identity.hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self._folder)
-        self._writes = True
-        self._bytes = _size(folder)
+        self._writes, self._bytes = True, 0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self._folder)
+            _delete_unfinished(self._folder)
+            self._bytes = _size(folder)
+        except OSError as error:
+            self._stop_writing(error)
 
     def read(self, key: bytes) -> torch.Tensor | None:
         """Return the values of an example on the CPU; None if there are none that are whole."""
@@ -93,8 +116,11 @@ class PrefixFiles:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(name or "")
-            self._writes = False
-            logger.warning("no more values of the frozen prefix are written to %s: %s", self._folder, error)
+            self._stop_writing(error)
+
+    def _stop_writing(self, error: OSError) -> None:
+        self._writes = False
+        logger.warning("no more values of the frozen prefix are written to %s: %s", self._folder, error)
 
     def _path(self, key: bytes) -> Path:
         return self._folder / f"{key.hex()}.safetensors"
@@ -109,6 +135,14 @@ class PrefixFiles:
             if self._bytes + size <= self._max_bytes:
                 return True
         return False
+
+
+def _delete_unfinished(folder: Path) -> None:
+    """Delete what killed runs left; a younger file may be one that another run is writing now."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _UNFINISHED_FOR:
+                path.unlink()
 
 
 def _size(folder: Path) -> int:

@@ -1,5 +1,7 @@
 """The frozen prefix of a model computed once per example: the same training, for fewer FLOPs."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +118,25 @@ def test_predicted_flops_of_a_hit_are_counted():
         model(**batch).loss.backward()
     assert cache.stats.hits == hits + 1
     assert predicted == counter.get_total_flops() < whole
+
+
+def test_a_longer_frozen_prefix_keeps_the_values_and_their_price():
+    model = make_llama()
+    cache = gtcompile.PrefixCache(model)
+    lower = ["model.layers.2.*", "model.layers.3.*"]
+    train(model, [lower])
+    hits, batch = cache.stats.hits, next(batches(1))
+    trained = gtcompile.train_only(model, TOP)
+    loss = model(**batch).loss
+    assert (cache.stats.hits, cache.stats.depth) == (hits + 1, 2)
+    cache.enabled = False
+    assert torch.equal(loss, model(**batch).loss)
+    cache.enabled = True
+    with cache.pretend_hit():
+        predicted = gtcompile.backward_costs(model, batch).step_flops(trained)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    assert counter.get_total_flops() == predicted
 
 
 def test_labelled_logits_and_the_cache_together():
@@ -376,6 +397,28 @@ def test_other_weights_have_other_files(tmp_path):
         gtcompile.PrefixCache(model, folder=tmp_path)
         train(model, [TOP])
     assert len(files(tmp_path)) == 12
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="folder that can be written to"):
+        gtcompile.PrefixCache(make_llama(), folder=tmp_path / "file")
+
+
+def test_what_a_killed_run_left_is_deleted(tmp_path):
+    def run():
+        model = make_llama()
+        gtcompile.PrefixCache(model, folder=tmp_path)
+        train(model, [TOP])
+
+    run()
+    (prefix,) = tmp_path.iterdir()
+    for name in (".killed", ".written-now"):
+        (prefix / name).touch()
+    os.utime(prefix / ".killed", (0, 0))
+    run()
+    assert not (prefix / ".killed").exists()
+    assert (prefix / ".written-now").exists()
 
 
 def test_a_full_disk_and_a_limit_cost_time_only(tmp_path, monkeypatch, caplog):

@@ -65,6 +65,7 @@ def _saving(policy: Arm, **changes: Any) -> Arm:
 ARMS: Mapping[str, Arm] = {
     "full": _whole(1e-4),
     "lora": _whole(1e-3, with_lora),
+    "lora_labelled": _saving(_whole(1e-3, with_lora)),
     "last_layers": _policy("last_layers"),
     "last_layers_cached": _saving(_policy("last_layers"), cached=True),
     "best_cached": _saving(_policy("best"), cached=True),
