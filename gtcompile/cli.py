@@ -387,6 +387,9 @@ def compare(
         CompilerOrNone, _option("Compiler of the blocks; none runs them eagerly.")
     ] = "inductor",
     float32: Annotated[bool, _option("Run without bf16 autocast.", "--float32")] = False,
+    plots: Annotated[
+        bool, _option("Draw plots; without, matplotlib is not needed.", "--plots/--no-plots")
+    ] = True,
     device: Annotated[str | None, _option("torch device. Default: a GPU if there is one.")] = None,
     threads: Annotated[int | None, _option("Threads on the CPU. Default: chosen by torch.")] = None,
 ) -> None:

@@ -21,6 +21,8 @@ WITHOUT_CUDA = {"TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER": "0", "PYTORCH_NVML
 """The process that imports everything, and of which all others are copies, must not ask the CUDA runtime
 whether there is a device: then no copy could use one. Inductor asks while it is imported, for this
 benchmarker."""
+QUIET = {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
+"""Jobs that run out of time are killed; Python's resource tracker would warn of what they leave."""
 WIDTH = 180
 """Columns of a file or pipe, so that tables are whole."""
 STARTING_S = 300.0
@@ -56,7 +58,7 @@ def main(
     if not console.is_terminal:
         console.width = WIDTH
     console.print("starting")
-    with mock.patch.dict(os.environ, WITHOUT_CUDA):
+    with mock.patch.dict(os.environ, WITHOUT_CUDA | QUIET):
         header = _header(setting, commit)
     console.print(str(header))
     if header.commit == UNKNOWN:
@@ -115,7 +117,7 @@ def _run(setting: Setting, saved: dict[str, Saved], end: float, console: Console
 
 
 def _missing(setting: Setting, saved: Saved) -> list[str]:
-    return [unit for unit in STAGES[saved.stage].units(setting) if unit not in saved.finished]
+    return [unit for unit in STAGES[saved.stage].module.units(setting) if unit not in saved.finished]
 
 
 def _measure(
@@ -148,7 +150,7 @@ def _ended(saved: Saved, unit: str, failure: str) -> Saved:
 
 
 def _show(saved: Saved, console: Console) -> None:
-    sheet = STAGES[saved.stage].sheet(saved)
+    sheet = STAGES[saved.stage].module.sheet(saved)
     if sheet.rows:
         console.print(sheet.table())
     for line in (*sheet.verdicts, *(f"{unit}: {why}" for unit, why in saved.failures.items())):

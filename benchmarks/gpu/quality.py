@@ -33,6 +33,7 @@ def measure(setting: Setting, arm: str, deadline: float) -> Iterator[dict[str, A
         arms=(arm,),
         seeds=(0,),
         purposes=("steps",),
+        plots=False,
         device=setting.device,
         compiler="none" if setting.tiny else "inductor",
         float32=setting.tiny,

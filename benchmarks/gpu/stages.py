@@ -1,9 +1,9 @@
 """The stages in the order in which they run, most telling first."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,15 +24,27 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.sheet import Sheet
 
 
+class Measurement(Protocol):
+    """A module of this package that measures something."""
+
+    __name__: str
+
+    def units(self, setting: Setting, /) -> Sequence[str]:
+        """What is measured and kept one by one."""
+
+    def measure(self, setting: Setting, unit: str, deadline: float, /) -> Iterator[Any]:
+        """Measure one of them until a deadline by `time.monotonic()`; yields its result, which may grow."""
+
+    def sheet(self, saved: Saved, /) -> Sheet:
+        """The table of the results."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One thing that is measured, in units that are measured and kept one by one."""
+    """When and how long a module measures."""
 
     name: str
-    units: Callable[[Setting], Sequence[str]]
-    measure: Callable[[Setting, str, float], Iterator[Any]]
-    """Takes the setting, a unit and a deadline by `time.monotonic()`; yields its result, which may grow."""
-    sheet: Callable[[Saved], Sheet]
+    module: Measurement
     weight: int
     """Share of the time that the stage may take; seconds of eight minutes."""
     workers: int = 1
@@ -48,87 +60,24 @@ class Stage:
 
 CROWD = 12
 """Processes that check or compile small models, with one thread each."""
+
+
+def _stage(module: Measurement, weight: int, *, workers: int = 1, needs: tuple[str, ...] = ()) -> Stage:
+    name = module.__name__.rpartition(".")[2]
+    return Stage(name=name, module=module, weight=weight, workers=workers, needs=needs)
+
+
 _ALL = (
-    Stage(
-        name="correctness",
-        units=correctness.units,
-        measure=correctness.measure,
-        sheet=correctness.sheet,
-        weight=80,
-        workers=CROWD,
-    ),
-    Stage(
-        name="plans",
-        units=plans.units,
-        measure=plans.measure,
-        sheet=plans.sheet,
-        weight=60,
-        workers=CROWD,
-    ),
-    Stage(
-        name="steps",
-        units=lambda setting: setting.workloads,
-        measure=steps.measure,
-        sheet=steps.sheet,
-        weight=160,
-        needs=("plans",),
-    ),
-    Stage(
-        name="new_sets",
-        units=new_sets.units,
-        measure=new_sets.measure,
-        sheet=new_sets.sheet,
-        weight=20,
-        needs=("plans",),
-    ),
-    Stage(
-        name="compilation",
-        units=compilation.units,
-        measure=compilation.measure,
-        sheet=compilation.sheet,
-        weight=40,
-        workers=3,
-        needs=("plans",),
-    ),
-    Stage(
-        name="account",
-        units=account.units,
-        measure=account.measure,
-        sheet=account.sheet,
-        weight=20,
-        needs=("plans", "steps", "compilation"),
-    ),
-    Stage(
-        name="memory",
-        units=memory.units,
-        measure=memory.measure,
-        sheet=memory.sheet,
-        weight=25,
-        needs=("plans",),
-    ),
-    Stage(
-        name="energy",
-        units=energy.units,
-        measure=energy.measure,
-        sheet=energy.sheet,
-        weight=25,
-        needs=("plans",),
-    ),
-    Stage(
-        name="quality",
-        units=quality.units,
-        measure=quality.measure,
-        sheet=quality.sheet,
-        weight=35,
-    ),
-    Stage(
-        name="kernels",
-        units=kernels.units,
-        measure=kernels.measure,
-        sheet=kernels.sheet,
-        weight=15,
-        needs=("plans",),
-    ),
+    _stage(correctness, 80, workers=CROWD),
+    _stage(plans, 60, workers=CROWD),
+    _stage(steps, 160, needs=("plans",)),
+    _stage(new_sets, 20, needs=("plans",)),
+    _stage(compilation, 40, workers=3, needs=("plans",)),
+    _stage(account, 20, needs=("plans", "steps", "compilation")),
+    _stage(memory, 25, needs=("plans",)),
+    _stage(energy, 25, needs=("plans",)),
+    _stage(quality, 35),
+    _stage(kernels, 15, needs=("plans",)),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}
 """By name, in order."""
@@ -153,4 +102,4 @@ def measure_unit(setting: Setting, stage_name: str, unit: str, deadline: float) 
     if stage.workers == CROWD:
         torch.set_num_threads(1)
         torch._inductor.config.compile_threads = 1
-    yield from stage.measure(setting, unit, deadline)
+    yield from stage.module.measure(setting, unit, deadline)

@@ -38,6 +38,11 @@ OF_LORA = 0.75
 Measured = dict[str, Any]
 
 
+def units(setting: Setting) -> tuple[str, ...]:
+    """Every workload."""
+    return setting.workloads
+
+
 def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
     """Measure one workload; yields everything so far after each way has compiled, and after each round.
 

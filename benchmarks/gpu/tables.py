@@ -18,7 +18,7 @@ def markdown(folder: Path) -> str:
     saved = [found for name in STAGES if (found := read(folder, name))]
     if not saved:
         raise ValueError(f"{folder} has no results of python -m benchmarks.gpu")
-    tables = [STAGES[found.stage].sheet(found).markdown() for found in saved]
+    tables = [STAGES[found.stage].module.sheet(found).markdown() for found in saved]
     return "\n".join([f"{saved[0].header}\n", *tables])
 
 

@@ -141,7 +141,7 @@ def test_the_account_says_after_how_many_steps_it_pays(tmp_path):
     assert ours.pays_after(dear) == pytest.approx(20 / (0.1 - 0.05 - 0.01))
     assert dear.pays_after(ours) is None
     assert account.accounts(tmp_path, {}) == []
-    assert SHORT in STAGES["account"].units(None)  # type: ignore[arg-type]
+    assert SHORT in STAGES["account"].module.units(None)  # type: ignore[arg-type]
 
 
 def test_a_cpu_has_no_counter_of_energy():

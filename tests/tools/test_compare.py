@@ -126,20 +126,24 @@ def test_other_data_in_the_same_folder_is_refused(tmp_path):
     assert "holds runs with other batch_size; choose another folder" in result.stderr
 
 
+INSTALL = 'pip install "gtcompile[compare]"'
+
+
 @pytest.mark.parametrize(
-    ("arm", "missing", "message"),
+    ("options", "missing", "message"),
     [
-        ("full", "matplotlib", 'error: compare needs matplotlib: pip install "gtcompile[compare]"\n'),
-        ("lora", "peft", 'error: compare needs peft: pip install "gtcompile[compare]"\n'),
-        ("full", "peft", None),
+        (["full"], "matplotlib", f"compare needs matplotlib: {INSTALL}; --no-plots needs no matplotlib"),
+        (["lora"], "peft", f"compare needs peft: {INSTALL}"),
+        (["full", "--no-plots"], "matplotlib", None),
+        (["full"], "peft", None),
     ],
 )
-def test_a_missing_package_is_refused_if_it_is_needed(arm, missing, message, tmp_path, monkeypatch):
+def test_a_missing_package_is_refused_if_it_is_needed(options, missing, message, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     monkeypatch.setattr(command, "compare", lambda *_: None)
-    result = compare(tmp_path, "--arms", arm)
-    assert (result.exit_code, result.stderr) == ((0, "") if message is None else (2, message))
+    result = compare(tmp_path, "--arms", *options)
+    assert (result.exit_code, result.stderr) == ((0, "") if message is None else (2, f"error: {message}\n"))
 
 
 @pytest.fixture(scope="module")

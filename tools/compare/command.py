@@ -17,7 +17,7 @@ from gtcompile.tools.common.terminal import say
 from gtcompile.tools.compare.arms import ARMS
 from gtcompile.tools.compare.options import CompareOptions
 from gtcompile.tools.compare.records import Records, Row
-from gtcompile.tools.compare.report import write_report
+from gtcompile.tools.compare.report import write_table
 from gtcompile.tools.compare.run import Run, Setting, full_costs, run
 from gtcompile.tools.compare.text_batches import Batches, demo_data, read_scitldr
 from gtcompile.tools.models.loading import load_language_model
@@ -52,15 +52,25 @@ def compare(options: CompareOptions, console: Console) -> None:
         if chosen.key not in records.rows:
             say(console, f"running {chosen.key}")
             records.add(run(chosen, setting, full, options.output / "unfinished" / chosen.key))
-            write_report(list(records.rows.values()), options.output)
+            _report(records, options)
         row = records.rows[chosen.key]
         say(console, f"{chosen.key}: loss {row['loss']:.4f}, {row['flops_fraction']:.3f} of full FLOPs")
         return row
 
     for chosen in _planned(options, finish):
         finish(chosen)
-    write_report(list(records.rows.values()), options.output)
-    say(console, f"The table is in {options.output / 'table.md'}, the plots are in the same folder.")
+    _report(records, options)
+    plots = ", the plots are in the same folder" if options.plots else ""
+    say(console, f"The table is in {options.output / 'table.md'}{plots}.")
+
+
+def _report(records: Records, options: CompareOptions) -> None:
+    compared = [row for row in records.rows.values() if row["purpose"] != "search"]
+    write_table(compared, options.output)
+    if options.plots and compared:
+        from gtcompile.tools.compare.plots import write_plots
+
+        write_plots(compared, options.output)
 
 
 def _setting(options: CompareOptions) -> Setting:

@@ -81,6 +81,8 @@ class CompareOptions:
     """Compiler of the blocks; `none` runs them eagerly."""
     float32: bool = False
     """Whether forwards run without bf16 autocast."""
+    plots: bool = True
+    """Whether plots are drawn, with matplotlib."""
     device: str | None = None
     """Name of a torch device; None takes a GPU if there is one."""
     threads: int | None = None
@@ -124,10 +126,13 @@ class CompareOptions:
             ImportError: names what is missing and how to install it.
         """
         with_adapters = any(ARMS[arm].prepare is with_lora for arm in self.arms)
-        needed = ("matplotlib", "peft") if with_adapters else ("matplotlib",)
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        needed = {"matplotlib": self.plots, "peft": with_adapters}
+        missing = [name for name in needed if needed[name] and importlib.util.find_spec(name) is None]
         if missing:
-            raise ImportError(f'compare needs {" and ".join(missing)}: pip install "gtcompile[compare]"')
+            instead = "; --no-plots needs no matplotlib" if "matplotlib" in missing else ""
+            raise ImportError(
+                f'compare needs {" and ".join(missing)}: pip install "gtcompile[compare]"{instead}'
+            )
 
     def check_output(self) -> None:
         """Refuse a folder whose runs have another model, other data or another shape.

@@ -1,18 +1,13 @@
-"""The table and the plots of finished runs."""
+"""The table of finished runs."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from scipy import stats
-
-mpl.use("agg")
-from matplotlib import pyplot as plt
 
 from gtcompile.tools.compare.records import Row
 
@@ -38,19 +33,13 @@ class Line:
     """Half the width of its 95 % interval; None for fewer than two common seeds."""
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> None:
-    """Write `table.md`, and each plot as SVG and PNG, into the folder."""
-    compared = [row for row in rows if row["purpose"] != "search"]
+def write_table(compared: Sequence[Row], folder: Path) -> None:
+    """Write `table.md` into the folder."""
     text = ["# Loss on held-out texts\n"]
     for title, chosen in (("equal steps", _at_equal_steps), ("equal FLOPs", _at_equal_flops)):
         lines = summarise(chosen(compared))
         text.append(f"## At {title}\n\n{_table(lines)}")
     (folder / "table.md").write_text("\n".join(text), "utf-8")
-    if compared:
-        _plot(compared, folder, "flops", "FLOPs", lambda row: row["flops"])
-        _plot(compared, folder, "seconds", "seconds", lambda row: row["seconds"])
-    if all(row["peak_memory_bytes"] for row in compared) and compared:
-        _plot_memory(compared, folder)
 
 
 def summarise(rows: Iterable[Row]) -> list[Line]:
@@ -122,34 +111,3 @@ def _difference(line: Line) -> str:
         return ""
     interval = "one seed" if line.interval is None else f"± {line.interval:.4f}"
     return f"{line.difference:+.4f} ({interval})"
-
-
-def _plot(rows: Sequence[Row], folder: Path, name: str, label: str, cost: Any) -> None:
-    """Loss in the course of the longest runs of every method, as a mean over seeds."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(map(name_of, rows)):
-        own = [row for row in rows if name_of(row) == method]
-        longest = [row for row in own if row["steps"] == max(row["steps"] for row in own)]
-        points = [[(cost(e), e["loss"]) for e in row["evaluations"]] for row in longest]
-        xs, ys = np.mean(np.array(points), axis=0).T
-        axes.plot(xs, ys, marker="o", markersize=3, label=f"{method} ({len(longest)} seeds)")
-    axes.set(xlabel=f"{label} of training", ylabel="loss on held-out texts, nats per token")
-    axes.legend(fontsize="small")
-    _save(figure, folder / f"loss_by_{name}")
-
-
-def _plot_memory(rows: Sequence[Row], folder: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(map(name_of, rows)):
-        own = [row for row in rows if name_of(row) == method]
-        memory = max(row["peak_memory_bytes"] for row in own) / 2**30
-        axes.plot(memory, np.mean([row["loss"] for row in own]), "o", label=method)
-    axes.set(xlabel="peak memory, GiB", ylabel="loss on held-out texts, nats per token")
-    axes.legend(fontsize="small")
-    _save(figure, folder / "loss_by_memory")
-
-
-def _save(figure: Any, path: Path) -> None:
-    for kind in ("svg", "png"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
-    plt.close(figure)
