@@ -13,10 +13,14 @@ BIN := $(VENV)/bin
 LINT := .venv-lint/bin
 DOCS := .venv-docs/bin
 
-.PHONY: demo test test-all lint typecheck docs linkcheck clean
+.PHONY: demo demo-real test test-all lint typecheck docs linkcheck clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m gtcompile.tools.demo
+
+# A real pretrained model and real abstracts, which two packages carry; at most fifteen minutes on two cores.
+demo-real: $(VENV)/ready-real
+	$(BIN)/python -m gtcompile.tools.demo.real
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "not long" -n $(WORKERS) --dist worksteal
@@ -44,6 +48,10 @@ linkcheck: .venv-docs/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH),"torch==$(TORCH).*") -e ".[test]"
+	touch $@
+
+$(VENV)/ready-real: $(VENV)/ready
+	$(BIN)/pip install -q -e ".[demo-real]"
 	touch $@
 
 # Dependency groups ([dependency-groups] in pyproject.toml) need pip 25.1.

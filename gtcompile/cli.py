@@ -63,8 +63,8 @@ SUBJECT_HELP = (
 )
 EXPORT_HELP = "Hub id, directory with weights, demo, module:function, or the output folder of finetune."
 DATASET_HELP = (
-    "demo, scitldr, dialogsum, webquestions, piqa, a .jsonl, .json, .csv or .parquet file, or owner/name of "
-    "a dataset on the hub."
+    "demo, scitldr, aclsum, dialogsum, webquestions, piqa, a .jsonl, .json, .csv or .parquet file, or "
+    "owner/name of a dataset on the hub."
 )
 
 DataDir = Annotated[str | None, _option("Folder with the dataset's files. Default: from the hub.")]

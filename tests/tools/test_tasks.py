@@ -37,7 +37,7 @@ def write(tmp_path: Path) -> Write:
 
     def write(name: str, records: list[dict[str, Any]]) -> Path:
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         lines = "\n".join(json.dumps(record) for record in records)
         path.write_text(json.dumps(records) if path.suffix == ".json" else lines, "utf-8")
         return tmp_path
@@ -46,6 +46,19 @@ def write(tmp_path: Path) -> Write:
 
 
 SCITLDR = [{"source": ["One.", " ", "Two."], "target": ["a", "b"]}, {"source": ["Three."], "target": ["c"]}]
+
+
+def test_the_data_of_aclsum_come_from_their_package(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = {"sentences": {"abstract": ["One.", "Two."]}, "summary": {"outcome": "Three.", "challenge": "-"}}
+    write("aclsum/dataset/train.jsonl", [paper])
+    folder = write("aclsum/dataset/test.jsonl", [paper])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install aclsum"):
+        find_source("aclsum")
+    monkeypatch.undo()
+    (folder / "aclsum/__init__.py").touch()
+    monkeypatch.syspath_prepend(folder)
+    assert load_task("aclsum").train == (Example("One. Two.", ("Three.",)),)
 
 
 def test_scitldr_joins_sentences_and_keeps_every_reference(write: Write) -> None:
@@ -156,7 +169,7 @@ def test_fields_are_refused_for_a_dataset_that_has_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["nonesuch", "missing.jsonl"])
 def test_an_unknown_dataset_lists_the_known(name: str) -> None:
-    with pytest.raises(ValueError, match="demo, scitldr, dialogsum, webquestions, piqa"):
+    with pytest.raises(ValueError, match="demo, scitldr, aclsum, dialogsum, webquestions, piqa"):
         load_task(name)
 
 

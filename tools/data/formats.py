@@ -48,6 +48,8 @@ class TaskFormat:
     """Names of the training and evaluation splits on the hub."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """Arguments of `datasets.load_dataset`."""
+    package_folder: str = ""
+    """Folder with the authors' files inside of a package from PyPI, such as `aclsum/dataset`."""
     note: str = ""
     """A remark for readers of the scores."""
 
@@ -93,6 +95,11 @@ def read_chat(record: Record) -> Example:
 
 def _read_scitldr(record: Record) -> Example:
     return read_fields(record, "source", "target")
+
+
+def _read_aclsum(record: Record) -> Example:
+    sentences, summaries = value_of(record, "sentences"), value_of(record, "summary")
+    return Example(" ".join(value_of(sentences, "abstract")), (value_of(summaries, "outcome"),))
 
 
 def _read_dialogsum(record: Record) -> Example:
@@ -171,6 +178,7 @@ FORMATS: dict[str, TaskFormat] = {
             64,
             hub={"path": "allenai/scitldr", "revision": _CONVERTED, "data_dir": "Abstract"},
         ),
+        replace(summarisation("aclsum", _read_aclsum, 48), package_folder="aclsum/dataset"),
         summarisation("dialogsum", _read_dialogsum, 128, hub={"path": "knkarthick/dialogsum"}),
         TaskFormat(
             name="webquestions",

