@@ -21,10 +21,11 @@ from gtcompile.selection.policies import Choose, Function, Policy, find_policy
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
+from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.same_model import check_same_model
-from gtcompile.state.trained_set import enter_shards, train_only, trained_parameters
+from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.ddp import ranks_of
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,7 @@ class AdaptiveBackprop:
             "seed": self._seed,
             "parameters": shapes,
             "trained": sorted(trained_parameters(self._model)),
+            "ever_trained": sorted(ever_trained(self._model)),
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
             "schedule": schedule_state(self._schedule, sorted(shapes)) if self._schedule else None,
@@ -249,11 +251,12 @@ class AdaptiveBackprop:
             propose = self._propose_with(terms, importance)
             schedule = schedule_from(state["schedule"], parameters, propose)
         self._train(frozenset(state["trained"]))
+        mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
 
     def _train(self, trained: frozenset[str]) -> None:
-        self._trained = train_only(self._model, trained)
+        self._trained = set_trained(self._model, trained)
         self._frozen_state.apply()
 
     def _checked_terms(self, budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
