@@ -98,8 +98,9 @@ class CallbackOptions:
         """
         for name, value in self.to_json().items():
             if name not in MAY_CHANGE and saved.get(name) != value:
+                before = saved.get(name)
                 raise ValueError(
-                    f"the checkpoint was trained with {name}={saved.get(name)!r}, this callback has {value!r}; "
+                    f"the checkpoint was trained with {name}={before!r}, this callback has {value!r}; "
                     f"resume with the checkpoint's, or start a new training"
                 )
 
