@@ -302,7 +302,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            selection = self.adaptive.reselect({**trainer._prepare_inputs(batch)} for batch in batches)
+            prepared = ({**trainer._prepare_inputs(batch)} for batch in batches)
+            selection = self.adaptive.reselect(prepared, max_batches=None)  # as many as the user asked for
         except CaptureError as error:
             raise CaptureError(
                 f"costs are those of the model's own loss on this trainer's batches: {error}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Selection:
     """The parameters to train, what a step that trains them costs, and how good the choice is."""
 
@@ -59,6 +59,9 @@ class Selection:
             return None
         missing = self.importance_bound - self.importance
         return missing / max(abs(self.importance_bound), abs(self.importance)) if missing else 0.0
+
+    def __repr__(self) -> str:
+        return f"<Selection: {self}>"
 
     def __str__(self) -> str:
         budget = _share(self.budget_flops, self.whole_flops)

@@ -1,5 +1,6 @@
 """Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.costs.budgets import BudgetOf
+from gtcompile.costs.budgets import WHOLE, BudgetOf
 from gtcompile.costs.full_finetuning import full_finetuning_flops, refuse_quantized
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
@@ -38,6 +39,9 @@ from gtcompile.state.trained_set import enter_shards, set_trained, trained_param
 from gtcompile.training.ddp import ranks_of
 
 logger = logging.getLogger(__name__)
+
+MOST_BATCHES = 16
+"""How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,13 @@ class AdaptiveBackprop:
         """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
         return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
 
-    def reselect(self, batches: Iterable[Any]) -> Selection:
+    def __repr__(self) -> str:
+        whole = WHOLE[self.budget_of]
+        set_now = "nothing selected yet" if self.selection is None else f"selected: {self.selection}"
+        budget = f"budget {self.budget_fraction!r} of {whole}"
+        return f"<AdaptiveBackprop: {budget}, policy {self._policy!r}, {set_now}>"
+
+    def reselect(self, batches: Iterable[Any], *, max_batches: int | None = MOST_BATCHES) -> Selection:
         """Select anew from these batches and train that from now on.
 
         Costs are those of a batch with the shapes of the first one and, if the model branches on data, with
@@ -189,7 +199,8 @@ class AdaptiveBackprop:
 
         Args:
             batches: keyword dictionaries with labels, or with `loss_fn` anything, on any device; at least
-                two, or one with `two_pass`.
+                two, or one with `two_pass`. A whole loader will do.
+            max_batches: take only so many, with a log message; None takes all.
 
         Returns:
             The selection for the next step, which prints as one line. If the policy changes the set at every
@@ -204,10 +215,12 @@ class AdaptiveBackprop:
             ValueError, TypeError: batches, patterns or optimizer do not fit the model, or differ by rank.
         """
         ranks = self._ranks
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
-            checked, costs, whole = ranks.together(lambda: self._prepare(batches))
+            checked, costs, whole = ranks.together(lambda: self._prepare(_first(batches, max_batches)))
             limits = ranks.from_first(lambda: apply_terms(costs, self._terms, whole))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
@@ -318,6 +331,7 @@ class AdaptiveBackprop:
         return self._known_costs[key]
 
     def _compute_costs(self, batch: Any) -> _Costs:
+        logger.info("capturing one training step, for its costs; once for each shape of batches")
         costs, whole = backward_costs(self._model, batch, loss_fn=self._loss_fn), None
         if self.budget_of == "full_finetuning":
             whole = full_finetuning_flops(self._model, batch, self._loss_fn)
@@ -368,6 +382,7 @@ class AdaptiveBackprop:
         """Measure the importance of the wanted parameters; 0 for those that these batches did not use."""
         if not wanted:
             return {}
+        logger.info("measuring the importance of %d parameters on %d batches", len(wanted), len(batches))
         measured = measure_importance(
             self._loss_module,
             self._optimizer,
@@ -424,6 +439,18 @@ class AdaptiveBackprop:
             return trained
 
         return lambda costs, generator: ranks.from_first(lambda: chosen(costs, generator))
+
+
+def _first(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
+    """Return the first batches, and say so if there are more; one batch alone is refused elsewhere."""
+    if most is None or isinstance(batches, Mapping | torch.Tensor):
+        return batches
+    chosen = list(itertools.islice(batches, most + 1))
+    if len(chosen) > most:
+        logger.warning(
+            "selecting on the first %d batches; max_batches=None takes all that reselect is given", most
+        )
+    return chosen[:most]
 
 
 def _trains_nothing(plan: Plan) -> bool:
