@@ -54,7 +54,7 @@ def mark_names_trained(model: nn.Module, names: Iterable[str]) -> None:
     mark_trained(parameter for name, parameter in named if name in names)
 
 
-@torch.compiler.disable(reason="gtcompile records which parameters a step updates")
+@torch.compiler.disable(reason="gtcompile records which parameters a step updates")  # type: ignore[untyped-decorator]
 def _watch(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     """Step hook of every optimizer. When gradients exist for the same parameters as before, it only looks."""
     groups = optimizer.param_groups

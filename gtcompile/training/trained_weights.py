@@ -296,7 +296,7 @@ def _print_of(tensor: torch.Tensor) -> _Print:
     checksum = hashlib.blake2b(digest_size=16)
     for part in _plain_parts(tensor.detach()):
         flat = part.cpu().contiguous().view(-1)
-        checksum.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        checksum.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return _Print(tuple(tensor.shape), str(tensor.dtype), checksum.hexdigest())
 
 
