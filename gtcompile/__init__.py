@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from gtcompile.training.checkpoint import load_training as load_training
     from gtcompile.training.checkpoint import save_training as save_training
     from gtcompile.training.prefix_cache import PrefixCache as PrefixCache
+    from gtcompile.training.trained_weights import load_trained as load_trained
+    from gtcompile.training.trained_weights import save_trained as save_trained
 
 __version__ = "0.1.0"
 
@@ -56,9 +58,11 @@ _NAMES = {
     "dependency_graph": "gtcompile.costs.dependency_graph",
     "gtcompile": "gtcompile.compiler.backend",
     "load_training": "gtcompile.training.checkpoint",
+    "load_trained": "gtcompile.training.trained_weights",
     "measure_importance": "gtcompile.importance.estimators",
     "only_labelled_logits": "gtcompile.huggingface.labelled_logits",
     "register_flops": "gtcompile.graph.flop_registry",
+    "save_trained": "gtcompile.training.trained_weights",
     "save_training": "gtcompile.training.checkpoint",
     "select_parameters": "gtcompile.selection.selection",
     "train_only": "gtcompile.state.trained_set",

@@ -227,7 +227,7 @@ def inspect(
     top: Annotated[int, _option("List at most this many parameters; 0 lists all.")] = 12,
     why: Annotated[
         list[str] | None,
-        _option("Explain why this node, or this parameter's gradient, is computed or not. May be repeated."),
+        _option("Explain why a parameter was selected or not, or why a node runs. May be repeated."),
     ] = None,
     diff: Annotated[
         tuple[str, str] | None,

@@ -28,7 +28,7 @@ class BudgetError(GTCompileError):
     """The budget is smaller than any step that trains something.
 
     Attributes:
-        minimum_budget_fraction: the smallest fraction of a full step's FLOPs that works, in (0, 1].
+        minimum_budget_fraction: the smallest budget that works, in (0, 1].
     """
 
     def __init__(self, message: str, minimum_budget_fraction: float) -> None:

@@ -187,7 +187,7 @@ def uncompile_blocks(model: nn.Module) -> nn.Module:
     chosen = trained_set.trained_parameters(model)
     trained_set.enter_eager(model.parameters())
     if chosen:
-        trained_set.train_only(model, chosen)
+        trained_set.set_trained(model, chosen)
     return model
 
 

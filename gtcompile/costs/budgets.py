@@ -3,6 +3,25 @@
 import math
 from fractions import Fraction
 from numbers import Real
+from typing import Literal, get_args
+
+BudgetOf = Literal["step", "full_finetuning"]
+"""What a budget is a share of. "step": a full step of the model as it is, so with adapters, which alone are
+trained, a step that trains all of them. "full_finetuning": a step that trains every floating-point parameter,
+with PEFT's adapters switched off, which is what training the base model without adapters takes."""
+
+WHOLE: dict[BudgetOf, str] = {"step": "a full step's FLOPs", "full_finetuning": "full fine-tuning's FLOPs"}
+"""What a share is of, in words."""
+
+
+def check_budget_of(budget_of: str) -> None:
+    """Refuse an unknown `budget_of`.
+
+    Raises:
+        ValueError: lists what there is.
+    """
+    if budget_of not in get_args(BudgetOf):
+        raise ValueError(f'expected budget_of="step" or "full_finetuning", got {budget_of!r}')
 
 
 def budget_flops(full_flops: int, budget_fraction: float) -> int:

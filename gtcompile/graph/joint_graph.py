@@ -50,7 +50,7 @@ def names_of(parameters: Iterable[Parameter]) -> dict[str, str]:
     return {name: p.fqn for p in parameters for name in (p.fqn, *p.aliases)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class JointGraph:
     """AOTAutograd's forward + backward graph.
 
@@ -106,6 +106,9 @@ class JointGraph:
     def copy(self) -> "JointGraph":
         """Return a copy. Nodes and metadata dictionaries are copied, fake tensors shared."""
         return dataclasses.replace(self, module=copy_module(self.module))
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     def __str__(self) -> str:
         size = f"{len(self.module.graph.nodes)} nodes, {len(self.live)} gradients"

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
+from gtcompile.costs.budgets import BudgetOf
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.batches import draw_batches
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
@@ -62,7 +63,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ends, the model is as it was before: not compiled, all parameters trainable that were.
 
     Args:
-        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_of: what the budget, and every share that is logged, is a share of: "step" for a full step of
+            the model with its adapters, or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
         every: select at each "epoch", a pass over the data, or after this many optimizer steps.
         batches: number of batches of the trainer's size that importance is measured on, at least 2 (1 with
@@ -92,6 +95,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self,
         budget_fraction: float = 0.5,
         *,
+        budget_of: BudgetOf = "step",
         policy: Policy = "best",
         every: Every = "epoch",
         batches: int = 4,
@@ -105,6 +109,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._options = CallbackOptions(
             budget_fraction=budget_fraction,
+            budget_of=budget_of,
             policy=policy,
             every=every,
             batches=batches,
@@ -278,6 +283,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             wrapped if isinstance(wrapped, DistributedDataParallel) else model,
             optimizer,
             options.budget_fraction,
+            budget_of=options.budget_of,
             policy=options.policy,
             seed=trainer.args.seed,
             always=options.always,
@@ -296,7 +302,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            selection = self.adaptive.reselect({**trainer._prepare_inputs(batch)} for batch in batches)
+            prepared = ({**trainer._prepare_inputs(batch)} for batch in batches)
+            selection = self.adaptive.reselect(prepared, max_batches=None)  # as many as the user asked for
         except CaptureError as error:
             raise CaptureError(
                 f"costs are those of the model's own loss on this trainer's batches: {error}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from gtcompile.compiler.options import parse_options
-from gtcompile.costs.budgets import check_budget
+from gtcompile.costs.budgets import BudgetOf, check_budget, check_budget_of
 from gtcompile.graph.names import refuse_string
 from gtcompile.selection import policies
 from gtcompile.state.optimizer_state import Setting, check_setting
@@ -32,7 +32,9 @@ class CallbackOptions:
     """
 
     budget_fraction: float = 0.5
-    """Share of a full step's FLOPs that a step may take, in (0, 1]."""
+    """Share of FLOPs that a step may take, in (0, 1]; `budget_of` says of which."""
+    budget_of: BudgetOf = "step"
+    """What the budget is a share of: "step" or "full_finetuning"."""
     policy: Policy = "best"
     """How the set is selected."""
     every: Every = "epoch"
@@ -56,6 +58,7 @@ class CallbackOptions:
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
+        check_budget_of(self.budget_of)
         policies.find_policy(self.policy)
         if self.every != "epoch" and not _is_count(self.every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
@@ -94,9 +97,10 @@ class CallbackOptions:
             ValueError: names the first option that differs, with both values.
         """
         for name, value in self.to_json().items():
-            if name not in MAY_CHANGE and saved[name] != value:
+            if name not in MAY_CHANGE and saved.get(name) != value:
+                before = saved.get(name)
                 raise ValueError(
-                    f"the checkpoint was trained with {name}={saved[name]!r}, this callback has {value!r}; "
+                    f"the checkpoint was trained with {name}={before!r}, this callback has {value!r}; "
                     f"resume with the checkpoint's, or start a new training"
                 )
 
@@ -108,7 +112,7 @@ class Progress:
     steps: int = 0
     """Optimizer steps taken."""
     spent: float = 0.0
-    """Sum over those steps of the share of a full step's FLOPs that each took."""
+    """Sum over those steps of the share that each took of the FLOPs that `budget_of` names."""
     selected_at: int = -1
     """The trainer's step before which the present set was selected; -1 before the first selection."""
     due: bool = True
@@ -117,12 +121,12 @@ class Progress:
     """Whether the training was resumed inside an epoch: the next epoch event then starts no new epoch."""
 
     def after_step(self, fraction: float) -> Self:
-        """Return the progress after a step that took this share of a full step's FLOPs."""
+        """Return the progress after a step that took this share of FLOPs."""
         return dataclasses.replace(self, steps=self.steps + 1, spent=self.spent + fraction)
 
     @property
     def mean_fraction(self) -> float | None:
-        """Mean share of a full step's FLOPs over the steps so far; None before the first step."""
+        """Mean share of FLOPs over the steps so far; None before the first step."""
         return self.spent / self.steps if self.steps else None
 
 

@@ -294,21 +294,30 @@ class _AtUpdatedWeights:
 def _average(estimator: _Estimator, batches: Collection[Any]) -> dict[str, float]:
     """Average the contributions by FQN over the batches that complete any; a missing one counts as 0."""
     totals: dict[str, float] = {}
-    counted, problems = 0, []
+    counted, problems = 0, dict[int, NotFiniteError]()
     for index, batch in enumerate(batches):
         try:
             found = estimator.contributions(batch)
         except NotFiniteError as problem:
-            logger.warning("importance: batch %d is left out: %s", index, problem)
-            problems.append(f"in batch {index} {problem}")
+            problems[index] = problem
             continue
         if found is not None:
             counted += 1
             totals |= {fqn: totals.get(fqn, 0.0) + value for fqn, value in found.items()}
     if not counted:
-        reasons = "; ".join(problems)
+        reasons = some([f"in batch {index} {problem}" for index, problem in problems.items()], "; ")
         raise GTCompileError(f"too few of {len(batches)} batches are fit to measure importance: {reasons}")
+    _tell_left_out(problems)
     return {fqn: total / counted for fqn, total in totals.items()}
+
+
+def _tell_left_out(problems: Mapping[int, NotFiniteError]) -> None:
+    """Say once for all batches that were not finite which these are, and what was wrong with the first."""
+    if len(problems) == 1:
+        logger.warning("importance: batch %d is left out: %s", *next(iter(problems.items())))
+    elif problems:
+        which, problem = some(list(map(str, problems))), next(iter(problems.values()))
+        logger.warning("importance: batches %s are left out; the first because %s", which, problem)
 
 
 def _predicted_reduction(update: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -57,11 +57,12 @@ class Schedule:
     Args:
         plan: the sets.
         costs: FLOPs of each of them.
-        budget_fraction: share of a full step's FLOPs that a step may take on average, in (0, 1].
+        budget_fraction: share of `whole_flops` that a step may take on average, in (0, 1].
         seed: the same seed and selection number draw the same sets.
         number: of the selection that the window begins at.
         propose: takes the costs and a generator and returns a set; for a plan without sets.
         progress: to continue in the middle of a window.
+        whole_flops: FLOPs that the budget is a share of; None for those of a full step.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Schedule:
         number: int,
         propose: "Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None" = None,
         progress: Progress | None = None,
+        whole_flops: int | None = None,
     ) -> None:
         self.plan, self.costs, self.progress = plan, costs, progress or Progress()
         self.budget_fraction, self.seed, self.number = budget_fraction, seed, number
-        self._budget, self._propose = budget_flops(costs.full_flops, budget_fraction), propose
+        self.whole_flops = costs.full_flops if whole_flops is None else whole_flops
+        self._budget, self._propose = budget_flops(self.whole_flops, budget_fraction), propose
         self._flops_of = lru_cache(maxsize=256)(costs.step_flops)
 
     @property
@@ -87,13 +90,13 @@ class Schedule:
 
     @property
     def spent_fraction(self) -> float:
-        """Mean cost of the window's steps as a share of a full step's FLOPs, the step under way included."""
-        full = self.progress.steps * self.costs.full_flops
+        """Mean cost of the window's steps as a share of `whole_flops`, the step under way included."""
+        full = self.progress.steps * self.whole_flops
         return self.progress.spent_flops / full if full else 0.0
 
     def fraction_of(self, trained: frozenset[str]) -> float:
-        """Cost of a step that trains this set, as a share of a full step's FLOPs."""
-        return self._flops_of(trained) / self.costs.full_flops
+        """Cost of a step that trains this set, as a share of `whole_flops`."""
+        return self._flops_of(trained) / self.whole_flops
 
     def next_set(self) -> frozenset[str]:
         """Return the set to train in the next step."""

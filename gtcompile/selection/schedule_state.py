@@ -26,6 +26,7 @@ def schedule_state(schedule: Schedule, fqns: Sequence[str]) -> dict[str, Any]:
         "seed": schedule.seed,
         "number": schedule.number,
         "budget_fraction": schedule.budget_fraction,
+        "whole_flops": schedule.whole_flops,
         "sets": [_pack(each, fqns) for each in plan.sets],
         "shallow": _pack(plan.shallow, fqns),
         "at_random": plan.at_random,
@@ -75,6 +76,7 @@ def schedule_from(
         number=state["number"],
         propose=propose,
         progress=Progress(**{**progress, "waiting": waiting}),
+        whole_flops=state["whole_flops"],
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gtcompile.costs.budgets import WHOLE, BudgetOf
 from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names
 from gtcompile.selection.knapsack import solve_knapsack
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Selection:
     """The parameters to train, what a step that trains them costs, and how good the choice is."""
 
@@ -33,11 +34,20 @@ class Selection:
     importance_bound: float | None
     """No selection within the budget has a greater importance; equal to `importance` when proven the best,
     None when the policy did not look for the best."""
+    budget_of: BudgetOf = "step"
+    """What the budget, and every share, is a share of."""
+    full_finetuning_flops: int | None = None
+    """FLOPs of one step of full fine-tuning, where the budget is a share of these."""
+
+    @property
+    def whole_flops(self) -> int:
+        """FLOPs that the budget is a share of."""
+        return self.full_flops if self.full_finetuning_flops is None else self.full_finetuning_flops
 
     @property
     def step_fraction(self) -> float:
-        """Share of a full step's FLOPs that a step takes, in (0, 1]."""
-        return _share(self.step_flops, self.full_flops)
+        """Share of the FLOPs that `budget_of` names that a step takes, in (0, 1]."""
+        return _share(self.step_flops, self.whole_flops)
 
     @property
     def gap(self) -> float | None:
@@ -50,11 +60,14 @@ class Selection:
         missing = self.importance_bound - self.importance
         return missing / max(abs(self.importance_bound), abs(self.importance)) if missing else 0.0
 
+    def __repr__(self) -> str:
+        return f"<Selection: {self}>"
+
     def __str__(self) -> str:
-        budget = _share(self.budget_flops, self.full_flops)
+        budget = _share(self.budget_flops, self.whole_flops)
         text = (
-            f"{len(self.trained)} of {self.selectable} parameters, {self.step_fraction:.1%} of a full step's "
-            f"FLOPs (budget {budget:.1%})"
+            f"{len(self.trained)} of {self.selectable} parameters, {self.step_fraction:.1%} of "
+            f"{WHOLE[self.budget_of]} (budget {budget:.1%})"
         )
         if self.gap is None:
             return text
@@ -167,6 +180,8 @@ def describe(
         full_flops=limits.costs.full_flops,
         importance=total,
         importance_bound=None if missed is None else total + missed,
+        budget_of=limits.budget_of,
+        full_finetuning_flops=None if limits.budget_of == "step" else limits.whole_flops,
     )
 
 

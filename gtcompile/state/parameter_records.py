@@ -38,6 +38,8 @@ class Record:
     """Hook that drops gradients which eager code still computes; set only while the parameter is frozen."""
     requires_grad: bool = True
     """The flag as gtcompile last set it. If the parameter's flag differs, the user changed it."""
+    ever_trained: bool = False
+    """Whether it was trained at any time, see `ever_trained.py`."""
 
     @property
     def frozen(self) -> bool:

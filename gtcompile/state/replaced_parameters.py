@@ -133,6 +133,7 @@ def _thaw_if_set_by_hand(parameter: nn.Parameter) -> bool:
 def _inherit(parameter: nn.Parameter, former: Record) -> None:
     """Give a parameter the role of the one it replaces, and freeze or thaw it accordingly."""
     record = record_of(parameter)
+    record.ever_trained |= former.ever_trained
     if record.role is None:
         # no region has seen this parameter yet
         record.role = Role.EXPECTED if former.role is Role.REGION else former.role

@@ -9,7 +9,7 @@ from torch import nn
 from gtcompile.capture.rng import random_state_kept
 from gtcompile.state.parameter_records import set_requires_grad, was_trainable
 from gtcompile.state.replaced_parameters import follow_names
-from gtcompile.state.trained_set import train_only, trained_parameters
+from gtcompile.state.trained_set import set_trained, trained_parameters
 
 
 @contextlib.contextmanager
@@ -24,16 +24,16 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporarily_training(model: nn.Module, patterns: Collection[str] | None) -> Iterator[None]:
-    """Call `train_only` before the block, and restore the former trained set after it.
+    """Set the trained set before the block, and restore the former trained set after it.
 
     Gradients of frozen parameters are dropped; wrap this in `restored` to keep them.
     """
     former = trained_parameters(model)
     try:
-        train_only(model, patterns)
+        set_trained(model, patterns)
         yield
     finally:
-        train_only(model, former)
+        set_trained(model, former)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from gtcompile.distributed import fsdp
 from gtcompile.distributed.fsdp import sharded
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
+from gtcompile.state.ever_trained import mark_names_trained
 from gtcompile.state.parameter_records import (
     Role,
     begin_generation,
@@ -38,6 +39,7 @@ __all__ = [
     "is_trained",
     "leave_to_eager",
     "selectable_names",
+    "set_trained",
     "train_only",
     "trained_parameters",
     "was_trainable",
@@ -68,6 +70,14 @@ def train_only(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[st
         TypeError: `patterns` is a single string.
         ValueError: a pattern matches nothing (the message lists near names), or nothing would be trained.
     """
+    trained = set_trained(model, patterns)
+    if patterns is not None:  # everything is also what one returns to after training
+        mark_names_trained(model, trained)
+    return trained
+
+
+def set_trained(model: nn.Module, patterns: Iterable[str] | None) -> frozenset[str]:
+    """Do what `train_only` does, for sets that count as trained only if an optimizer steps them."""
     enter_shards(model)
     follow_names(model)
     selectable = _selectable(model)

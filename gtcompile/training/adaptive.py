@@ -1,8 +1,9 @@
 """Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,23 +12,48 @@ from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.costs.budgets import WHOLE, BudgetOf
+from gtcompile.costs.full_finetuning import full_finetuning_flops, refuse_quantized
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
 from gtcompile.importance.gradient_stream import batch_loss, on_device
-from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
+from gtcompile.selection.limits import (
+    Limits,
+    Terms,
+    apply_terms,
+    check_patterns,
+    make_terms,
+    step_budget_fraction,
+)
 from gtcompile.selection.policies import Choose, Function, Policy, find_policy
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
+from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.same_model import check_same_model
-from gtcompile.state.trained_set import enter_shards, train_only, trained_parameters
+from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.ddp import ranks_of
 
 logger = logging.getLogger(__name__)
+
+MOST_BATCHES = 16
+"""How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """The costs of steps at the shapes of one batch."""
+
+    costs: BackwardCosts
+    """Of the model as it is."""
+    whole_flops: int | None
+    """FLOPs that the budget is a share of; None for those of a full step."""
+    budget_of: BudgetOf
+    """What these are FLOPs of."""
 
 
 class AdaptiveBackprop:
@@ -47,7 +73,12 @@ class AdaptiveBackprop:
     Args:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
-        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_of: what the budget is a share of. "step": a full step of the model as it is. With adapters,
+            which alone are trained, that is a step that trains all adapters. "full_finetuning": a step that
+            trains every floating-point parameter of the model, frozen or not, with PEFT's adapters switched
+            off: what training the base model takes. Both are computed at the shapes of the batches given to
+            `reselect`.
         policy: decides what to train within the budget: a name or a description from `gtcompile.policies`, or
             your own function, `(costs, importance, budget_fraction, generator) -> FQNs`, which is called
             for every step.
@@ -75,6 +106,7 @@ class AdaptiveBackprop:
         optimizer: Optimizer,
         budget_fraction: float = 0.5,
         *,
+        budget_of: BudgetOf = "step",
         policy: str | Policy | Choose = "best",
         loss_fn: LossFunction | None = None,
         always: Iterable[str] = (),
@@ -93,17 +125,24 @@ class AdaptiveBackprop:
         self._policy = find_policy(policy)
         self._two_pass = two_pass or self._policy.two_pass
         self._frozen_state = FrozenState(optimizer, frozen_state)
-        self._terms = self._checked_terms(budget_fraction, always, never)
+        self._terms = self._checked_terms(budget_fraction, always, never, budget_of)
+        if budget_of == "full_finetuning":
+            refuse_quantized(unwrap(model))
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
-        self._known_costs: dict[object, BackwardCosts] = {}
+        self._known_costs: dict[object, _Costs] = {}
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
     @property
     def budget_fraction(self) -> float:
-        """Share of a full step's FLOPs that a step may take, in (0, 1]."""
+        """Share of the FLOPs that `budget_of` names that a step may take, in (0, 1]."""
         return self._terms.budget_fraction
+
+    @property
+    def budget_of(self) -> BudgetOf:
+        """What the budget is a share of, and with it `step_fraction` and `spent_fraction`."""
+        return self._terms.budget_of
 
     @property
     def policy(self) -> Policy:
@@ -127,7 +166,7 @@ class AdaptiveBackprop:
 
     @property
     def spent_fraction(self) -> float:
-        """Mean cost of the steps since `reselect` as a share of a full step's FLOPs.
+        """Mean cost of the steps since `reselect` as a share of the FLOPs that `budget_of` names.
 
         The coming step, with the present set, is included. 0.0 before the first `reselect`.
         """
@@ -135,7 +174,7 @@ class AdaptiveBackprop:
 
     @property
     def step_fraction(self) -> float:
-        """Cost of a step with the present set as a share of a full step's FLOPs; 0.0 before `reselect`."""
+        """Cost of a step with the present set as such a share; 0.0 before `reselect`."""
         return self._schedule.fraction_of(self._trained) if self._schedule else 0.0
 
     @property
@@ -143,7 +182,13 @@ class AdaptiveBackprop:
         """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
         return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
 
-    def reselect(self, batches: Iterable[Any]) -> Selection:
+    def __repr__(self) -> str:
+        whole = WHOLE[self.budget_of]
+        set_now = "nothing selected yet" if self.selection is None else f"selected: {self.selection}"
+        budget = f"budget {self.budget_fraction!r} of {whole}"
+        return f"<AdaptiveBackprop: {budget}, policy {self._policy!r}, {set_now}>"
+
+    def reselect(self, batches: Iterable[Any], *, max_batches: int | None = MOST_BATCHES) -> Selection:
         """Select anew from these batches and train that from now on.
 
         Costs are those of a batch with the shapes of the first one and, if the model branches on data, with
@@ -154,7 +199,8 @@ class AdaptiveBackprop:
 
         Args:
             batches: keyword dictionaries with labels, or with `loss_fn` anything, on any device; at least
-                two, or one with `two_pass`.
+                two, or one with `two_pass`. A whole loader will do.
+            max_batches: take only so many, with a log message; None takes all.
 
         Returns:
             The selection for the next step, which prints as one line. If the policy changes the set at every
@@ -169,11 +215,13 @@ class AdaptiveBackprop:
             ValueError, TypeError: batches, patterns or optimizer do not fit the model, or differ by rank.
         """
         ranks = self._ranks
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
-            checked, costs = ranks.together(lambda: self._prepare(batches))
-            limits = ranks.from_first(lambda: apply_terms(costs, self._terms))
+            checked, costs, whole = ranks.together(lambda: self._prepare(_first(batches, max_batches)))
+            limits = ranks.from_first(lambda: apply_terms(costs, self._terms, whole))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
                 logger.warning("%s: measured within each batch instead", _reason(limits))
@@ -210,12 +258,14 @@ class AdaptiveBackprop:
         shapes = _shapes(self._model)
         return {
             "budget_fraction": self._terms.budget_fraction,
+            "budget_of": self._terms.budget_of,
             "always": list(self._terms.always),
             "never": list(self._terms.never),
             "policy": repr(self._policy),
             "seed": self._seed,
             "parameters": shapes,
             "trained": sorted(trained_parameters(self._model)),
+            "ever_trained": sorted(ever_trained(self._model)),
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
             "schedule": schedule_state(self._schedule, sorted(shapes)) if self._schedule else None,
@@ -242,43 +292,56 @@ class AdaptiveBackprop:
         history = tuple(
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
-        terms = self._checked_terms(state["budget_fraction"], state["always"], state["never"])
+        terms = self._checked_terms(
+            state["budget_fraction"], state["always"], state["never"], state["budget_of"]
+        )
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
-            propose = self._propose_with(terms, importance)
+            propose = self._propose_with(terms, importance, state["schedule"]["whole_flops"])
             schedule = schedule_from(state["schedule"], parameters, propose)
         self._train(frozenset(state["trained"]))
+        mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
 
     def _train(self, trained: frozenset[str]) -> None:
-        self._trained = train_only(self._model, trained)
+        self._trained = set_trained(self._model, trained)
         self._frozen_state.apply()
 
-    def _checked_terms(self, budget_fraction: float, always: Iterable[str], never: Iterable[str]) -> Terms:
-        terms = make_terms(budget_fraction, always, never)
+    def _checked_terms(
+        self, budget_fraction: float, always: Iterable[str], never: Iterable[str], budget_of: BudgetOf
+    ) -> Terms:
+        terms = make_terms(budget_fraction, always, never, budget_of)
         check_patterns(terms, names_of(list_parameters(unwrap(self._model))))
         return terms
 
-    def _costs(self, batch: Any) -> BackwardCosts:
+    def _costs(self, batch: Any) -> _Costs:
         """Return the costs at this batch's shapes; capture again if these changed or costs follow values."""
         key = _shapes_in(batch)
         known = self._known_costs.get(key)
-        if known is None or known.follows_values:
+        if known is None or known.costs.follows_values or known.budget_of != self.budget_of:
             batch = on_device(batch, next(self._model.parameters()).device)
             try:
-                self._known_costs = {key: backward_costs(self._model, batch, loss_fn=self._loss_fn)}
+                self._known_costs = {key: self._compute_costs(batch)}
             except CaptureError:
                 with torch.no_grad():  # the model's own error about a wrong batch says more
                     batch_loss(self._model, batch, self._loss_fn)
                 raise
         return self._known_costs[key]
 
+    def _compute_costs(self, batch: Any) -> _Costs:
+        logger.info("capturing one training step, for its costs; once for each shape of batches")
+        costs, whole = backward_costs(self._model, batch, loss_fn=self._loss_fn), None
+        if self.budget_of == "full_finetuning":
+            whole = full_finetuning_flops(self._model, batch, self._loss_fn)
+        return _Costs(costs, whole, self.budget_of)
+
     def _common_ground(self) -> dict[str, Any]:
         """Values that must be equal on all ranks, by their name in messages."""
         return {
             "the budget": self._terms.budget_fraction,
+            "what the budget is a share of": self._terms.budget_of,
             "the patterns in always": self._terms.always,
             "the patterns in never": self._terms.never,
             "the policy": repr(self._policy),
@@ -289,12 +352,13 @@ class AdaptiveBackprop:
             "the number of steps since the selection": self._schedule.progress.steps if self._schedule else 0,
         }
 
-    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts]:
+    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts, int | None]:
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
             self._loss_module, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
-        return checked, self._costs(checked[0])
+        known = self._costs(checked[0])
+        return checked, known.costs, known.whole_flops
 
     def _decide(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
@@ -318,6 +382,7 @@ class AdaptiveBackprop:
         """Measure the importance of the wanted parameters; 0 for those that these batches did not use."""
         if not wanted:
             return {}
+        logger.info("measuring the importance of %d parameters on %d batches", len(wanted), len(batches))
         measured = measure_importance(
             self._loss_module,
             self._optimizer,
@@ -335,21 +400,22 @@ class AdaptiveBackprop:
 
         If the plan trains nothing, the former plan goes on.
         """
-        former, costs = self._schedule, limits.costs
+        former, costs, whole = self._schedule, limits.costs, limits.whole_flops
         if stays := _trains_nothing(plan):
             if former is None:
                 raise GTCompileError(
                     f"{_reason(limits)}; measure on more batches, or lower the learning rate"
                 )
             logger.warning("%s: the former selection stays", _reason(limits))
-            plan, costs = former.plan, former.costs
+            plan, costs, whole = former.plan, former.costs, former.whole_flops
         schedule = Schedule(
             plan,
             costs,
             limits.budget_fraction,
             seed=self._seed,
             number=len(self._history),
-            propose=self._propose_with(self._terms, importance),
+            propose=self._propose_with(self._terms, importance, whole),
+            whole_flops=whole,
         )
         trained = schedule.next_set()
         if self.selection and stays:
@@ -357,7 +423,7 @@ class AdaptiveBackprop:
         return schedule, plan.selection or describe(limits, importance, trained, None)
 
     def _propose_with(
-        self, terms: Terms, importance: Mapping[str, float]
+        self, terms: Terms, importance: Mapping[str, float], whole_flops: int
     ) -> Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None:
         """Wrap the user's own policy for a schedule: rank 0 decides; None for any other policy."""
         if not isinstance(self._policy, Function):
@@ -366,12 +432,25 @@ class AdaptiveBackprop:
 
         def chosen(costs: BackwardCosts, generator: torch.Generator) -> frozenset[str]:
             always, never = (match_patterns(costs.names, each) for each in (terms.always, terms.never))
-            names = match_patterns(costs.names, choose(costs, importance, terms.budget_fraction, generator))
+            budget = step_budget_fraction(costs, terms, whole_flops)
+            names = match_patterns(costs.names, choose(costs, importance, budget, generator))
             if not (trained := (names | always) - never):
                 raise ValueError("your policy returned no parameter to train; expected at least one FQN")
             return trained
 
         return lambda costs, generator: ranks.from_first(lambda: chosen(costs, generator))
+
+
+def _first(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
+    """Return the first batches, and say so if there are more; one batch alone is refused elsewhere."""
+    if most is None or isinstance(batches, Mapping | torch.Tensor):
+        return batches
+    chosen = list(itertools.islice(batches, most + 1))
+    if len(chosen) > most:
+        logger.warning(
+            "selecting on the first %d batches; max_batches=None takes all that reselect is given", most
+        )
+    return chosen[:most]
 
 
 def _trains_nothing(plan: Plan) -> bool:

@@ -309,6 +309,20 @@ def test_a_batch_with_a_loss_that_is_not_finite_is_left_out_and_logged(bad, capl
     assert f"batch {bad} is left out: the loss is nan" in caplog.text
 
 
+def test_batches_that_are_left_out_are_told_once(caplog):
+    model, optimizer = make_trained(OPTIMIZERS["AdamW"])
+    good = make_batches(3)
+    bad = {"x": good[0]["x"], "y": good[0]["y"] * torch.nan}
+    with caplog.at_level(logging.WARNING, logger="gtcompile"):
+        measure_importance(model, optimizer, [bad, *good, bad, bad, bad])
+    told = ["importance: batches 0, 4, 5 and 1 more are left out; the first because the loss is nan"]
+    assert [record.getMessage() for record in caplog.records] == told
+    caplog.clear()
+    with pytest.raises(GTCompileError, match="in batch 2 the loss is nan and 3 more"):
+        measure_importance(model, optimizer, [bad] * 6)
+    assert not caplog.records
+
+
 class RootModel(nn.Module):
     """The gradient of `deep` is infinite where x is 0, though the loss is finite; that of `late` is not."""
 

@@ -1,7 +1,9 @@
 """`gtcompile inspect` as it is called: what it prints at 100 columns, explains, compares and refuses."""
 
+import dataclasses
 import functools
 import json
+import random
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +15,11 @@ from transformers import OPTConfig
 from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
+from gtcompile.selection.selection import select_parameters
 from gtcompile.tools.inspect import command
+from gtcompile.tools.inspect.options import PlanOptions
 from gtcompile.tools.inspect.text import DottedName, bar, has_segments, percentage
+from gtcompile.tools.inspect.why import selection_lines
 
 SHAPE = ("--batch-size", 2, "--length", 8)
 
@@ -108,8 +113,40 @@ def test_why_explains_a_trained_and_a_frozen_parameter(model: Path) -> None:
     assert "is eliminated" in text
     assert f"it is the gradient of {trained}" in text
     assert f"it is the gradient of {frozen}" in text
+    assert "\n  selected; its importance is" in text
+    assert "the best set without it has" in text
     assert text.count("freezing ") == 1  # what is needed for one parameter alone is told once
     assert f"training one of these brings it back: {frozen}" in text
+
+
+def test_why_names_the_budget_that_brings_a_parameter_within_reach(model: Path) -> None:
+    first = json.loads(printed(model, *SHAPE, "--json"))["parameters"][0]["parameter"]
+    far = printed(model, *SHAPE, "--budget", 0.5, "--why", first)
+    assert "not selected, because it is out of reach: a step that trains nothing else takes" in far
+    within = far.partition("--budget ")[2].partition(" brings")[0]
+    assert "out of reach" not in printed(model, *SHAPE, "--budget", within, "--why", first)
+
+
+@pytest.mark.parametrize("budget", [0.74, 0.95])
+def test_what_why_says_would_select_a_parameter_does(model: Path, budget: float) -> None:
+    """The importance and the budget that it names decide, for random importances."""
+    plan = command.inspect_model(str(model), PlanOptions(), None)
+    draw = random.Random(0)
+    importance = {fqn: draw.uniform(0.1, 1) for fqn in sorted(plan.costs.fqns)}
+    selection = select_parameters(plan.costs, importance, budget)
+    plan = dataclasses.replace(plan, importance=importance, selection=selection)
+    frozen = sorted(plan.costs.fqns - selection.trained)
+    within = [fqn for fqn in frozen if "out of reach" not in selection_lines(plan, fqn)[0]]
+    assert within
+    for fqn in within[:5]:
+        text = "\n".join(selection_lines(plan, fqn))
+        assert "not selected, although the budget can train it; its importance is" in text
+        wanted = float(text.partition("with an importance of ")[2].partition(":")[0])
+        for factor, selected in ((0.99, False), (1.01, True)):
+            changed = {**importance, fqn: wanted * factor}
+            assert (fqn in select_parameters(plan.costs, changed, budget).trained) is selected, fqn
+        paid = float(text.partition("--budget ")[2].partition(" would pay")[0])
+        assert plan.costs.step_flops(selection.trained | {fqn}) <= paid * plan.costs.full_flops
 
 
 def test_a_difference_names_what_comes_and_goes(model: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_the_state_of_another_model_is_refused_naming_the_differences():
     del state["parameters"]["head.weight"], state["parameters"]["layers.1.bias"]
     with pytest.raises(ValueError, match=r"; layers\.1\.bias .*absent"):
         adaptive.load_state_dict(state)
-    with pytest.raises(ValueError, match="lacks always, budget_fraction, history"):
+    with pytest.raises(ValueError, match="lacks always, budget_fraction, ever_trained, history"):
         adaptive.load_state_dict({"trained": []})
     with pytest.raises(ValueError, match=r"in \(0, 1\], got 2"):
         adaptive.load_state_dict({**before, "budget_fraction": 2, "trained": ["layers.0.bias"]})
@@ -396,3 +397,38 @@ def test_a_model_without_a_loss_is_refused():
     adaptive = AdaptiveBackprop(model, torch.optim.SGD(model.parameters()), 0.5)
     with pytest.raises(CaptureError, match="return its loss"):
         adaptive.reselect([{"x": torch.ones(1, 2)}] * 2)
+
+
+def test_a_whole_loader_is_cut_short_with_a_message(caplog):
+    _, _, adaptive = make_regression()
+    taken = []
+
+    def loader():
+        for number in range(1000):
+            taken.append(number)
+            yield make_batches()[0]
+
+    adaptive.reselect(loader())
+    assert len(taken) == 17
+    assert "selecting on the first 16 batches; max_batches=None takes all" in caplog.text
+    caplog.clear()
+    adaptive.reselect(make_batches(), max_batches=None)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="expected max_batches of at least 1"):
+        adaptive.reselect(make_batches(), max_batches=0)
+
+
+def test_representations_are_short():
+    _, _, adaptive = make_regression()
+    assert "budget 0.6 of a full step's FLOPs, policy Best(), nothing selected yet" in repr(adaptive)
+    selection = adaptive.reselect(make_batches())
+    assert str(selection) in repr(adaptive)
+    assert repr(selection) == f"<Selection: {selection}>"
+
+
+def test_a_selection_says_what_it_does(caplog):
+    _, _, adaptive = make_regression()
+    with caplog.at_level("INFO", logger="gtcompile"):
+        adaptive.reselect(make_batches())
+    assert "capturing one training step" in caplog.text
+    assert re.search(r"measuring the importance of \d+ parameters on 3 batches", caplog.text)

@@ -223,7 +223,7 @@ class _Training:
         spare = self._setting.batches.training(texts, seed=1_000_003 * (seed + 1) + self.step)
         batches = [self._prepared(next(spare)) for _ in range(self._setting.measured)]
         with _autocast(self._setting):
-            self._adaptive.reselect(batches)
+            self._adaptive.reselect(batches, max_batches=None)
         if self._adaptive.importance:
             passes = 2 if self._adaptive.policy.two_pass else 1
             flops = self._own_costs.step_flops(self._adaptive.importance)

@@ -19,6 +19,7 @@ from gtcompile.graph.names import match_patterns, near_names
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.inspect.inspection import Inspection
 from gtcompile.tools.inspect.options import ORDERS, check_order
+from gtcompile.tools.inspect.why import selection_lines
 
 BAR, SHORT_BAR = 20, 10
 """Characters of a full bar, on a wide and on a narrow terminal."""
@@ -218,13 +219,13 @@ def trained_set(inspection: Inspection, text: str) -> frozenset[str]:
 
 
 def show_why(console: Console, inspection: Inspection, subject: str) -> None:
-    """Print why a node, or the gradient of a parameter, is computed in this plan or not.
+    """Print why a parameter was selected or not, and why a node is computed in this plan or not.
 
     Raises:
         ValueError: there is no such node or parameter.
     """
     why = explain(inspection.joint, subject, inspection.selection.trained)
-    say(console, f"why {subject}?", *why_lines(why), "")
+    say(console, f"why {subject}?", *selection_lines(inspection, subject), *why_lines(why), "")
 
 
 def why_lines(why: Explanation) -> list[str]:
