@@ -22,7 +22,6 @@ from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blo
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.batches import draw_batches
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
-from gtcompile.huggingface.options import CallbackOptions, Every, Policy, Progress
 from gtcompile.huggingface.trainer_loss import TrainerLoss
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
@@ -33,6 +32,7 @@ from gtcompile.state.optimizer_state import (
 )
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile.training.callback_options import CallbackOptions, Every, Policy, Progress
 
 logger = logging.getLogger(__name__)
 
