@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from gtcompile.lightning.framework import LightningModule, Trainer
 from gtcompile.training.measured_batches import collate_batches, draw_batches, draw_examples
 
 WHOLE_DATA = (RandomSampler, SequentialSampler, DistributedSampler)
-"""Samplers of exactly these types visit every example; of any other, the data are drawn through the sampler."""
+"""Samplers of exactly these types visit every example. With any other, the sampler chooses what is drawn."""
 
 
 def measured_batches(trainer: Trainer, module: LightningModule, count: int, seed: str) -> Iterator[Any]:
@@ -66,7 +66,7 @@ def _draw_from(loader: Any, count: int, seed: str) -> Iterator[Any]:
             f"measured on is unknown. Set it on the batch sampler"
         )
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if type(sampler) in WHOLE_DATA or not hasattr(loader.dataset, "__getitem__"):
+    if type(sampler) in WHOLE_DATA or isinstance(loader.dataset, IterableDataset):
         yield from draw_batches(loader, count, size, seed)
         return
     examples = [loader.dataset[index] for index in _sampled(sampler, count * size, seed)]

@@ -174,7 +174,7 @@ class AdaptiveBackpropCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step, count its cost; policies that change the set by the step choose the next."""
+        """After an optimizer step, count what it cost, and let the policy choose the next set."""
         if trainer.global_step > self._progress.at_step:
             self._change(at_step=trainer.global_step)
             self._progress = self._progress.after_step(self.adaptive.step_fraction)
@@ -201,11 +201,8 @@ class AdaptiveBackpropCallback(Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         if self._options.every == "epoch":
             return self._progress.epoch != trainer.current_epoch
-        first = self._progress.selected_at < 0
-        return first or (
-            trainer.global_step % self._options.every == 0
-            and trainer.global_step != self._progress.selected_at
-        )
+        selected_at, step = self._progress.selected_at, trainer.global_step
+        return selected_at < 0 or (step % self._options.every == 0 and step != selected_at)
 
     def _reselect(self, trainer: Trainer, module: LightningModule) -> None:
         if self._training is None:
@@ -251,8 +248,8 @@ class AdaptiveBackpropCallback(Callback):
         self._options.check_resumed(saved["options"])
         if saved["seed"] != self._seed:
             raise ValueError(
-                f"the checkpoint was trained with seed={saved['seed']}, this callback has {self._seed}; resume "
-                f"with the checkpoint's, or start a new training"
+                f"the checkpoint was trained with seed={saved['seed']}, this callback has {self._seed}; "
+                f"resume with the checkpoint's, or start a new training"
             )
         if saved["torch"] != torch.__version__:
             logger.warning(

@@ -1,6 +1,7 @@
 """Settings of a Lightning trainer that would undo adaptive backpropagation: refused before any work."""
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,14 +26,11 @@ def check_trainer(
     Raises:
         ValueError: says which setting, why and what to do.
     """
-    problems = [
-        _of_callbacks(trainer, callback),
-        _of_strategy(trainer, callback),
-        _of_module(module, callback),
-    ]
+    name = callback.__name__
+    problems = [_of_callbacks(trainer, name), _of_strategy(trainer, name), _of_module(module, name)]
     if compiled:
-        problems.append(_of_compilation(module, callback))
-    for problem in (problem for found in problems for problem in found):
+        problems.append(_of_compilation(module, name))
+    for problem in itertools.chain(*problems):
         raise ValueError(problem)
 
 
@@ -50,16 +48,16 @@ def check_replicas(trainer: Trainer) -> None:
         )
 
 
-def _of_callbacks(trainer: Any, callback: type[Callback]) -> Iterator[str]:
+def _of_callbacks(trainer: Any, name: str) -> Iterator[str]:
     for other in trainer.callbacks:
         if isinstance(other, framework.callbacks.BaseFinetuning):
             yield (
-                f"{type(other).__name__} freezes parameters as well, and each would undo the other; remove it or "
-                f"{callback.__name__}"
+                f"{type(other).__name__} freezes parameters as well, and each would undo the other; remove "
+                f"that callback or {name}"
             )
 
 
-def _of_strategy(trainer: Trainer, callback: type[Callback]) -> Iterator[str]:
+def _of_strategy(trainer: Trainer, name: str) -> Iterator[str]:
     strategy, strategies = trainer.strategy, framework.strategies
     if isinstance(strategy, strategies.DeepSpeedStrategy):
         yield (
@@ -68,23 +66,23 @@ def _of_strategy(trainer: Trainer, callback: type[Callback]) -> Iterator[str]:
         )
     if isinstance(strategy, strategies.FSDPStrategy):
         yield (
-            f"{callback.__name__} does not work with FSDPStrategy, version 1 of FSDP, which flattens several "
+            f"{name} does not work with FSDPStrategy, version 1 of FSDP, which flattens several "
             f"parameters into one, while they are selected one by one; shard the model with fully_shard in a "
             f"loop of your own, where gtcompile.AdaptiveBackprop works"
         )
     if not isinstance(strategy, strategies.SingleDeviceStrategy | strategies.DDPStrategy):
         yield (
-            f"{callback.__name__} was made for one device and for DistributedDataParallel, and was never run "
+            f"{name} was made for one device and for DistributedDataParallel, and was never run "
             f'with {type(strategy).__name__}; use strategy="auto" or "ddp_find_unused_parameters_true"'
         )
 
 
-def _of_module(module: LightningModule, callback: type[Callback]) -> Iterator[str]:
+def _of_module(module: LightningModule, name: str) -> Iterator[str]:
     if not module.automatic_optimization:
         yield (
             f"with automatic_optimization=False, training_step itself runs the backward and the optimizers, "
-            f"so {callback.__name__} cannot measure its loss without training; leave {callback.__name__} out, "
-            f"and call reselect and step of a gtcompile.AdaptiveBackprop of your own in training_step"
+            f"so {name} cannot measure its loss without training; leave {name} out, and call reselect and "
+            f"step of a gtcompile.AdaptiveBackprop of your own in training_step"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield (
@@ -93,10 +91,10 @@ def _of_module(module: LightningModule, callback: type[Callback]) -> Iterator[st
         )
 
 
-def _of_compilation(module: LightningModule, callback: type[Callback]) -> Iterator[str]:
+def _of_compilation(module: LightningModule, name: str) -> Iterator[str]:
     by_lightning = getattr(module, "_compiler_ctx", None) is not None
     if by_lightning or any(unwrap(part) is not part or is_compiled(part) for part in module.modules()):
         yield (
-            f"the module is compiled already, and {callback.__name__} compiles its blocks; give the trainer "
+            f"the module is compiled already, and {name} compiles its blocks; give the trainer "
             f"the module as it was before torch.compile or compile_blocks"
         )

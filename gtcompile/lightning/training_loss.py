@@ -50,7 +50,7 @@ class TrainingLoss:
 
 
 def training_loss(trainer: Trainer, module: LightningModule) -> TrainingLoss:
-    """Make the loss function of a module; pass a second argument if its `training_step` takes a batch index."""
+    """Make the loss function of a module, whose `training_step` may take an index after the batch."""
     parameters = inspect.signature(module.training_step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -5,6 +5,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 
 def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]:
     """Draw examples from a loader's data set and collate them as the loader does.
@@ -31,7 +33,8 @@ def draw_examples(data: Any, count: int, seed: str) -> list[Any]:
     Raises:
         ValueError: for data that can be read only once.
     """
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    by_index = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+    if by_index and hasattr(data, "__len__"):
         length = len(data)
         chosen = random.Random(seed).sample(range(length), min(length, count))
         return [data[index] for index in chosen]

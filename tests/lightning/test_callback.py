@@ -1,6 +1,8 @@
 """The callback in Lightning's Trainer: what is trained, logged, saved, left behind and refused."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gtcompile.lightning
-from gtcompile import compile_blocks
+from gtcompile import BudgetError, CaptureError, GTCompileError, compile_blocks
 from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.graph.flops import count_flops
 from gtcompile.lightning.compatibility import check_trainer
 from tests.support.lightning import (
+    QUIET,
     Module,
     Net,
     Recording,
@@ -30,12 +33,7 @@ from tests.support.lightning import (
 from tests.support.models import WIDTH
 from tests.support.trainer import assert_same_weights, weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*(does not have many workers|no `val_dataloader`|logging interval)"),
-]
+pytestmark = QUIET
 
 
 def assert_equal_steps(ours, theirs):
@@ -339,3 +337,88 @@ def test_strategies_that_do_not_work_are_refused(tmp_path, strategy, message):
     trainer._accelerator_connector.strategy = object.__new__(getattr(strategies, strategy))  # needs GPUs
     with pytest.raises(ValueError, match=message):
         check_trainer(trainer, Module(), gtcompile.lightning.AdaptiveBackpropCallback, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"budget_fraction": 2}, ValueError, "expected"),
+        ({"every": 0}, ValueError, "expected every="),
+        ({"policy": "sample"}, ValueError, "near names: sampled"),
+        ({"seed": "0"}, TypeError, "expected seed to be a whole number"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_the_constructor(arguments, error, message):
+    with pytest.raises(error, match=message):
+        gtcompile.lightning.AdaptiveBackpropCallback(**arguments)
+
+
+def test_a_budget_below_the_minimum_names_the_smallest_and_leaves_the_module_whole(tmp_path):
+    module = Module()
+    with pytest.raises(BudgetError, match=r"takes at least 0\.34"):
+        fit(tmp_path, adaptive(0.01), module=module)
+    assert is_as_before(module)
+
+
+class Losing(Module):
+    """Returns no loss."""
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": None}
+
+
+class Wrong(Module):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch["x"]).sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (Losing, CaptureError, "expected training_step to return the loss, .* got NoneType"),
+        (Wrong, TypeError, "list indices must be integers"),
+    ],
+)
+def test_a_training_step_that_fails_says_so_in_its_own_words(tmp_path, make, error, message):
+    with pytest.raises(error, match=message):
+        fit(tmp_path, adaptive(), module=make())
+
+
+def test_nothing_is_selected_before_training():
+    with pytest.raises(GTCompileError, match=r"call trainer.fit\(...\) first"):
+        _ = adaptive().adaptive
+
+
+def test_replicas_that_wait_for_every_gradient_are_refused(tmp_path):
+    try:
+        with pytest.raises(ValueError, match="ddp_find_unused_parameters_true"):
+            fit(tmp_path, adaptive(), strategy="ddp")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_two_ranks_train_what_one_process_trains(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "tests.ranks.lightning_run", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    outcome = torch.load(tmp_path / "outcome", weights_only=False)
+    loader = DataLoader(outcome["batches"], batch_size=None)
+    module, _ = fit(tmp_path, Replay(outcome["sets"]), loader=loader, accumulate_grad_batches=2)
+    torch.testing.assert_close(weights(module), dict(outcome["weights"]), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_between_the_steps_changes_nothing(tmp_path):
+    ours, theirs = Witness(), Witness()
+    fit(tmp_path, adaptive(), ours, validation=make_loader(4), val_check_interval=3)
+    fit(tmp_path, adaptive(), theirs)
+    assert_equal_steps(ours, theirs)
+
+
+def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path):
+    callback, witness, meter = adaptive(0.6, policy="sampled", every="epoch"), Witness(), Meter()
+    fit(tmp_path, callback, meter, witness)
+    assert len({trained for trained, _ in witness.steps}) > 1
+    full = callback.adaptive.step_flops / callback.adaptive.step_fraction
+    assert sum(meter.flops) / len(meter.flops) <= 0.6 * full

@@ -1,5 +1,6 @@
 """A small LightningModule, data and callbacks for trainings by Lightning's Trainer."""
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -10,6 +11,15 @@ from gtcompile import trained_parameters
 from gtcompile.lightning import AdaptiveBackpropCallback
 from tests.support.models import WIDTH, ResidualMLP
 from tests.support.training import freeze_eagerly
+
+QUIET = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*(does not have many workers|no `val_dataloader`|logging interval|step flavor)"
+    ),
+    pytest.mark.filterwarnings("ignore:.*(LeafSpec|exists and is not empty)"),
+]
+"""For tests in which Lightning warns about settings that a short test has."""
 
 
 class Net(nn.Module):
@@ -49,10 +59,10 @@ class Module(LightningModule):
 
 
 class Witness(Callback):
-    """Notes, before each optimizer step, what has a gradient and is to be trained, and each batch's loss."""
+    """Notes before each optimizer step what has a gradient and is to be trained; and each batch, its loss."""
 
     def __init__(self):
-        self.steps, self.losses = [], []
+        self.steps, self.losses, self.batches = [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
@@ -60,6 +70,7 @@ class Witness(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item())
+        self.batches.append(batch)
 
 
 class Recording(Logger):
