@@ -6,8 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import gtcompile
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-VOCABULARY, WIDTH, LENGTH = 64, 32, 32
+VOCABULARY, WIDTH, LENGTH, Pair = 64, 32, 32, tuple[torch.Tensor, torch.Tensor]
 
 
 class GPT(nn.Module):
