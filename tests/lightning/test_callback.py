@@ -223,9 +223,9 @@ def resumable():
     return Resumable(make_data(12), batch_size=2)
 
 
-@pytest.mark.parametrize("every", ["epoch", 5])
+@pytest.mark.parametrize("every", ["epoch", pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("save_at", [4, 5, 6])
-@pytest.mark.parametrize("policy", ["best", "rotating"])
+@pytest.mark.parametrize("policy", ["best", pytest.param("rotating", marks=pytest.mark.long)])
 def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, every, save_at, policy):
     """In the middle of an epoch, right before a selection, and at the end of an epoch."""
     settings = {"every": every, "policy": policy, "frozen_state": "cpu"}
