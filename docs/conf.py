@@ -61,15 +61,19 @@ def public_names() -> set[str]:
     }
 
 
+LAZY = ("gtcompile", "gtcompile.lightning")
+"""The packages that import their public names when these are first used."""
+
+
 def lift_lazy_imports(package: nodes.Module) -> nodes.Module:
-    """Show AutoAPI the lazy imports of `gtcompile`, which stand under `if TYPE_CHECKING:`."""
+    """Show AutoAPI the lazy imports of a package, which stand under `if TYPE_CHECKING:`."""
     package.body = [inner for node in package.body for inner in (node.body if is_lazy(node) else [node])]
     for node in package.body:
         node.parent = package
     return package
 
 
-astroid.MANAGER.register_transform(nodes.Module, lift_lazy_imports, lambda module: module.name == "gtcompile")
+astroid.MANAGER.register_transform(nodes.Module, lift_lazy_imports, lambda module: module.name in LAZY)
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gtcompile.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from gtcompile import lightning as lightning
     from gtcompile import testing as testing
     from gtcompile.compiler.backend import gtcompile as gtcompile
     from gtcompile.compiler.blocks import compile_blocks as compile_blocks
@@ -70,6 +71,7 @@ _NAMES = {
     "uncompile_blocks": "gtcompile.compiler.blocks",
 }
 _MODULES = {
+    "lightning": "gtcompile.lightning",
     "policies": "gtcompile.selection.policies",
     "testing": "gtcompile.testing",
 }

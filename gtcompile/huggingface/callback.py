@@ -23,7 +23,6 @@ from gtcompile.costs.budgets import BudgetOf
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.batches import draw_batches
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
-from gtcompile.huggingface.options import CallbackOptions, Every, Policy, Progress
 from gtcompile.huggingface.trainer_loss import TrainerLoss
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
@@ -34,6 +33,7 @@ from gtcompile.state.optimizer_state import (
 )
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
+from gtcompile.training.callback_options import CallbackOptions, Every, Policy, Progress
 
 logger = logging.getLogger(__name__)
 

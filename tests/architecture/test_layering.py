@@ -23,7 +23,7 @@ FLOORS = [
     {"costs", "importance"},
     {"compiler", "selection"},
     {"training"},
-    {"huggingface", "testing"},
+    {"huggingface", "lightning", "testing"},
     {"tools"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ import gtcompile
 from gtcompile.lazy_names import lazy_names
 from gtcompile.tools import finetune, inspect
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "networkx", "onnx")
+HEAVY = ("torch", "transformers", "lightning", "datasets", "numpy", "scipy", "networkx", "onnx")
 COMMAND = f"""
 import sys
 from gtcompile.cli import main
@@ -116,7 +116,9 @@ def test_a_wrong_argument_is_refused_in_one_line_before_anything_heavy_is_import
     assert imported == "nothing heavy"
 
 
-@pytest.mark.parametrize("package", [gtcompile, inspect, finetune], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [gtcompile, gtcompile.lightning, inspect, finetune], ids=lambda package: package.__name__
+)
 def test_type_checkers_see_the_names_that_are_imported_lazily(package: object) -> None:
     tree = ast.parse(Path(package.__file__).read_text("utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))

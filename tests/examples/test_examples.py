@@ -35,6 +35,26 @@ def test_the_trainer_spends_what_the_callback_was_given(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 2
 
 
+def test_a_model_that_returns_logits_and_loss_learns_from_pairs(capsys):
+    losses = run("nano_gpt")
+    assert losses[-1] < losses[0]
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*(many workers|logging interval|LeafSpec|sync_dist)")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_lightning_module_learns_within_its_budget(capsys):
+    assert run("lightning_module") > 0.9
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_loop_with_accelerate_learns_within_its_budget(capsys):
+    losses = run("accelerate_loop")
+    assert losses[-1] < losses[0]
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 3
+
+
 def test_lower_blocks_cost_more():
     shares = list(run("inspect_costs").values())
     assert shares == sorted(shares, reverse=True)

@@ -1,11 +1,15 @@
-"""AdaptiveBackprop in loops of one's own: with PEFT, with accelerate, and resumed."""
+"""AdaptiveBackprop in loops of one's own: with PEFT, with accelerate, of pairs, and resumed."""
+
+import contextlib
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 import gtcompile
+from gtcompile.graph.flops import count_flops
 from tests.support.trainer import assert_same_weights, make_data, make_model, weights
+from tests.support.training import freeze_eagerly
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -116,3 +120,120 @@ def test_a_plain_loop_resumes_bit_for_bit(tmp_path, setting, save_after):
     resumed, continued = plain_loop(tmp_path, setting, resume=True)
     assert continued == history
     assert_same_weights(whole, resumed)
+
+
+class Pairs(torch.nn.Module):
+    """Takes tokens and targets, and returns logits and loss, as nanoGPT's model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, tokens, targets):
+        output = self.inner(input_ids=tokens, labels=targets)
+        return output.logits, output.loss
+
+
+def accelerate_loop(choose):
+    """Four optimizer steps of two batches each, with Accelerate."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = choose.prepare(make_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = torch.utils.data.DataLoader(make_data(16), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for number, batch in enumerate(loader):
+        if number % 2 == 0:
+            choose(model, optimizer, list(loader)[:2], None)
+        with accelerator.accumulate(model), choose.counting():
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                choose.note_gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def loop_of_pairs(choose):
+    """Four optimizer steps of two batches each, of a model that returns its loss second."""
+    model = choose.prepare(Pairs())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = torch.stack([row["input_ids"] for row in make_data(16)])
+    batches = [(part, part) for part in rows.split(2)]
+    for number, (tokens, targets) in enumerate(batches):
+        if number % 2 == 0:
+            choose(model, optimizer, batches[:2], lambda model, batch: model(*batch)[1])
+        with choose.counting():
+            _, loss = model(tokens, targets)
+            (loss / 2).backward()
+        if number % 2:
+            choose.note_gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Notes:
+    """Gradients of each step, or FLOPs of each batch: counting changes the last bit of gradients."""
+
+    def __init__(self, counts):
+        self.counts, self.gradients, self.flops = counts, [], []
+
+    def note_gradients(self, model):
+        named = model.named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    @contextlib.contextmanager
+    def counting(self):
+        if not self.counts:
+            yield
+            return
+        with count_flops() as counter:
+            yield
+        self.flops.append(counter.get_total_flops())
+
+
+class Adaptively(Notes):
+    """Compiles, and selects anew before every optimizer step."""
+
+    def __init__(self, counts):
+        super().__init__(counts)
+        self.own, self.sets, self.planned = None, [], []
+
+    def prepare(self, model):
+        return gtcompile.compile_blocks(model, compiler="eager")
+
+    def __call__(self, model, optimizer, batches, loss_fn):
+        self.own = self.own or gtcompile.AdaptiveBackprop(model, optimizer, 0.6, loss_fn=loss_fn)
+        self.sets.append(self.own.reselect(batches).trained)
+        self.planned += 2 * [self.own.step_flops]
+
+
+class Eagerly(Notes):
+    """Freezes by `requires_grad_` what another loop had frozen at each step."""
+
+    def __init__(self, counts, sets):
+        super().__init__(counts)
+        self.sets = list(sets)
+
+    def prepare(self, model):
+        return model
+
+    def __call__(self, model, optimizer, batches, loss_fn):
+        freeze_eagerly(model, self.sets.pop(0))
+
+
+@pytest.mark.parametrize("loop", [accelerate_loop, loop_of_pairs])
+def test_gradients_and_flops_of_a_loop_are_those_of_the_loop_frozen_by_requires_grad(loop):
+    ours = Adaptively(counts=False)
+    loop(ours)
+    theirs = Eagerly(False, ours.sets)
+    loop(theirs)
+    assert len(ours.gradients) == 4
+    assert len(set(ours.sets)) > 1
+    for trained, gradients, expected in zip(ours.sets, ours.gradients, theirs.gradients, strict=True):
+        assert trained == gradients.keys() == expected.keys()
+        assert all(torch.equal(gradients[name], expected[name]) for name in trained)
+    counted = Adaptively(counts=True)
+    loop(counted)
+    expected = Eagerly(True, counted.sets)
+    loop(expected)
+    assert counted.flops == expected.flops == counted.planned

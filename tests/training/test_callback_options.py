@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gtcompile import AdaptiveBackpropCallback
-from gtcompile.huggingface.options import CallbackOptions, Progress
+from gtcompile.training.callback_options import CallbackOptions, Progress
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Options of the callback, and the progress of one training, as frozen values."""
+"""Options of the callbacks for trainers, and the progress of one training, as frozen values."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset({"compiled", "compiler", "activation_memory_budget"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallbackOptions:
-    """The arguments of `AdaptiveBackpropCallback`, checked.
+    """The arguments of an `AdaptiveBackpropCallback`, checked.
 
     Raises:
         ValueError: for a value out of range.
