@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.errors import CaptureError, GTCompileError
-from gtcompile.huggingface.batches import draw_batches
+from gtcompile.huggingface.batches import draw_batches, prepared
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
 from gtcompile.huggingface.options import CallbackOptions, Every, Policy, Progress
 from gtcompile.huggingface.trainer_loss import TrainerLoss
@@ -231,8 +232,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     def measured_batches(
         self, args: TrainingArguments, state: TrainerState, loader: Any
-    ) -> Iterator[dict[str, Any]]:
-        """Draw the batches on which a selection before the coming step measures importance.
+    ) -> Iterator[Any]:
+        """Draw the examples on which a selection before the coming step measures importance.
 
         They depend on the trainer's seed, its rank and the step alone, so every call draws the same.
 
@@ -242,7 +243,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             loader: the trainer's loader of training data.
 
         Yields:
-            Keyword dictionaries of the model's forward, as the trainer's collator makes them.
+            What the trainer's collator makes of them, before the trainer prepares it for its loss.
         """
         size = state.train_batch_size or args.train_batch_size
         seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
@@ -284,7 +285,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             never=options.never,
             two_pass=options.two_pass,
             frozen_state=options.frozen_state,
-            loss_module=TrainerLoss(model, trainer),
+            loss_fn=TrainerLoss(trainer),
         )
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
@@ -296,11 +297,11 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            selection = self.adaptive.reselect({**trainer._prepare_inputs(batch)} for batch in batches)
+            selection = self.adaptive.reselect(
+                itertools.islice(prepared(trainer, batches), self._options.batches)
+            )
         except CaptureError as error:
-            raise CaptureError(
-                f"costs are those of the model's own loss on this trainer's batches: {error}"
-            ) from error
+            raise CaptureError(f"costs are those of {type(trainer).__name__}.compute_loss: {error}") from error
         self._change(selected_at=state.global_step)
         logger.info("step %d: %s", state.global_step, selection)
         trainer.log(self._numbers(selection))
