@@ -1,5 +1,6 @@
 """Adaptive backpropagation in Hugging Face's trainers, as a callback."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -24,7 +25,7 @@ from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.batches import draw_batches, prepared
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
 from gtcompile.huggingface.options import CallbackOptions, Every, Policy, Progress
-from gtcompile.huggingface.trainer_loss import TrainerLoss
+from gtcompile.huggingface.trainer_loss import TrainerLoss, adapters_switched_safely
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
     Setting,
@@ -49,6 +50,8 @@ class _Training:
     """The optimizer as accelerate prepared it."""
     completion: RemovableHandle | None
     """The hook that completes the saved state of a sharded model's optimizer."""
+    trainer_changes: contextlib.ExitStack
+    """Undoes what the callback changed on the trainer."""
 
 
 class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
@@ -186,7 +189,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             model=model,
             optimizer=optimizer,
             completion=complete_when_saved(optimizer) if trainer.is_fsdp_enabled else None,
+            trainer_changes=contextlib.ExitStack(),
         )
+        self._training.trainer_changes.enter_context(adapters_switched_safely(trainer, model))
         try:
             self._restore(state)
         except BaseException:
@@ -355,6 +360,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         training, self._training = self._training, None
         if training is None:
             return
+        training.trainer_changes.close()
         if self._options.compiled:
             uncompile_blocks(training.model)
         train_only(training.model, None)

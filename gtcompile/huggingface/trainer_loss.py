@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,30 @@ def flags_unchanged(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def adapters_switched_safely(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Within the block, the trainer's loss and preparation of batches leave all `requires_grad` unchanged."""
+    names = ("_prepare_inputs", "compute_loss")
+    own = {name: value for name, value in vars(trainer).items() if name in names}
+    for name in names:
+        setattr(trainer, name, _with_flags_unchanged(getattr(trainer, name), model))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(trainer, name)
+        vars(trainer).update(own)
+
+
+def _with_flags_unchanged(method: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with flags_unchanged(model):
+            return method(*args, **kwargs)
+
+    return run
 
 
 def _copy_if_plain(value: Any) -> Any:

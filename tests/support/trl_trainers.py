@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
 QUIET: dict[str, Any] = {
     **{"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "report_to": []},
     **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "bf16": False},
-    **{"dataloader_pin_memory": False, "gradient_checkpointing": False, "lr_scheduler_type": "constant"},
+    **{"dataloader_pin_memory": False, "max_grad_norm": 0.0, "gradient_checkpointing": False, "lr_scheduler_type": "constant"},
 }
 
 
