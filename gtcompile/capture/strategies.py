@@ -110,13 +110,18 @@ def _with_recorded_reads(
     stack.enter_context(as_if_compiling())
     twins = {name: buffer.clone() for name, buffer in module.named_buffers()}
     own = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, batch)
-    recording = RecordingMode()
+    recording, state = RecordingMode(), random_state()
     with attributes_kept(module), torch.enable_grad(), recording:
         torch.func.functional_call(module, twins, (), own)
     mode = ReplayMode(recording.reads)
     stack.enter_context(tracing(TracingContext(mode)))
     module = _as_eager(module, batch, stack)
-    module.register_forward_pre_hook(lambda _module, _args: mode.begin())
+
+    def begin(_module: nn.Module, _args: object) -> None:
+        restore_random_state(state)  # both runs must draw, and branch on, the numbers of the recorded run
+        mode.begin()
+
+    module.register_forward_pre_hook(begin)
     return module
 
 

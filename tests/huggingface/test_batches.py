@@ -23,7 +23,7 @@ def test_data_that_measuring_would_use_up_are_refused(tmp_path):
 
 
 def test_batches_that_are_no_dictionary_are_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"a dictionary of the model.s arguments, got a list"):
+    with pytest.raises(TypeError, match=r"Trainer\._prepare_inputs to return a dictionary for compute_loss, got a list"):
         train(tmp_path, adaptive(), max_steps=1, trainer_settings={"data_collator": list})
 
 

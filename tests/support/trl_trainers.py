@@ -1,134 +1,170 @@
-"""Trainers of TRL and others on a tiny model and tiny data, made as their users make them."""
+"""Trainers of TRL on a tiny model and tiny data, made as their users make them."""
 
 import contextlib
 import tempfile
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-)
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from gtcompile import trained_parameters
 from gtcompile.graph.flops import count_flops
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
-SIZES: dict[str, Any] = {
-    **{"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3},
-    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
+Build = Callable[..., Trainer]
+"""Makes a trainer with the callbacks given."""
+CONFIG = LlamaConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 QUIET: dict[str, Any] = {
-    **{"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "report_to": []},
-    **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "bf16": False},
-    **{"dataloader_pin_memory": False, "max_grad_norm": 0.0, "gradient_checkpointing": False, "lr_scheduler_type": "constant"},
+    **{"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "max_grad_norm": 0.0},
+    **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": [], "bf16": False},
+    **{"dataloader_pin_memory": False, "gradient_checkpointing": False},
 }
+NUMBERS = range(10, 26)
 
 
-def make_model(kind: type = LlamaForCausalLM, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    return kind(LlamaConfig(**(SIZES | changes)))
-
-
-def tokenizer() -> Any:
-    return byte_tokenizer(LlamaConfig(**SIZES))
-
-
-def preferences(count: int = 16) -> Dataset:
-    """Pairs of answers, all of one length."""
-    numbers = range(10, 10 + count)
+def preferences() -> Dataset:
+    """Prompts with a better and a worse answer; every text of one kind has the same length."""
     return Dataset.from_dict(
         {
-            "prompt": [f"count {n}:" for n in numbers],
-            "chosen": [f" {n + 1} {n + 2}" for n in numbers],
-            "rejected": [f" {n - 1} {n + 5}" for n in numbers],
+            "prompt": [f"count {n}:" for n in NUMBERS],
+            "chosen": [f" {n + 1} {n + 2}" for n in NUMBERS],
+            "rejected": [f" {n + 1} {n + 5}" for n in NUMBERS],
         }
     )
 
 
-def settings(config: type, **changes: Any) -> Any:
-    return config(output_dir=tempfile.mkdtemp(), **(QUIET | changes))
+def labelled_answers() -> Dataset:
+    """Prompts with one answer each, and whether it is a good one."""
+    rows = preferences().to_list()
+    texts = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    answers = [pair for both in zip(texts["chosen"], texts["rejected"], strict=True) for pair in both]
+    prompts = [prompt for prompt in texts["prompt"] for _ in range(2)]
+    return Dataset.from_dict(
+        {"prompt": prompts, "completion": answers, "label": [True, False] * len(texts["prompt"])}
+    )
+
+
+def prompts() -> Dataset:
+    return preferences().select_columns(["prompt"])
+
+
+def texts() -> Dataset:
+    return Dataset.from_dict({"text": [row["prompt"] + row["chosen"] for row in preferences()]})
+
+
+def reward_of_length(completions: list[str], **_: Any) -> list[float]:
+    """Any reward that differs between completions."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def building(
+    trainer: type[Trainer],
+    config: type,
+    data: Callable[[], Dataset],
+    *,
+    model: type = LlamaForCausalLM,
+    more: Callable[[], dict[str, Any]] = dict,
+    **settings: Any,
+) -> Build:
+    """Return a function that makes such a trainer on a model which is loaded from a folder.
+
+    Args:
+        trainer: the class.
+        config: the class of its arguments.
+        data: makes the training data.
+        model: class of the model, whose weights are random.
+        more: makes further arguments of the trainer.
+        **settings: of the arguments.
+    """
+
+    def build(callbacks: list[TrainerCallback]) -> Trainer:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            tiny: Any = model(CONFIG if model is LlamaForCausalLM else _with_one_label())
+            tiny.save_pretrained(folder)
+            byte_tokenizer(CONFIG).save_pretrained(folder)
+            made: Any = trainer
+            return made(
+                model=folder,
+                args=config(output_dir=folder, **(QUIET | settings)),
+                train_dataset=data(),
+                callbacks=callbacks,
+                **more(),
+            )
+
+    return build
+
+
+def _with_one_label() -> LlamaConfig:
+    return LlamaConfig(**(CONFIG.to_dict() | {"num_labels": 1}))
 
 
 class Spy(TrainerCallback):
-    """Notes at every step which parameters are trained, their gradients, and the FLOPs of loss and backward."""
+    """Notes for every step what is trained, the gradients, and the FLOPs of the loss and its backward."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[frozenset[str], dict[str, torch.Tensor], int]] = []
-        self._flops = 0
-        self._stack: contextlib.ExitStack | None = None
-        self._counting = False
+        self.trained: list[frozenset[str]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.flops: list[int] = []
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Any) -> None:
         """Count what lies between the start of `compute_loss` and the end of the backward, in training steps."""
         step, loss, backward = trainer.training_step, trainer.compute_loss, trainer.accelerator.backward
+        stack, counting = contextlib.ExitStack(), False
+        counter: Any = None
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._counting = True
+            nonlocal counting
+            counting = True
             try:
                 return step(*args, **kwargs)
             finally:
-                self._counting = False
+                counting = False
 
         def compute_loss(*args: Any, **kwargs: Any) -> Any:
-            if self._counting:
-                self._stack = contextlib.ExitStack()
-                self._counter = self._stack.enter_context(count_flops())
+            nonlocal counter
+            if counting:
+                counter = stack.enter_context(count_flops())
             return loss(*args, **kwargs)
 
-        def run_backward(*args: Any, **kwargs: Any) -> Any:
+        def run_backward(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            assert self._stack is not None
-            self._stack.close()
-            self._flops += self._counter.get_total_flops()
+            stack.close()
+            self.flops.append(counter.get_total_flops())
 
         trainer.training_step, trainer.compute_loss = training_step, compute_loss
         trainer.accelerator.backward = run_backward
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.steps.append((trained_parameters(model), gradients, self._flops))
-        self._flops = 0
+        self.trained.append(trained_parameters(model))
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def _with_text(kind: type, config: type, data: Callable[[], Dataset], **changes: Any) -> Callable[..., Any]:
-    def build(callbacks: list[TrainerCallback], **more: Any) -> Trainer:
-        options = dict(changes)
-        with tempfile.TemporaryDirectory() as folder:
-            options.pop("model", make_model)().save_pretrained(folder)
-            tokenizer().save_pretrained(folder)
-            own = {name: options.pop(name)() for name in ("ref_model", "peft_config") if name in options}
-            own |= {name: options.pop(name) for name in ("reward_funcs",) if name in options}
-            return kind(
-                model=folder,
-                args=settings(config, **(options | more)),
-                train_dataset=data(),
-                processing_class=tokenizer(),
-                callbacks=callbacks,
-                **own,
-            )
+class Frozen(TrainerCallback):
+    """Freezes by `requires_grad_` alone, and drops gradients that the trainer's own changes of flags leave."""
 
-    return build
+    def __init__(self, sets: list[frozenset[str]]) -> None:
+        self._sets = sets
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.requires_grad_(name in self._sets[state.global_step])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            if name not in self._sets[state.global_step]:
+                parameter.grad = None
