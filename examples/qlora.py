@@ -18,7 +18,13 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SETTINGS = {
     **{"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 2, "use_cpu": True},
-    **{"logging_strategy": "epoch", "save_strategy": "no", "report_to": [], "disable_tqdm": True, "bf16": False},
+    **{
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+    },
 }
 
 
@@ -31,7 +37,7 @@ def main() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         byte_tokenizer(config).save_pretrained(folder)
-        # The budget is a share of a full step of this model, in which the frozen base has no weight gradients.
+        # The budget is a share of a full step of this model: its frozen base has no weight gradients.
         trainer = SFTTrainer(
             model=folder,
             args=SFTConfig(output_dir=folder, **SETTINGS),

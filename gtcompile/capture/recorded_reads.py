@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from gtcompile.torch_internals import FakeTensorMode, tree_map
+from gtcompile.torch_internals import FakeTensorMode, TorchDispatchMode, tree_map
 
 Read = tuple[object, list[tuple[int, ...]], Any]
 """The operator, the shapes of its inputs, and its result: a number, or tensors without memory."""

@@ -104,9 +104,7 @@ def _as_eager(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitSt
     return _every_run_alike(trace_forced_gradients(module))
 
 
-def _with_recorded_reads(
-    module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack
-) -> nn.Module:
+def _with_recorded_reads(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     stack.enter_context(as_if_compiling())
     twins = {name: buffer.clone() for name, buffer in module.named_buffers()}
     own = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, batch)

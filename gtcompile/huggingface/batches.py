@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from gtcompile.capture.model_io import tensors_of
 from gtcompile.huggingface.trainer_loss import unchanged
 
 
@@ -53,7 +54,7 @@ def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any
     anew here, and their buffer stays.
 
     Raises:
-        TypeError: the trainer's batches are no dictionaries.
+        TypeError: the trainer's batches are no dictionaries, or have no tensors.
     """
     for batch in batches:
         with unchanged(trainer):
@@ -63,13 +64,18 @@ def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any
             inputs = owner._prepare_inputs(batch)
             made = getattr(owner, "_buffered_inputs", None) or [inputs]
         for each in made:
-            if not isinstance(each, Mapping):
+            if not isinstance(each, Mapping) or not tensors_of(each):
                 raise TypeError(
                     f"expected {type(trainer).__name__}._prepare_inputs to return a dictionary for "
-                    f"compute_loss, got a {type(each).__name__}: importance cannot be measured with a trainer "
-                    f"that makes its batches in another method"
+                    f"compute_loss with tensors in it, got {_said(each)}: a trainer that makes its batches "
+                    f"or computes its loss in another method is not supported"
                 )
             yield {**each}
+
+
+def _said(batch: Any) -> str:
+    names = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else ""
+    return f"a {type(batch).__name__}" + (f" of {names} without any" if names else "")
 
 
 def _draw_examples(data: Any, count: int, seed: str) -> list[Any]:
@@ -105,7 +111,7 @@ def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]
 
 @contextlib.contextmanager
 def _reseeded(sampler: Any, seed: str) -> Iterator[None]:
-    """Give the generator inside nested samplers another seed within the block, and its state back after it."""
+    """Give the generator inside nested samplers another seed within the block; restore its state after."""
     while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
         sampler = inner
     generator = getattr(sampler, "generator", None)

@@ -235,9 +235,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             self._training.trainer.log({"adaptive/flops_fraction_spent": spent})
         self._release()
 
-    def measured_batches(
-        self, args: TrainingArguments, state: TrainerState, loader: Any
-    ) -> Iterator[Any]:
+    def measured_batches(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[Any]:
         """Draw the examples on which a selection before the coming step measures importance.
 
         They depend on the trainer's seed, its rank and the step alone, so every call draws the same.
@@ -306,7 +304,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
                 itertools.islice(prepared(trainer, batches), self._options.batches)
             )
         except CaptureError as error:
-            raise CaptureError(f"costs are those of {type(trainer).__name__}.compute_loss: {error}") from error
+            raise CaptureError(
+                f"costs are those of {type(trainer).__name__}.compute_loss: {error}"
+            ) from error
         self._change(selected_at=state.global_step)
         logger.info("step %d: %s", state.global_step, selection)
         trainer.log(self._numbers(selection))

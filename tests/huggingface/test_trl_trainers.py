@@ -24,7 +24,9 @@ def offline(monkeypatch):
 
 
 def lora() -> dict[str, Any]:
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")}
+    return {
+        "peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    }
 
 
 def quantized_lora() -> dict[str, Any]:
@@ -79,9 +81,7 @@ LONG = {
     "SFT": (lambda: tiny.building(trl.SFTTrainer, trl.SFTConfig, tiny.texts), 0.55),
     "QLoRA": (lambda: tiny.building(trl.SFTTrainer, trl.SFTConfig, tiny.texts, more=quantized_lora), 0.9),
     "RLOO": (
-        lambda: tiny.building(
-            trl.RLOOTrainer, trl.RLOOConfig, tiny.prompts, more=rewarded, **GENERATION
-        ),
+        lambda: tiny.building(trl.RLOOTrainer, trl.RLOOConfig, tiny.prompts, more=rewarded, **GENERATION),
         0.6,
     ),
     "GRPO in parts": (lambda: grpo(gradient_accumulation_steps=2, num_iterations=2), 0.6),
@@ -136,7 +136,9 @@ def test_checkpointing_as_trl_sets_it_leaves_the_gradients_alone():
 
 @pytest.mark.long
 def test_a_budget_below_that_of_the_reference_model_is_refused_with_the_smallest_that_works():
-    with pytest.raises(BudgetError, match="0.5 is too small: a step that trains anything takes at least 0.6"):
+    with pytest.raises(
+        BudgetError, match=r"0\.5 is too small: a step that trains anything takes at least 0\.6"
+    ):
         dpo()([AdaptiveBackpropCallback(0.5, compiled=False, batches=2)]).train()
 
 

@@ -121,7 +121,7 @@ class Spy(TrainerCallback):
         self.flops: list[int] = []
 
     def watch(self, trainer: Any) -> None:
-        """Count what lies between the start of `compute_loss` and the end of the backward, in training steps."""
+        """Count from the start of `compute_loss` to the end of the backward, in training steps."""
         step, loss, backward = trainer.training_step, trainer.compute_loss, trainer.accelerator.backward
         stack, counting = contextlib.ExitStack(), False
         counter: Any = None
@@ -155,7 +155,7 @@ class Spy(TrainerCallback):
 
 
 class Frozen(TrainerCallback):
-    """Freezes by `requires_grad_` alone, and drops gradients that the trainer's own changes of flags leave."""
+    """Freezes by `requires_grad_` alone, and drops gradients that the trainer's changes of flags leave."""
 
     def __init__(self, sets: list[frozenset[str]]) -> None:
         self._sets = sets
