@@ -146,7 +146,8 @@ try:
     from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 
     # Recognises tensors made of other tensors, which AOTAutograd flattens into several inputs.
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    # Sees every operator that a forward runs, to record the numbers that it reads from tensors.
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
     # --- Graphs and operators ---
 

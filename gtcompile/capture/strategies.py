@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from gtcompile.capture.forced_gradients import trace_forced_gradients
 from gtcompile.capture.pristine_model import attributes_kept
+from gtcompile.capture.recorded_reads import RecordingMode, ReplayMode
 from gtcompile.capture.rng import random_state, restore_random_state
 from gtcompile.capture.value_tracing import NoMemoryAccess, ValuesMode
 from gtcompile.graph.joint_graph import ONE_BATCH
@@ -29,6 +30,7 @@ from gtcompile.torch_internals import (
     reentrant_checkpoints_as_calls,
     settings_not_logged,
     tracing,
+    tree_map,
 )
 
 DYNAMO = "dynamo"
@@ -61,7 +63,7 @@ def strategies(model: nn.Module, batch: Mapping[str, Any], tensors: Iterable[tor
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters.keys() - batch.keys()
     has_values = all(map(_has_values, tensors))
     without_cache = [WITHOUT_CACHE] if takes_cache else []
-    with_values = [WITH_VALUES] if has_values else []
+    with_values = [WITH_RECORDED_READS, WITH_VALUES] if has_values else []
     return [THROUGH_DYNAMO, *without_cache, AS_COMPILED, AS_EAGER, *with_values]
 
 
@@ -102,6 +104,25 @@ def _as_eager(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitSt
     return _every_run_alike(trace_forced_gradients(module))
 
 
+def _with_recorded_reads(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
+    stack.enter_context(as_if_compiling())
+    twins = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    own = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, batch)
+    recording, state = RecordingMode(), random_state()
+    with attributes_kept(module), torch.enable_grad(), recording:
+        torch.func.functional_call(module, twins, (), own)
+    mode = ReplayMode(recording.reads)
+    stack.enter_context(tracing(TracingContext(mode)))
+    module = _as_eager(module, batch, stack)
+
+    def begin(_module: nn.Module, _args: object) -> None:
+        restore_random_state(state)  # both runs must draw, and branch on, the numbers of the recorded run
+        mode.begin()
+
+    module.register_forward_pre_hook(begin)
+    return module
+
+
 def _with_values(module: nn.Module, batch: dict[str, Any], stack: contextlib.ExitStack) -> nn.Module:
     mode, state = ValuesMode(), random_state()
     stack.callback(mode.forget)
@@ -130,6 +151,11 @@ AS_EAGER = Strategy(
     name=EAGER,
     sentence="Operator by operator, with is_compiling() false, as after a graph break.",
     run=_as_eager,
+)
+WITH_RECORDED_READS = Strategy(
+    name=ONE_BATCH,
+    sentence="Operator by operator, with the numbers that a run on this batch read from tensors.",
+    run=_with_recorded_reads,
 )
 WITH_VALUES = Strategy(
     name=ONE_BATCH,

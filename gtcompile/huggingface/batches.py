@@ -1,34 +1,107 @@
 """Batches of a trainer to measure importance on."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+from transformers import Trainer
+
+from gtcompile.capture.model_io import tensors_of
+from gtcompile.huggingface.trainer_loss import unchanged
 from gtcompile.training import measured_batches
 
 
-def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[dict[str, Any]]:
+def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]:
     """Draw examples from a loader's data set and collate them as the loader does.
 
-    A data set with a length is sampled at random; of any other, the first examples are taken.
+    A data set with a length is sampled at random; of any other, the first examples are taken. If the collator
+    leaves the examples as a list, the trainer makes its batches of them later, and may need the order of
+    the loader's sampler (several times the same prompt, for example): then this order is kept.
 
     Args:
-        loader: a `DataLoader` of the trainer; its `dataset` and `collate_fn` are used.
+        loader: a `DataLoader` of the trainer.
         count: number of batches.
-        size: examples per batch; fewer where the data set is smaller than `count * size`.
+        size: examples per batch; fewer where the data set is smaller than `count * size`. A list of examples
+            has the loader's own size.
         seed: decides which examples are drawn.
 
     Yields:
-        Keyword dictionaries for the model's forward.
+        What the collator returns: keyword dictionaries, or lists of examples.
 
     Raises:
         ValueError: with fewer examples than batches, or for data that can be read only once.
-        TypeError: when the collator returns something else than a dictionary.
     """
     for batch in measured_batches.draw_batches(loader, count, size, seed):
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"expected the trainer's collator to return a dictionary of the model's arguments, got a "
-                f"{type(batch).__name__}; trainers that build their batches later, as TRL's GRPOTrainer "
-                f"does, are not supported"
-            )
-        yield {**batch}
+        if isinstance(batch, list):
+            yield from _lists_of_examples(loader, count, seed)
+            return
+        yield batch
+
+
+def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the batches that `compute_loss` takes, as the trainer makes them of those of its loader.
+
+    Trainers that generate (TRL's GRPO, RLOO and others) make several of one, and buffer them. They generate
+    anew here, and their buffer stays.
+
+    Raises:
+        TypeError: the trainer's batches are no dictionaries, or have no tensors.
+    """
+    for batch in batches:
+        with unchanged(trainer):
+            owner: Any = trainer
+            if hasattr(owner, "_buffered_inputs"):
+                owner._buffered_inputs = None
+            inputs = owner._prepare_inputs(batch)
+            made = getattr(owner, "_buffered_inputs", None) or [inputs]
+        for each in made:
+            if not isinstance(each, Mapping) or not tensors_of(each):
+                raise TypeError(
+                    f"expected {type(trainer).__name__}._prepare_inputs to return a dictionary for "
+                    f"compute_loss with tensors in it, got {_said(each)}: a trainer that makes its batches "
+                    f"or computes its loss in another method is not supported"
+                )
+            yield {**each}
+
+
+def _said(batch: Any) -> str:
+    names = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else ""
+    return f"a {type(batch).__name__}" + (f" of {names} without any" if names else "")
+
+
+def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]]:
+    """Draw lists of examples in the order of the loader's sampler, each list once."""
+    if loader.batch_sampler is None:
+        stream = iter(loader.dataset)
+        for _ in range(count):
+            yield loader.collate_fn(list(itertools.islice(stream, loader.batch_size)))
+        return
+    with _reseeded(loader.batch_sampler, seed):
+        drawn: list[list[int]] = []
+        for indices in loader.batch_sampler:
+            if indices not in drawn:  # samplers repeat a list for several steps with the same examples
+                drawn.append(indices)
+            if len(drawn) == count:
+                break
+    for indices in drawn:
+        yield loader.collate_fn([loader.dataset[index] for index in indices])
+
+
+@contextlib.contextmanager
+def _reseeded(sampler: Any, seed: str) -> Iterator[None]:
+    """Give the generator inside nested samplers another seed within the block; restore its state after."""
+    while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
+        sampler = inner
+    generator = getattr(sampler, "generator", None)
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    state = generator.get_state()
+    generator.manual_seed(random.Random(seed).getrandbits(63))
+    try:
+        yield
+    finally:
+        generator.set_state(state)

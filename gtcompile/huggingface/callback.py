@@ -1,8 +1,10 @@
 """Adaptive backpropagation in Hugging Face's trainers, as a callback."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
@@ -21,9 +23,9 @@ from transformers.trainer_utils import TrainOutput
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.costs.budgets import BudgetOf
 from gtcompile.errors import CaptureError, GTCompileError
-from gtcompile.huggingface.batches import draw_batches
+from gtcompile.huggingface.batches import draw_batches, prepared
 from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
-from gtcompile.huggingface.trainer_loss import TrainerLoss
+from gtcompile.huggingface.trainer_loss import TrainerLoss, adapters_switched_safely
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
     Setting,
@@ -49,6 +51,8 @@ class _Training:
     """The optimizer as accelerate prepared it."""
     completion: RemovableHandle | None
     """The hook that completes the saved state of a sharded model's optimizer."""
+    trainer_changes: contextlib.ExitStack
+    """Undoes what the callback changed on the trainer."""
 
 
 class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
@@ -190,7 +194,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             model=model,
             optimizer=optimizer,
             completion=complete_when_saved(optimizer) if trainer.is_fsdp_enabled else None,
+            trainer_changes=contextlib.ExitStack(),
         )
+        self._training.trainer_changes.enter_context(adapters_switched_safely(trainer, model))
         try:
             self._restore(state)
         except BaseException:
@@ -234,10 +240,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             self._training.trainer.log({"adaptive/flops_fraction_spent": spent})
         self._release()
 
-    def measured_batches(
-        self, args: TrainingArguments, state: TrainerState, loader: Any
-    ) -> Iterator[dict[str, Any]]:
-        """Draw the batches on which a selection before the coming step measures importance.
+    def measured_batches(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[Any]:
+        """Draw the examples on which a selection before the coming step measures importance.
 
         They depend on the trainer's seed, its rank and the step alone, so every call draws the same.
 
@@ -247,7 +251,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             loader: the trainer's loader of training data.
 
         Yields:
-            Keyword dictionaries of the model's forward, as the trainer's collator makes them.
+            What the trainer's collator makes of them, before the trainer prepares it for its loss.
         """
         size = state.train_batch_size or args.train_batch_size
         seed = f"{args.seed} {state.global_step}" + (f" {args.process_index}" if args.world_size > 1 else "")
@@ -290,7 +294,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             never=options.never,
             two_pass=options.two_pass,
             frozen_state=options.frozen_state,
-            loss_module=TrainerLoss(model, trainer),
+            loss_fn=TrainerLoss(trainer),
         )
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
@@ -302,11 +306,12 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            prepared = ({**trainer._prepare_inputs(batch)} for batch in batches)
-            selection = self.adaptive.reselect(prepared, max_batches=None)  # as many as the user asked for
+            # as many as the user asked for; a trainer may make several of one
+            measured = itertools.islice(prepared(trainer, batches), self._options.batches)
+            selection = self.adaptive.reselect(measured, max_batches=None)
         except CaptureError as error:
             raise CaptureError(
-                f"costs are those of the model's own loss on this trainer's batches: {error}"
+                f"costs are those of {type(trainer).__name__}.compute_loss: {error}"
             ) from error
         self._change(selected_at=state.global_step)
         logger.info("step %d: %s", state.global_step, selection)
@@ -361,6 +366,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         training, self._training = self._training, None
         if training is None:
             return
+        training.trainer_changes.close()
         if self._options.compiled:
             uncompile_blocks(training.model)
         train_only(training.model, None)

@@ -1,6 +1,10 @@
-"""A trainer's own loss as a module with the model's parameters, under the model's own names."""
+"""A trainer's own loss, as a function of the model and a batch that changes nothing on the trainer."""
 
+import contextlib
 import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,37 +12,88 @@ from torch import nn
 from transformers import Trainer
 
 
-class TrainerLoss(nn.Module):
-    """Computes what `Trainer.compute_loss` computes: label smoothing, `compute_loss_func`, autocast included.
+class TrainerLoss:
+    """Computes what `Trainer.compute_loss` computes, with everything that this method does.
 
-    The module shares the model's dictionaries of parameters, buffers and submodules, so names and objects are
-    the same in both. Computing a loss changes nothing on the trainer: its attributes are restored, including
-    the contents of dictionaries of plain values, in which some trainers count and record for their logs.
+    That is label smoothing, `compute_loss_func` and autocast, the forward of a reference model, and the loss
+    of several forwards in trainers of preferences or rewards.
 
     Args:
-        model: the model that is trained.
-        trainer: the trainer whose loss it is.
+        trainer: the trainer whose loss it is. It is as before after each call.
     """
 
-    def __init__(self, model: nn.Module, trainer: Trainer) -> None:
-        super().__init__()
-        shared = {name: vars(model)[name] for name in ("_parameters", "_buffers", "_modules")}
-        self.__dict__.update(shared)
-        self._behind = (model, trainer)  # in a tuple, so that nn.Module does not register the model again
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # importance is measured with eager blocks
-    def forward(self, **batch: Any) -> torch.Tensor:
-        """Compute the loss of one batch, a scalar; a loss per example is averaged, as the trainer does."""
-        model, trainer = self._behind
-        kept = {name: _copy_if_plain(value) for name, value in vars(trainer).items()}
-        try:
-            with trainer.compute_loss_context_manager():
-                loss: Any = trainer.compute_loss(model, dict(batch))
-        finally:
-            vars(trainer).clear()
-            vars(trainer).update(kept)
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Compute the loss of one batch, a scalar; a loss per example is averaged, as the trainer does.
+
+        Args:
+            model: the model that the trainer trains, without wrappers of parallel training.
+            batch: the tensors and other values that `compute_loss` takes.
+        """
+        trainer = self._trainer
+        with unchanged(trainer), flags_unchanged(model), trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(model, dict(batch))
         mean: torch.Tensor = loss.mean()
         return mean
+
+
+@contextlib.contextmanager
+def unchanged(trainer: Trainer) -> Iterator[None]:
+    """Restore a trainer's attributes after the block.
+
+    The contents of dictionaries of plain values are restored as well, and so is the trainer's state: trainers
+    count and record in them what they log.
+    """
+    kept = {name: _copy_if_plain(value) for name, value in vars(trainer).items()}
+    trainer.state = copy.copy(trainer.state)
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(kept)
+
+
+@contextlib.contextmanager
+def flags_unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters' `requires_grad` after the block.
+
+    PEFT sets it to False to switch adapters off, as for a reference model, and to True to switch them on,
+    for frozen adapters too.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def adapters_switched_safely(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Within the block, the trainer's loss and preparation of batches leave all `requires_grad` unchanged."""
+    names = ("_prepare_inputs", "compute_loss")
+    own = {name: value for name, value in vars(trainer).items() if name in names}
+    for name in names:
+        setattr(trainer, name, _with_flags_unchanged(getattr(trainer, name), model))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(trainer, name)
+        vars(trainer).update(own)
+
+
+def _with_flags_unchanged(method: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with flags_unchanged(model):
+            return method(*args, **kwargs)
+
+    return run
 
 
 def _copy_if_plain(value: Any) -> Any:
@@ -47,6 +102,6 @@ def _copy_if_plain(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Whether a value consists of numbers, strings, tensors, and containers of those."""
-    if isinstance(value, dict | list | tuple):
+    if isinstance(value, dict | list | tuple | deque):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str | int | float | torch.Tensor)

@@ -88,15 +88,12 @@ class AdaptiveBackprop:
         two_pass: measure importance as the paper does, not across batches.
         frozen_state: where the optimizer's state of a frozen parameter goes: "keep" it, move it to host
             memory ("cpu"), or "drop" it and start anew.
-        loss_module: computes the loss that training really uses, with the model's parameters under the
-            model's names. Importance is measured through it; costs are those of the model's own loss, so
-            batches must contain its labels.
         seed: of the policies that draw at random; the same on all ranks.
 
     Raises:
         ValueError: a budget outside (0, 1], a policy that does not exist, a pattern that matches nothing,
-            `loss_fn` and `loss_module` together, or a `DistributedDataParallel` or
-            `FullyShardedDataParallel` that would train or send something else.
+            or a `DistributedDataParallel` or `FullyShardedDataParallel` that would train or send something
+            else.
         TypeError: a single string where patterns are expected.
     """
 
@@ -113,15 +110,11 @@ class AdaptiveBackprop:
         never: Iterable[str] = (),
         two_pass: bool = False,
         frozen_state: Setting = "keep",
-        loss_module: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
-        if loss_fn is not None and loss_module is not None:
-            raise ValueError("expected loss_fn or loss_module, got both; give the one that training uses")
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
         self._model, self._optimizer, self._loss_fn, self._seed = model, optimizer, loss_fn, seed
-        self._loss_module = model if loss_module is None else loss_module
         self._policy = find_policy(policy)
         self._two_pass = two_pass or self._policy.two_pass
         self._frozen_state = FrozenState(optimizer, frozen_state)
@@ -355,7 +348,7 @@ class AdaptiveBackprop:
     def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts, int | None]:
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
-            self._loss_module, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
+            self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
         known = self._costs(checked[0])
         return checked, known.costs, known.whole_flops
@@ -384,7 +377,7 @@ class AdaptiveBackprop:
             return {}
         logger.info("measuring the importance of %d parameters on %d batches", len(wanted), len(batches))
         measured = measure_importance(
-            self._loss_module,
+            self._model,
             self._optimizer,
             batches,
             loss_fn=self._loss_fn,

@@ -74,6 +74,26 @@ def test_the_exported_step_has_gradients_of_the_head_alone():
     assert shapes == {"loss": (), "gradient.head.weight": (4, 16), "gradient.head.bias": (4,)}
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL's, of which each release has others
+@pytest.mark.parametrize(
+    ("example", "budget"),
+    [
+        ("dpo", 0.5),
+        pytest.param("grpo", 0.5, marks=pytest.mark.long),
+        pytest.param("reward_model", 0.5, marks=pytest.mark.long),
+        pytest.param("qlora", 0.8, marks=pytest.mark.long),
+    ],
+)
+def test_trainers_of_trl_spend_what_the_callback_was_given(example, budget, monkeypatch):
+    pytest.importorskip("trl", minversion="1.16")
+    if example == "qlora":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("CI", "1")  # TRL reports its use over the network elsewhere
+    logged = run(example)
+    assert 0.8 * budget < logged["adaptive/flops_fraction_spent"] <= budget
+    assert logged["train_loss"] < {"dpo": 0.65, "reward_model": 0.65, "qlora": 5.6}.get(example, 1)
+
+
 def test_every_example_is_short_and_run_by_a_test():
     texts = [path.read_text() for path in TESTS.rglob("test_*.py")]
     for example in EXAMPLES.glob("*.py"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import Trainer, default_data_collator
 
-from gtcompile import PrefixCache, add_labelled_positions, only_labelled_logits
+from gtcompile import PrefixCache, add_labelled_positions, backward_costs, only_labelled_logits
+from gtcompile.graph.flops import count_flops
 from gtcompile.huggingface.trainer_loss import TrainerLoss
 from gtcompile.training import adaptive as adaptive_module
 from tests.support.known_costs import capture_costs_once
@@ -46,8 +47,8 @@ def test_what_a_loss_counts_and_records_on_its_trainer_is_put_back_after_measuri
 
     trainer = Counting(model=make_model(), args=make_args(tmp_path), train_dataset=make_data(4))
     trainer.records = {"train": [1.0]}
-    own = TrainerLoss(trainer.model, trainer)
-    assert own(**trainer.data_collator(make_data(2))).isfinite()
+    loss = TrainerLoss(trainer)
+    assert loss(trainer.model, trainer.data_collator(make_data(2))).isfinite()
     assert (trainer.seen, trainer.records) == (0, {"train": [1.0]})
 
 
@@ -64,3 +65,26 @@ def test_both_exact_savings_train_the_same_losses_under_the_callback(tmp_path):
     assert run(saving, add_labelled_positions) == pytest.approx(run(plain, dict), rel=1e-4)
     assert cache.stats.hits > 5
     assert cache.stats.depth > 0
+
+
+def test_costs_are_those_of_everything_that_the_loss_does(tmp_path):
+    class Distilling(Trainer):
+        """Adds the distance from a teacher, which runs inside the loss."""
+
+        teacher = make_model()
+
+        def compute_loss(self, model, inputs, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            with torch.no_grad():
+                wanted = self.teacher(**inputs).logits
+            self.log_of_logits = wanted.max().item()
+            return loss + (outputs.logits - wanted).square().mean()
+
+    trainer = Distilling(model=make_model(), args=make_args(tmp_path), train_dataset=make_data(4))
+    batch = trainer.data_collator(make_data(2))
+    costs = backward_costs(trainer.model, batch, loss_fn=TrainerLoss(trainer))
+    with count_flops() as counter:
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert costs.full_flops == counter.get_total_flops()
+    plain = backward_costs(trainer.model, batch)
+    assert costs.full_flops == plain.full_flops + plain.forward_flops

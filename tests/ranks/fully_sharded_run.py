@@ -74,12 +74,14 @@ def shard(model: nn.Module, words: set[str]) -> nn.Module:
     return fully_shard(model, **settings)
 
 
-def trainer_loss(model: nn.Module) -> TrainerLoss:
-    """The model's loss as a trainer computes it that changes nothing."""
+def trainer_loss() -> TrainerLoss:
+    """The model's loss as a trainer computes it."""
     trainer = SimpleNamespace(
-        compute_loss=lambda model, batch: model(**batch), compute_loss_context_manager=contextlib.nullcontext
+        state=None,
+        compute_loss=lambda model, batch: model(**batch),
+        compute_loss_context_manager=contextlib.nullcontext,
     )
-    return TrainerLoss(model, trainer)
+    return TrainerLoss(trainer)
 
 
 def prepare(words: set[str]) -> nn.Module:
@@ -126,8 +128,8 @@ def check_training(words: set[str]) -> None:
     close = {"rtol": 0.1, "atol": 0.02} if "bf16" in words else {"rtol": 1e-4, "atol": 1e-6}
     sent, model, alone = Collective("reduce_scatter"), prepare(words), build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    own_loss = trainer_loss(model) if "root" in words else None
-    adaptive = AdaptiveBackprop(model, optimizer, 0.6, loss_module=own_loss)
+    own_loss = trainer_loss() if "root" in words else None
+    adaptive = AdaptiveBackprop(model, optimizer, 0.6, loss_fn=own_loss)
     alone_optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
     costs = backward_costs(build(), draw(0, 0, ranks)[rank])
     sets, first = [], 0

@@ -246,11 +246,6 @@ def test_selection_works_with_a_loss_of_the_users_own():
     assert counter.get_total_flops() == selection.step_flops < selection.full_flops
 
 
-def test_two_losses_at_once_are_refused():
-    with pytest.raises(ValueError, match="got both"):
-        regression(loss_module=nn.Linear(1, 1))
-
-
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("policy", ["sampled", "own"])
 def test_two_ranks_agree_on_the_set_at_every_step(policy):
