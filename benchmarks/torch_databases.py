@@ -237,7 +237,7 @@ def working(subject: Subject, form: Form) -> Applied | None:
         made = subject.build(form)
     if made is None:
         return None
-    alone = Together([copy.deepcopy(made)], form)
+    alone = Together([copy_of(made)], form)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -250,7 +250,13 @@ def working(subject: Subject, form: Form) -> Applied | None:
 def model_of(members: Iterable[Subject], form: Form) -> Together:
     """A new model of those subjects that the form applies to; it may have no member."""
     found = (working(member, form) for member in members)
-    return Together([copy.deepcopy(member) for member in found if member is not None], form)
+    return Together([copy_of(member) for member in found if member is not None], form)
+
+
+def copy_of(member: Applied) -> Applied:
+    """A deep copy. `nn.Parameter` itself cannot copy parameters in compressed sparse formats."""
+    parameters = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in member.parameters()}
+    return copy.deepcopy(member, parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
