@@ -184,7 +184,7 @@ def refuse_compressed_sparse(tensors: Iterable[torch.Tensor]) -> None:
             raise CaptureError(
                 f"expected dense tensors, got one of shape {list(tensor.shape)} in the layout "
                 f"{tensor.layout}: torch cannot trace this layout, so there is no joint graph. Training "
-                f"works: modules with such tensors run eagerly. For costs, convert the tensor with .to_dense()."
+                f"works: modules with such tensors run eagerly. For costs, convert it with .to_dense()."
             )
 
 
