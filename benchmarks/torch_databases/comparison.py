@@ -30,6 +30,9 @@ EXACT, ZERO, REFUSED = "exact", "zero", "refused"
 """What costs can be: equal to counted FLOPs, equal and all zero, or refused because a formula is missing."""
 
 
+NO_TYPE = "the database names no type in which it is differentiable on a CPU"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """A form of a subject, tried once in eager PyTorch."""
@@ -37,7 +40,7 @@ class Built:
     member: Applied | None = None
     """None if the form does not apply, or eager PyTorch cannot train it."""
     failure: str = ""
-    """Why eager PyTorch cannot train it; empty if it can, and if the form does not apply."""
+    """Why eager PyTorch cannot train it; empty if it can, and if there is no such form."""
     flops: int = 0
     """Of a step that trains everything."""
 
@@ -57,7 +60,7 @@ def built(subject: Subject, form: Form) -> Built:
         torch.manual_seed(SEED)
         made = subject.build(form)
     if made is None:
-        return Built()
+        return Built(failure=NO_TYPE if form == "plain" else "")
     alone = Together([made.copy()], form)
     try:
         with warnings.catch_warnings():

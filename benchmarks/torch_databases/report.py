@@ -26,8 +26,14 @@ from gtcompile.tools.common.files import read_lines, write_lines
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 """What was found out about all subjects, by the command in docs/operators.md."""
-UPSTREAM: Mapping[tuple[str, Form], str] = {}
-"""Subjects and forms that torch's own backend `aot_eager` cannot train either, with the reason."""
+ONLY_CUDA = "the operator exists for CUDA alone"
+UPSTREAM: Mapping[tuple[str, Form], str] = {
+    ("torch.ops.aten._flash_attention_forward", "plain"): ONLY_CUDA,
+    ("torch.ops.aten._efficient_attention_forward", "plain"): ONLY_CUDA,
+    ("nn.functional.batch_norm (without_cudnn)", "plain"): ONLY_CUDA,
+    ("nn.functional.one_hot", "plain"): "its result is an integer, which has no gradient",
+}
+"""Subjects and forms that eager PyTorch or its backend `aot_eager` cannot train either, with the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +50,7 @@ class Report:
     costs: str = ""
     """`exact`, `zero`, or why neither; empty if not run."""
     not_run: str = ""
-    """Why eager PyTorch cannot train the plain form; empty if it can."""
+    """Why the plain form was not run in eager PyTorch; empty if it was."""
 
     @property
     def kind(self) -> str:
@@ -64,7 +70,7 @@ KINDS = {
     "FLOPs": "right, except for FLOPs",
     "upstream": "wrong where `aot_eager` is wrong too",
     "wrong": "wrong where `aot_eager` is right",
-    "not run": "eager PyTorch cannot train the sample",
+    "not run": "not run: eager PyTorch does not differentiate it on a CPU",
 }
 """What each kind of report means."""
 COSTS = {
@@ -103,12 +109,12 @@ def unexpected(report: Report) -> list[str]:
         elif not report.upstream.get(result.form):
             found.append(f"{result}, and aot_eager is right; so this is not why: {listed[result.form]}")
     for form, why in listed.items():
-        if all(result.form != form for result in report.differences):
+        if form in report.forms and all(result.form != form for result in report.differences):
             found.append(
                 f"{report.subject}, {form}: right; take it off the list of what upstream fails: {why}"
             )
-    if not report.forms and not report.not_run:
-        found.append(f"{report.subject}: no form was tried")
+    if report.not_run and "plain" not in listed:
+        found.append(f"{report.subject}, not run: {report.not_run}")
     if report.costs and report.costs.partition(":")[0] not in COSTS:
         found.append(f"{report.subject}: {report.costs}")
     return found
@@ -165,7 +171,8 @@ def _differences(reports: Sequence[Report]) -> str:
             reason = UPSTREAM.get((report.subject, form), "")
             rows.append(_row(report.subject, [form, variants, said, reason]))
         if report.not_run:
-            rows.append(_row(report.subject, ["plain", "", f"eager PyTorch: {report.not_run}", ""]))
+            reason = UPSTREAM.get((report.subject, "plain"), "")
+            rows.append(_row(report.subject, ["plain", "", f"not run: {report.not_run}", reason]))
     if not rows:
         return ""
     header = [

@@ -11,6 +11,8 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
+from gtcompile.graph.flops import count_flops
+
 Form = Literal["plain", "graph break", "in place"]
 FORMS: tuple[Form, ...] = ("plain", "graph break", "in place")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)
@@ -161,7 +163,7 @@ def _of_operator(info: Any) -> Subject:
         dtype = next((dtype for dtype in DTYPES if dtype in supported), next(iter(supported)))
         samples = itertools.islice(info.sample_inputs("cpu", dtype, requires_grad=True), SAMPLES_READ)
         fitting = [s for s in samples if form != "in place" or not s.broadcasts_input]
-        sample = max(fitting, key=lambda s: _richness((s.input, s.args, s.kwargs)))
+        sample = _richest([Candidate(info.op, (s.input, *s.args), s.kwargs, s) for s in fitting]).sample
 
         def apply(*args: Any, **kwargs: Any) -> Any:
             return sample.output_process_fn_grad(function(*args, **kwargs))
@@ -178,19 +180,55 @@ def _of_module(info: Any) -> Subject:
         dtype = torch.float32 if torch.float32 in info.dtypes else next(iter(info.dtypes))
         inputs = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
         fitting = [i for i in itertools.islice(inputs, SAMPLES_READ) if i.forward_input is not None]
-        sample = max(fitting, key=lambda i: _richness((i.forward_input.args, i.forward_input.kwargs)))
-        made, called = sample.constructor_input, sample.forward_input
-        module = info.module_cls(*made.args, **made.kwargs).to(dtype)
-        module(*called.args, **called.kwargs)  # creates the parameters of a lazy module
-        return Applied(module, called.args, called.kwargs, len(called.args))
+        made = [_constructed(info.module_cls, i.constructor_input).to(dtype) for i in fitting]
+        called = [i.forward_input for i in fitting]
+        module, args, kwargs, _ = _richest(
+            [Candidate(m, c.args, c.kwargs, c) for m, c in zip(made, called, strict=True)]
+        )
+        return Applied(module, args, kwargs, len(args))
 
     return Subject(info.name, build)
 
 
-def _richness(value: Any) -> tuple[int, int]:
+def _constructed(kind: Callable[..., nn.Module], given: Any) -> nn.Module:
+    return kind(*given.args, **given.kwargs)
+
+
+class Candidate(NamedTuple):
+    """A function and one sample of its arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sample: Any
+    """As in the database."""
+
+
+def _richest(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the most trainable tensors; of these with the most FLOPs; then the largest.
+
+    A module is called to count its FLOPs, which also creates the parameters of a lazy one.
+    """
+    sizes = [_trainable((candidate.args, candidate.kwargs)) for candidate in candidates]
+    most = max(count for count, _ in sizes)
+    found = [
+        (_flops(each), size, each)
+        for each, (count, size) in zip(candidates, sizes, strict=True)
+        if count == most
+    ]
+    return max(found, key=lambda each: each[:2])[2]
+
+
+def _flops(candidate: Candidate) -> int:
+    with count_flops() as counter:
+        candidate.function(*candidate.args, **candidate.kwargs)
+    return counter.get_total_flops()
+
+
+def _trainable(value: Any) -> tuple[int, int]:
     """How many trainable tensors are in nested containers, and how large they are."""
     if isinstance(value, torch.Tensor):
         return (1, value.numel()) if value.requires_grad and value.numel() else (0, 0)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    found = [_richness(part) for part in parts]
+    found = [_trainable(part) for part in parts]
     return sum(count for count, _ in found), sum(size for _, size in found)
