@@ -46,6 +46,15 @@ def test_all_train_as_in_eager_pytorch(report, group):
     assert unexpected(report, list(report.subjects())[group::GROUPS]) == []
 
 
+def test_the_stored_results_are_as_expected_and_as_documented(report):
+    stored = report.read_results(report.RESULTS)
+    documented = (report.RESULTS.parents[2] / "docs" / "operators.md").read_text("utf-8")
+    assert {each.subject for each in stored} <= report.subjects().keys()
+    assert [line for each in stored for line in report.unexpected(each)] == []
+    for table in report.markdown(stored).strip().split("\n\n"):
+        assert table in documented
+
+
 def test_results_are_read_as_they_were_written(report, comparison, tmp_path):
     wrong = comparison.Result(subject="mul", form="plain", backend="hoisted", difference="is None", graphs=2)
     reports = [
@@ -71,6 +80,19 @@ def test_what_upstream_fails_must_be_listed_and_must_fail(report, comparison, mo
     assert report.unexpected(failing) == []
     assert "aot_eager is right" in report.unexpected(right_upstream)[0]
     assert "take it off the list" in report.unexpected(right)[0]
+
+
+def test_costs_must_be_exact_or_refused_or_listed_as_fewer(report, monkeypatch):
+    def of_costs(costs):
+        return report.unexpected(report.Report(subject="mul", forms=("plain",), costs=costs))
+
+    assert not any(map(of_costs, ("exact", "zero", "refused: no formula")))
+    assert of_costs("wrong: 3 predicted")
+    assert of_costs("fewer: 3 predicted")
+    monkeypatch.setattr(report, "LEAVES_OUT", {"mul": "a gradient that nothing needs"})
+    assert not of_costs("fewer: 3 predicted")
+    assert of_costs("exact")
+    assert of_costs("wrong: 3 predicted")
 
 
 def test_a_wrong_gradient_is_found_out(report, comparison, monkeypatch):
