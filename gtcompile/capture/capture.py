@@ -17,6 +17,7 @@ from gtcompile.capture.model_io import (
     check_batch,
     list_parameters,
     loss_of,
+    refuse_compressed_sparse,
     refuse_subclasses,
     runs_as_one_region,
     scalar_loss,
@@ -107,6 +108,7 @@ def capture(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None
         raise CaptureError(
             f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train"
         )
+    refuse_compressed_sparse((*model.parameters(), *model.buffers(), *tensors_of(inputs.named)))
     device = device_of(model, tensors_of(inputs.named))
     model, named = off_meta(model, inputs.named, device)
     tensors = [*model.parameters(), *model.buffers(), *tensors_of(named)]

@@ -169,6 +169,25 @@ def refuse_subclasses(values: Iterable[object]) -> None:
             )
 
 
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+"""Sparse layouts that torch's tracing does not support; it ends the process at a trainable one."""
+
+
+def refuse_compressed_sparse(tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse tensors in a compressed sparse layout.
+
+    Raises:
+        CaptureError: names the layout of the first.
+    """
+    for tensor in tensors:
+        if tensor.layout in COMPRESSED:
+            raise CaptureError(
+                f"expected dense tensors, got one of shape {list(tensor.shape)} in the layout "
+                f"{tensor.layout}: torch cannot trace this layout, so there is no joint graph. Training "
+                f"works: modules with such tensors run eagerly. For costs, convert it with .to_dense()."
+            )
+
+
 def list_parameters(model: nn.Module) -> tuple[Parameter, ...]:
     """List the parameters of a model in registration order. Tied weights are one parameter."""
     names: dict[int, list[str]] = {}

@@ -62,7 +62,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     training begins, the callback compiles the model's repeated blocks, or the whole model if it has none.
     Then, and again every epoch or every so many steps, it measures importance on examples of the training
     data, through the trainer's own collator, loss and autocast, and selects a new set to train. Costs are
-    those of the model's own loss, so batches must contain the labels for it.
+    those of all that the trainer's `compute_loss` does.
+
     The trainer's loggers receive the selection (`adaptive/...`) and its checkpoints contain it. When training
     ends, the model is as it was before: not compiled, all parameters trainable that were.
 

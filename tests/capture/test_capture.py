@@ -179,6 +179,26 @@ def test_a_model_with_nothing_to_train_is_refused():
         capture(model, make_batch())
 
 
+class Adjacency(nn.Module):
+    """A graph network's layer: features are exchanged along a sparse matrix, which may be trained."""
+
+    def __init__(self, layout, trained):
+        super().__init__()
+        edges = torch.eye(6).to_sparse(layout=layout, blocksize=(2, 2) if "bs" in str(layout) else None)
+        self.features, self.edges = nn.Linear(4, 3), nn.Parameter(edges, requires_grad=trained)
+
+    def forward(self, x):
+        return (self.edges @ self.features(x)).square().mean()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_a_compressed_sparse_parameter_is_refused_before_torch_ends_the_process(layout, trained):
+    with pytest.raises(CaptureError, match=rf"\[6, 6\] in the layout {layout}.*to_dense"):
+        capture(Adjacency(layout, trained), {"x": torch.randn(6, 4)})
+
+
 def test_a_graph_break_falls_back_to_tracing_without_dynamo():
     class Broken(Regression):
         def forward(self, x, y):
