@@ -21,7 +21,7 @@ class RecordingMode(TorchDispatchMode):
     """Records the results of all operators whose result, or whose result's shape, depends on values."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reads: list[Read] = []
 
     def __torch_dispatch__(

@@ -56,11 +56,12 @@ def refuse_quantized(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block, switch off the adapters of PEFT, whose layers are known by their methods."""
+    modules: list[Any] = list(model.modules())
     with contextlib.ExitStack() as stack:
-        for module in list(model.modules()):
+        for module in modules:
             if hasattr(module, "peft_config") and hasattr(module, "disable_adapter"):
                 stack.enter_context(module.disable_adapter())
-        for layer in [m for m in model.modules() if hasattr(m, "adapter_layer_names")]:
+        for layer in [module for module in modules if hasattr(module, "adapter_layer_names")]:
             if not layer.disable_adapters:
                 layer.enable_adapters(False)
                 stack.callback(layer.enable_adapters, True)
