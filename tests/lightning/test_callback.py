@@ -223,6 +223,7 @@ def resumable():
     return Resumable(make_data(12), batch_size=2)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("every", ["epoch", pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("save_at", [4, 5, 6])
 @pytest.mark.parametrize("policy", ["best", pytest.param("rotating", marks=pytest.mark.long)])
