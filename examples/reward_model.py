@@ -17,13 +17,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SETTINGS = {
     **{"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 2, "use_cpu": True},
-    **{
-        "logging_strategy": "epoch",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "bf16": False,
-    },
+    **{"logging_strategy": "epoch", "save_strategy": "no", "report_to": [], "disable_tqdm": True},
+    **{"bf16": False},
 }
 
 

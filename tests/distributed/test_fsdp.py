@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from gtcompile import AdaptiveBackprop, backward_costs, measure_importance, train_only
 from gtcompile.distributed.fsdp import group_of, link, sharded, whole
 from tests.ranks.data_parallel_run import build
-from tests.ranks.fully_sharded_run import trainer_loss
 from tests.support.models import Regression, make_batch, step
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -121,7 +120,7 @@ def test_a_sharded_model_trains_what_it_is_told_without_any_selection(model):
 @pytest.mark.usefixtures("one_rank")
 def test_a_module_with_the_parameters_of_a_sharded_root_has_its_group():
     model = fully_shard(Regression(), mesh=init_device_mesh("cpu", (1,)))
-    assert group_of(trainer_loss(model)) is group_of(model) is not None
+    assert group_of(torch.nn.ParameterList(model.parameters())) is group_of(model) is not None
 
 
 @pytest.mark.parametrize("two_pass", [False, True])

@@ -264,7 +264,7 @@ def test_the_state_of_another_model_is_refused_naming_the_differences():
     del state["parameters"]["head.weight"], state["parameters"]["layers.1.bias"]
     with pytest.raises(ValueError, match=r"; layers\.1\.bias .*absent"):
         adaptive.load_state_dict(state)
-    with pytest.raises(ValueError, match="lacks always, budget_fraction, ever_trained, history"):
+    with pytest.raises(ValueError, match="lacks always, budget_fraction, budget_of, ever_trained, history"):
         adaptive.load_state_dict({"trained": []})
     with pytest.raises(ValueError, match=r"in \(0, 1\], got 2"):
         adaptive.load_state_dict({**before, "budget_fraction": 2, "trained": ["layers.0.bias"]})
