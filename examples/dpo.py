@@ -17,21 +17,19 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SETTINGS = {
     **{"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 2, "use_cpu": True},
-    **{
-        "logging_strategy": "epoch",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "bf16": False,
-    },
+    **{"logging_strategy": "epoch", "save_strategy": "no", "report_to": [], "disable_tqdm": True},
+    **{"bf16": False},
 }
 
 
 def make_data(rows: int) -> Dataset:
-    """The better answer counts on by one, the worse one repeats."""
-    numbers = range(10, 10 + rows)
-    answers = {"chosen": [f" {n + 1}" for n in numbers], "rejected": [f" {n}" for n in numbers]}
-    return Dataset.from_dict({"prompt": [f"{n}, then" for n in numbers]} | answers)
+    """The better answer is polite."""
+    numbers = range(rows)
+    answers = {
+        "chosen": [f" {2 * n} please" for n in numbers],
+        "rejected": [f" {2 * n} !!!" for n in numbers],
+    }
+    return Dataset.from_dict({"prompt": [f"What is {n} + {n}?" for n in numbers]} | answers)
 
 
 def main() -> dict[str, float]:
