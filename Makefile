@@ -18,7 +18,7 @@ DOCS := .venv-docs/bin
 demo: $(VENV)/ready
 	$(BIN)/python -m gtcompile.tools.demo
 
-# A real pretrained model and real abstracts, which two packages carry; at most fifteen minutes on two cores.
+# A real pretrained model and real abstracts, which two packages carry; twenty minutes on two busy cores.
 demo-real: $(VENV)/ready-real
 	$(BIN)/python -m gtcompile.tools.demo.real
 
