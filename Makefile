@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 LINT := .venv-lint/bin
 DOCS := .venv-docs/bin
 
-.PHONY: demo demo-real test test-all lint typecheck docs linkcheck clean
+.PHONY: demo demo-real test test-slow test-all lint typecheck docs linkcheck clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m gtcompile.tools.demo
@@ -23,7 +23,11 @@ demo-real: $(VENV)/ready-real
 	$(BIN)/python -m gtcompile.tools.demo.real
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not long" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -q -m "not slow and not long" -n $(WORKERS) --dist worksteal
+
+# Several ranks, trainers to their end, matrices of cases: what make test leaves out and CI runs.
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "slow and not long" -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -q

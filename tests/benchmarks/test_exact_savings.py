@@ -1,10 +1,12 @@
 """The benchmark of exact savings: its FLOPs fall with every saving, and its steps run."""
 
+import pytest
 import torch
 
 from benchmarks import exact_savings
 
 
+@pytest.mark.slow
 def test_every_saving_leaves_fewer_flops_and_its_step_trains(monkeypatch):
     monkeypatch.setattr(exact_savings, "VOCABULARY", 2048)
     steps = exact_savings.Steps(

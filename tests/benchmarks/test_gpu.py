@@ -52,6 +52,7 @@ def test_a_stage_brings_those_that_it_reads():
     assert all(order.index(need) < order.index(s.name) for s in STAGES.values() for need in s.needs)
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, capsys):
     main(tmp_path, only=["correctness"], tiny=True, commit="abc")
     path = tmp_path / "correctness.json"

@@ -53,6 +53,7 @@ def test_the_configurations_have_the_published_models_parameters(name: str, bill
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_smallest_model_costs_what_the_paper_says_within_two_percent() -> None:
     cost = cost_model("OPT-350M", PAPER_MODELS["OPT-350M"](), budgets=())
     assert cost.peta == pytest.approx(5.4, rel=0.02)

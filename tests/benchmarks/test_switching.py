@@ -39,6 +39,7 @@ def tiny(kind: str = "opt", **sizes: int) -> Workload:
     return make_workload(kind, CPU, None, **(TINY | sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_hoisted_blocks_switch_without_compiling(kind: str) -> None:
     workload = tiny(kind, layers=3)
@@ -64,6 +65,7 @@ def test_depth_changes_no_count() -> None:
     assert shallow.done == deep.done == Compilations(captures=1, compiled=3)
 
 
+@pytest.mark.slow
 def test_memory_of_hoisted_blocks_is_never_above_that_of_eager_freezing() -> None:
     workload = tiny(hidden=128, layers=3, rows=2, length=64)
     names = [name for name, _ in workload.model().named_parameters()]

@@ -36,6 +36,7 @@ def unexpected(report: ModuleType, names: list[str]) -> list[str]:
     return [line for each in found for line in report.unexpected(each)]
 
 
+@pytest.mark.slow
 def test_a_sample_trains_as_in_eager_pytorch(report):
     assert unexpected(report, list(SAMPLE)) == []
 

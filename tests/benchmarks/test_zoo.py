@@ -26,6 +26,7 @@ RIGHT = Checked(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
     [

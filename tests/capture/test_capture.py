@@ -602,6 +602,7 @@ def test_a_branch_on_a_batch_on_the_meta_device_is_refused_with_a_true_reason():
     assert raised.value.without_values
 
 
+@pytest.mark.slow
 def test_an_error_says_what_was_tried_where_docstrings_are_stripped():
     program = """
 import torch, gtcompile

@@ -565,6 +565,7 @@ def encoder_decoder(family: str, attention: str = "sdpa") -> tuple[nn.Module, di
     return model.train(), {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "first"),
     [

@@ -407,6 +407,7 @@ class Shrinking(nn.Module):
         return hidden.square().mean()
 
 
+@pytest.mark.slow
 def test_sizes_that_code_from_the_disk_holds_for_are_guarded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     batch = {"inputs": torch.randn(2, 4, 319)}
@@ -566,6 +567,7 @@ print(counters["fxgraph_cache_miss"], counters["fxgraph_cache_hit"])
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing_new(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SECOND_RUN]

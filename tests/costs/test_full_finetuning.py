@@ -38,6 +38,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "blocks"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_they_are_what_a_step_of_the_base_takes(config, compiled):
@@ -103,6 +104,7 @@ def test_a_step_takes_at_most_this_share_of_full_fine_tuning(budget):
         assert selection.step_flops == selection.full_flops
 
 
+@pytest.mark.slow
 def test_the_two_meanings_differ():
     ours = adapted(budget=0.9)[1].reselect(batches())
     theirs = adapted(budget=0.9, budget_of="full_finetuning")[1].reselect(batches())
@@ -110,6 +112,7 @@ def test_the_two_meanings_differ():
     assert "of a full step's FLOPs" in str(ours)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_names_what_it_is_a_share_of():
     _, adaptive = adapted(budget=0.01, budget_of="full_finetuning")
     said = r"at least 0\.\d+ of full fine-tuning's FLOPs, 0\.\d+ of them in the forward"
@@ -127,6 +130,7 @@ def test_adapters_that_cost_more_than_full_fine_tuning_are_refused():
         adaptive.reselect(batches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sampled", "rotating", "occasionally_full", "function"])
 def test_policies_stay_within_it_and_continue(policy):
     shares = []

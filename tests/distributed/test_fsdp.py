@@ -27,6 +27,7 @@ def run(*cases: str, ranks: int = 2) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "ranks"),
     [

@@ -48,6 +48,7 @@ def test_a_lightning_module_learns_within_its_budget(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_a_loop_with_accelerate_learns_within_its_budget(capsys):
     losses = run("accelerate_loop")
@@ -61,6 +62,7 @@ def test_lower_blocks_cost_more():
     assert len(shares) == 6
 
 
+@pytest.mark.slow
 def test_a_larger_budget_pays_for_more_of_the_last_blocks():
     result = run("last_layers")
     blocks = [count for count, _ in result.values()]
@@ -69,11 +71,13 @@ def test_a_larger_budget_pays_for_more_of_the_last_blocks():
     assert all(share <= budget for budget, (_, share) in result.items())
 
 
+@pytest.mark.slow
 def test_the_exported_step_has_gradients_of_the_head_alone():
     shapes = run("onnx_export")
     assert shapes == {"loss": (), "gradient.head.weight": (4, 16), "gradient.head.bias": (4,)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TRL's, of which each release has others
 @pytest.mark.parametrize(
     ("example", "budget"),

@@ -131,6 +131,7 @@ def test_the_model_is_left_uncompiled_whole_and_able_to_generate(tmp_path):
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "saves"), [("epoch", (2,)), pytest.param(3, (2, 3, 4), marks=pytest.mark.long)]
 )
@@ -208,6 +209,7 @@ def test_a_checkpoint_of_a_training_without_the_callback_is_gone_on_from(tmp_pat
     assert len(witness.steps) == 1
 
 
+@pytest.mark.slow
 def test_evaluation_during_training_and_grouping_by_length_work(tmp_path):
     witness = Witness()
     settings = {"eval_strategy": "steps", "eval_steps": 1, "auto_find_batch_size": True}
@@ -236,6 +238,7 @@ def test_a_resume_with_another_torch_says_that_rounding_may_differ(tmp_path, cap
     assert f"resumed with torch {torch.__version__}, saved with 2.0.0" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_size_found_automatically_starts_over(tmp_path):
     class Hungry(TrainerCallback):
         failed = False
@@ -291,6 +294,7 @@ def test_a_budget_below_the_minimum_names_the_smallest_and_leaves_the_model_whol
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_without_repeated_blocks_is_compiled_as_a_whole(tmp_path):
     witness, model = Witness(), make_model(layers=1)
     trainer = train(tmp_path, adaptive(0.7), witness, model=model, max_steps=3)
@@ -358,6 +362,7 @@ def test_a_trainer_that_scales_gradients_skips_and_trains_as_with_eager_freezing
     torch.testing.assert_close(weights(trainer.model), weights(replayed.model), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_sequence_to_sequence_trainer_takes_the_callback(tmp_path):
     config = T5Config(
         vocab_size=300, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,

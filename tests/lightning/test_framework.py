@@ -44,6 +44,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch):
         find_framework()
 
 
+@pytest.mark.slow
 def test_a_program_that_imports_pytorch_lightning_gets_a_callback_for_it():
     pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
     done = subprocess.run([sys.executable, "-c", OTHER_PACKAGE], capture_output=True, text=True, check=False)

@@ -71,6 +71,7 @@ def data(tmp_path: Path) -> Path:
 GENERATED = ["--args", "predict_with_generate=true", "--args", "eval_strategy=epoch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "more", "said"),
     [

@@ -112,6 +112,7 @@ def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_t
     assert full["flops_fraction"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_cached_prefix_and_labelled_logits_take_fewer_flops(tmp_path):
     shared = ["--arms", "last_layers,last_layers_cached", "--budgets", "0.5", "--purposes", "steps"]
     rows = tiny(tmp_path, *shared, "--texts", "4", "--steps", "8")

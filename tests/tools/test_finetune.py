@@ -433,6 +433,7 @@ def test_what_is_recomputed_to_save_memory_is_counted_and_said(
     assert "recomputed to save memory" in " ".join(notes([summary]))
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Settings, tmp_path: Path) -> None:
     short = replace(settings, epochs=1, max_train_samples=10, policy="last_layers")
     run, full = compare_with_full(short, tmp_path / "run", reporter())

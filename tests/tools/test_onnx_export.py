@@ -197,6 +197,7 @@ def test_a_missing_folder_and_an_unknown_pattern_are_refused(tmp_path):
         export_onnx(model, draw(), tmp_path / "step.onnx", trained=["nothing_like_this"])
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_from_eager_is_not_written(tmp_path, monkeypatch):
     wrong = lambda gradient, value: gradient * 2  # noqa: E731
     monkeypatch.setitem(WRITTEN_OUT, torch.ops.aten.silu_backward.default, wrong)

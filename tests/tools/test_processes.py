@@ -37,6 +37,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_examples_and_one_writes(settings, tmp_path):
     result = run(command(settings, tmp_path / "run", 1))
     assert result.returncode == 0, result.stderr

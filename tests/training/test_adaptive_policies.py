@@ -246,6 +246,7 @@ def test_selection_works_with_a_loss_of_the_users_own():
     assert counter.get_total_flops() == selection.step_flops < selection.full_flops
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("policy", ["sampled", "own"])
 def test_two_ranks_agree_on_the_set_at_every_step(policy):

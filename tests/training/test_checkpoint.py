@@ -47,6 +47,7 @@ def test_a_continued_training_equals_one_that_never_stopped(wrapper, point, tmp_
     assert_equal(again.outcome(), uninterrupted.outcome(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", [pytest.param("replicated", marks=pytest.mark.long), "sharded"])
 def test_two_ranks_go_on_bit_for_bit(wrapper, tmp_path):
     run(wrapper, "resume", tmp_path)

@@ -34,6 +34,7 @@ def test_two_ranks_train_what_one_process_trains_however_they_are_set(case):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains_and_what_fails_on_one_is_raised_on_all():
     result = run("eager-2-views", "failure")
     assert result.returncode == 0, result.stderr
@@ -114,6 +115,7 @@ def test_a_parameter_frozen_before_wrapping_is_refused():
         adaptive_of(DistributedDataParallel(model, find_unused_parameters=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.parametrize("case", ["replicated", pytest.param("sharded", marks=pytest.mark.long)])
 def test_the_trainer_trains_on_two_ranks_what_one_process_trains_and_goes_on(case, tmp_path):

@@ -72,6 +72,7 @@ def accelerated_loop(folder, compile_when, resume=False):
     return accelerator.unwrap_model(model), accelerator.get_state_dict(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_when", ["before", "after"])
 def test_a_plain_loop_with_accelerate_trains_saves_and_goes_on(tmp_path, compile_when):
     model, saved = accelerated_loop(tmp_path, compile_when)
@@ -113,6 +114,7 @@ def plain_loop(folder, setting, save_after=None, resume=False):
     return weights(model), own.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "save_after"), [("keep", 2), ("cpu", 3), ("drop", 3), ("drop", 4)])
 def test_a_plain_loop_resumes_bit_for_bit(tmp_path, setting, save_after):
     """In the middle of a stretch, right before a selection and right after one."""
@@ -221,6 +223,7 @@ class Eagerly(Notes):
         freeze_eagerly(model, self.sets.pop(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [accelerate_loop, loop_of_pairs])
 def test_gradients_and_flops_of_a_loop_are_those_of_the_loop_frozen_by_requires_grad(loop):
     ours = Adaptively(counts=False)

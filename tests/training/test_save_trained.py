@@ -330,6 +330,7 @@ def test_adapters_are_saved_whole_and_loaded_into_adapters_with_other_first_valu
     assert (tmp_path / FILE).stat().st_size < full / 2
 
 
+@pytest.mark.slow
 def test_a_trainer_with_the_callback_saves_the_same_after_a_resumption(tmp_path):
     once = support.train(tmp_path, support.adaptive(), max_steps=4, save_strategy="steps", save_steps=2)
     saved = gtcompile.save_trained(once.model, tmp_path / "once")
