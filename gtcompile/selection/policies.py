@@ -3,12 +3,15 @@
 A policy is given to `AdaptiveBackprop(..., policy=...)` by name (`"sampled"`), as a description
 (`policies.Sampled(exploration=0.5)`), or as your own function. Some policies train one set until
 the next selection. Others change the set at every step; the budget is then a mean that holds after every
-step: cheap steps save FLOPs for costly ones.
+step: cheap steps save FLOPs for costly ones. With `Progressive`, costly steps come first, and the mean holds at
+the end.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, cast
 
 import torch
@@ -32,10 +35,12 @@ __all__ = [
     "OccasionallyFull",
     "Paper",
     "Policy",
+    "Progressive",
     "Random",
     "Rotating",
     "Sampled",
     "find_policy",
+    "for_training",
 ]
 
 Measured = Literal["affordable", "everything", "nothing"]
@@ -49,6 +54,10 @@ _DRAWN = 16
 _SHALLOW = 1 / 3
 """Cost of a shallow step, as a share of the way from the cheapest step to the budget. A costlier step learns
 more and saves less for the others."""
+
+
+_HALVINGS = 40
+"""Steps of a bisection; more would not change which whole blocks are trained."""
 
 
 class Policy(Protocol):
@@ -222,6 +231,42 @@ class OccasionallyFull:
 
 
 @dataclass(frozen=True, slots=True)
+class Progressive:
+    """Everything at first, then fewer and fewer of the last layers: blocks freeze from the input on.
+
+    FreezeOut (Brock et al., 2017) freezes in this order, to save time. Here the budget decides how long each block
+    is trained: the cost of a step falls in a straight line, from a full step's or below, so that
+    the mean over `steps` steps is at most the budget. Before that it may be above. It suits a learning rate that
+    falls: the steps that change the weights most are the ones that reach deepest.
+    """
+
+    steps: int | None = None
+    """Optimizer steps of the whole training; None where a trainer knows it."""
+    measured: ClassVar[Measured] = "nothing"
+    two_pass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"expected at least 1 step, got {self.steps!r}")
+
+    def plan(self, limits: Limits, importance: Mapping[str, float], generator: torch.Generator) -> Plan:
+        """A set for every step of the training.
+
+        Raises:
+            ValueError: `steps` is None.
+        """
+        steps, rungs = for_training(self, None).steps, _rungs(limits)
+        flops = [limits.costs.step_flops(rung) for rung in rungs]
+        depths = _falling(flops, steps, limits.budget_flops * steps)
+        runs = [(depth, len(list(same))) for depth, same in groupby(depths)]
+        return Plan(
+            sets=tuple(rungs[depth] for depth, _ in runs),
+            lasts=tuple(length for _, length in runs),
+            shallow=_shallow(limits),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Paper:
     """GreenTrainer's own estimator and dynamic programme (ICLR 2024), for comparisons.
 
@@ -266,6 +311,7 @@ NAMES: Mapping[str, Policy] = {
     "rotating": Rotating(),
     "lisa": Lisa(),
     "occasionally_full": OccasionallyFull(),
+    "progressive": Progressive(),
     "paper": Paper(),
 }
 """The policies that can be given by name."""
@@ -292,6 +338,62 @@ def find_policy(policy: "str | Policy | Choose") -> Policy:
         f"expected the name of a policy ({', '.join(NAMES)}), one of gtcompile.policies, or a function "
         f"(costs, importance, budget_fraction, generator) -> FQNs; got {policy!r}"
     )
+
+
+def for_training(policy: Policy, steps: int | None) -> Policy:
+    """Return the policy for a training of so many optimizer steps; None if nobody knows how many.
+
+    Raises:
+        ValueError: the policy must know it.
+    """
+    if not isinstance(policy, Progressive) or policy.steps is not None:
+        return policy
+    if steps is None:
+        raise ValueError(
+            "this policy must know for how many optimizer steps the model is trained: "
+            "policy=gtcompile.policies.Progressive(steps=...)"
+        )
+    return replace(policy, steps=steps)
+
+
+def _rungs(limits: Limits) -> list[frozenset[str]]:
+    """The cheapest set, then with one block more at a time, from the output to the input, up to everything."""
+    costs = limits.costs
+    taken = last_layers(costs, limits.trainable, limits.cheapest_flops, limits.always)
+    rungs = [taken]
+    for block in from_the_output(costs, limits.trainable):
+        taken |= block
+        if costs.step_flops(taken) > costs.step_flops(rungs[-1]):
+            rungs.append(taken)
+        else:
+            rungs[-1] = taken
+    return rungs
+
+
+def _falling(flops: list[int], steps: int, budget: int) -> list[int]:
+    """For every step an index into `flops`, ascending, whose cost falls in a straight line.
+
+    The line is `cheapest + slope * (1 - step / steps) * (full - cheapest)`, cut off at the cost of a full step.
+    Bisection finds the steepest one within the budget.
+
+    Args:
+        flops: of each set, ascending.
+        steps: how many steps.
+        budget: FLOPs of all steps together; at least `steps * flops[0]`.
+    """
+
+    def at(slope: float) -> list[int]:
+        shares = [min(1.0, slope * (1 - step / steps)) for step in range(steps)]
+        return [bisect_right(flops, flops[0] + share * (flops[-1] - flops[0])) - 1 for share in shares]
+
+    low, high = 0.0, 2.0 * steps
+    if sum(flops[index] for index in at(high)) <= budget:
+        return at(high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        fits = sum(flops[index] for index in at(middle)) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
 
 
 def _one_set(limits: Limits, trained: frozenset[str]) -> Plan:

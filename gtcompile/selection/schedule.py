@@ -1,9 +1,11 @@
-"""The schedule of trained sets, one per step, whose mean cost is within the budget after every step."""
+"""The schedule of trained sets, one per step, whose mean cost is within the budget."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +30,8 @@ class Plan:
     """FQNs of a set within the budget, trained while FLOPs are saved for a set that costs more."""
     at_random: bool = False
     """Whether the next set is drawn at random; otherwise the sets take turns."""
+    lasts: tuple[int, ...] = ()
+    """For how many steps each set is trained, in order, and `shallow` after them; empty if sets take turns."""
     selection: "Selection | None" = None
     """The only set with its importance and bound, if the policy computed them."""
 
@@ -53,6 +57,8 @@ class Schedule:
     the plan's shallow set is trained until what the steps saved suffices, and then the waiting set, at a step
     chosen at random. So after every step the mean cost of the window is at most the budget, no drawn set is
     lost, and savings are spent.
+
+    A plan that says how long each set lasts is followed as it is: it is within the budget at its end.
 
     Args:
         plan: the sets.
@@ -98,9 +104,24 @@ class Schedule:
         """Cost of a step that trains this set, as a share of `whole_flops`."""
         return self._flops_of(trained) / self.whole_flops
 
+    def finished(self, whole_flops: int) -> Progress:
+        """The progress without the step that was announced last, for a schedule that continues this one.
+
+        Args:
+            whole_flops: of that schedule, whose batches may have other shapes.
+        """
+        steps = self.progress.steps - 1
+        spent = self.progress.spent_flops - self._flops_of(self._planned(steps))
+        return Progress(steps=steps, spent_flops=round(spent * whole_flops / self.whole_flops))
+
     def next_set(self) -> frozenset[str]:
         """Return the set to train in the next step."""
         now = self.progress
+        if self.plan.lasts:
+            taken = self._planned(now.steps)
+            spent = now.spent_flops + self._flops_of(taken)
+            self.progress = Progress(steps=now.steps + 1, spent_flops=spent)
+            return taken
         waiting = self._draw() if now.waiting is None else now.waiting
         starts = self._starts(waiting)
         taken = waiting if starts else self.plan.shallow
@@ -111,6 +132,11 @@ class Schedule:
             waiting=None if starts else waiting,
         )
         return taken
+
+    def _planned(self, step: int) -> frozenset[str]:
+        """The set of a step of a plan that says how long each set lasts."""
+        index = bisect_right(list(accumulate(self.plan.lasts)), step)
+        return self.plan.sets[index] if index < len(self.plan.sets) else self.plan.shallow
 
     def _starts(self, trained: frozenset[str]) -> bool:
         """Whether this step trains a set; one above the budget starts at random once it is affordable."""

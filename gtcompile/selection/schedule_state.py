@@ -30,6 +30,7 @@ def schedule_state(schedule: Schedule, fqns: Sequence[str]) -> dict[str, Any]:
         "sets": [_pack(each, fqns) for each in plan.sets],
         "shallow": _pack(plan.shallow, fqns),
         "at_random": plan.at_random,
+        "lasts": list(plan.lasts),
         "progress": {
             **asdict(progress),
             "waiting": None if progress.waiting is None else _pack(progress.waiting, fqns),
@@ -69,6 +70,7 @@ def schedule_from(
             sets=tuple(_unpack(each, fqns) for each in state["sets"]),
             shallow=_unpack(state["shallow"], fqns),
             at_random=state["at_random"],
+            lasts=tuple(state["lasts"]),
         ),
         costs,
         state["budget_fraction"],

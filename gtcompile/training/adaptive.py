@@ -27,7 +27,7 @@ from gtcompile.selection.limits import (
     make_terms,
     step_budget_fraction,
 )
-from gtcompile.selection.policies import Choose, Function, Policy, find_policy
+from gtcompile.selection.policies import Choose, Function, Policy, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
@@ -115,7 +115,7 @@ class AdaptiveBackprop:
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
         self._model, self._optimizer, self._loss_fn, self._seed = model, optimizer, loss_fn, seed
-        self._policy = find_policy(policy)
+        self._policy = for_training(find_policy(policy), None)
         self._two_pass = two_pass or self._policy.two_pass
         self._frozen_state = FrozenState(optimizer, frozen_state)
         self._terms = self._checked_terms(budget_fraction, always, never, budget_of)
@@ -408,6 +408,7 @@ class AdaptiveBackprop:
             seed=self._seed,
             number=len(self._history),
             propose=self._propose_with(self._terms, importance, whole),
+            progress=former.finished(whole or costs.full_flops) if former and plan.lasts else None,
             whole_flops=whole,
         )
         trained = schedule.next_set()

@@ -14,6 +14,8 @@ from gtcompile.selection.schedule import Plan, Schedule, seeded
 from tests.selection.test_selection import coverage_costs
 from tests.support.policies import chain_of_blocks
 
+POLICIES = {**policies.NAMES, "progressive": policies.Progressive(steps=10)}
+AT_EVERY_STEP = [policy for name, policy in POLICIES.items() if name != "progressive"]
 CHAIN = chain_of_blocks(6)
 EVEN = dict.fromkeys(CHAIN.fqns, 1.0)
 
@@ -30,29 +32,59 @@ def sets_of(schedule, steps):
 
 
 @st.composite
-def trainings(draw):
+def trainings(draw, among=tuple(POLICIES.values())):
     """A policy, costs with importances, and a budget that trains something."""
     chains = st.builds(chain_of_blocks, st.integers(1, 6), st.integers(1, 3), embedding=st.booleans())
     costs = draw(st.one_of(chains, coverage_costs()))
     importance = {fqn: draw(st.floats(0.0, 5.0, width=32)) for fqn in sorted(costs.fqns)}
     budget = draw(st.one_of(st.floats(0.01, 1.0), st.sampled_from([0.4, 0.5, 0.7, 1.0])))
     budget = max(budget, costs.minimum_budget_fraction)
-    return draw(st.sampled_from(sorted(policies.NAMES))), costs, importance, budget
+    return draw(st.sampled_from(among)), costs, importance, budget
 
 
 @settings(max_examples=300, deadline=None)
-@given(trainings(), st.integers(1, 60), st.integers(0, 5))
-def test_the_mean_budget_holds_after_every_step_of_every_policy(training, steps, seed):
+@given(trainings(AT_EVERY_STEP), st.integers(1, 60), st.integers(0, 5))
+def test_the_mean_budget_holds_after_every_step_of_every_other_policy(training, steps, seed):
     policy, costs, importance, budget = training
     schedule = schedule_of(policy, costs, importance, budget, seed=seed)
     spent = 0
     for step in range(1, steps + 1):
         trained = schedule.next_set()
         assert trained <= costs.fqns
-        assert trained or policy == "paper"
+        assert trained or policy == policies.Paper()
         spent += costs.step_flops(trained)
         assert spent <= budget * costs.full_flops * step * (1 + 1e-12)
     assert schedule.progress.spent_flops == spent
+
+
+@settings(max_examples=300, deadline=None)
+@given(trainings(), st.integers(1, 40))
+def test_progressive_freezing_is_within_the_budget_at_its_end_and_never_thaws(training, steps):
+    _, costs, importance, budget = training
+    schedule = schedule_of(policies.Progressive(steps=steps), costs, importance, budget)
+    sets = sets_of(schedule, steps)
+    assert sum(map(costs.step_flops, sets)) <= budget * costs.full_flops * steps * (1 + 1e-12)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(sets))
+    if budget == 1.0:
+        assert set(sets) == {costs.fqns}
+    beyond = costs.step_flops(schedule.next_set())
+    assert beyond <= budget * costs.full_flops
+
+
+def test_progressive_freezing_begins_deep_and_spends_its_budget():
+    schedule = schedule_of(policies.Progressive(steps=200), CHAIN, {}, 0.8)
+    sets = sets_of(schedule, 200)
+    assert sets[0] == CHAIN.fqns
+    assert 0.77 < schedule.spent_fraction <= 0.8
+    assert len(set(sets)) > 5, "blocks freeze one after another"
+
+
+def test_progressive_freezing_must_know_its_length():
+    with pytest.raises(ValueError, match=r"for how many optimizer steps .*Progressive\(steps=\.\.\.\)"):
+        policies.for_training(policies.find_policy("progressive"), None)
+    assert policies.for_training(policies.Progressive(), 7) == policies.Progressive(steps=7)
+    assert policies.for_training(policies.Progressive(steps=3), 7) == policies.Progressive(steps=3)
+    assert policies.for_training(policies.Best(), None) == policies.Best()
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,9 +200,9 @@ def test_a_set_that_nothing_can_be_saved_for_waits_for_ever():
 
 
 def test_a_budget_below_the_cheapest_step_is_refused_by_every_policy():
-    for name in policies.NAMES:
+    for policy in POLICIES.values():
         with pytest.raises(BudgetError):
-            schedule_of(name, CHAIN, EVEN, math.nextafter(CHAIN.minimum_budget_fraction, 0))
+            schedule_of(policy, CHAIN, EVEN, math.nextafter(CHAIN.minimum_budget_fraction, 0))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +225,7 @@ def test_what_is_no_policy_is_refused(policy, error, message):
         lambda: policies.Sampled(exploration=1.5),
         lambda: policies.Rotating(steps=0),
         lambda: policies.Lisa(blocks=0),
+        lambda: policies.Progressive(steps=0),
     ],
 )
 def test_a_description_out_of_range_is_refused(make):

@@ -24,6 +24,8 @@ from gtcompile import (
 from tests.support.models import WIDTH, ResidualMLP, Stack, captures
 
 BUDGET = 0.7
+PROGRESSIVE = policies.Progressive(steps=20)
+EVERY = [*(name for name in sorted(policies.NAMES) if name != "progressive"), PROGRESSIVE]
 
 
 def make(policy="best", *, compiled=True, budget=BUDGET, **options):
@@ -56,7 +58,7 @@ def train_step(model, optimizer, adaptive, seed, accumulate=1):
     return trained, with_gradient, flops
 
 
-@pytest.mark.parametrize("policy", sorted(policies.NAMES))
+@pytest.mark.parametrize("policy", EVERY)
 def test_every_policy_trains_exactly_its_set_at_every_step_of_compiled_blocks(policy):
     model, optimizer, adaptive = make(policy)
     for epoch in range(2):
@@ -67,7 +69,7 @@ def test_every_policy_trains_exactly_its_set_at_every_step_of_compiled_blocks(po
             assert with_gradient == trained
 
 
-@pytest.mark.parametrize("policy", sorted(policies.NAMES))
+@pytest.mark.parametrize("policy", EVERY[:-1])
 def test_the_flops_that_are_counted_are_within_the_mean_budget_after_every_step(policy):
     model, optimizer, adaptive = make(policy, compiled=False)
     for epoch, steps in enumerate((9, 4)):
@@ -77,6 +79,25 @@ def test_the_flops_that_are_counted_are_within_the_mean_budget_after_every_step(
             _, _, flops = train_step(model, optimizer, adaptive, step)
             spent += flops[0]
             assert spent <= BUDGET * selection.full_flops * step
+
+
+def test_progressive_freezing_goes_on_over_selections_and_is_within_the_budget_at_its_end():
+    model, optimizer, adaptive = make(PROGRESSIVE, compiled=False)
+    sets, spent, full = [], 0, 0
+    for epoch, steps in enumerate((9, 11)):
+        full = adaptive.reselect([batch(100 + epoch)]).full_flops
+        for step in range(steps):
+            trained, _, flops = train_step(model, optimizer, adaptive, step)
+            sets.append(trained)
+            spent += flops[0]
+    assert spent <= BUDGET * full * 20
+    assert all(later <= earlier for earlier, later in zip(sets, sets[1:], strict=False))
+    assert len(set(sets)) > 3
+
+
+def test_a_policy_that_must_know_the_number_of_steps_says_so_at_once():
+    with pytest.raises(ValueError, match="for how many optimizer steps"):
+        make("progressive")
 
 
 def test_a_policy_that_changes_sets_changes_them_and_compiles_nothing():
@@ -153,7 +174,7 @@ def own_random(costs, importance, budget_fraction, generator):
     return [names[i] for i in torch.randperm(len(names), generator=generator)[:3]]
 
 
-@pytest.mark.parametrize("policy", ["sampled", "rotating", own_random])
+@pytest.mark.parametrize("policy", ["sampled", "rotating", own_random, PROGRESSIVE])
 def test_training_resumed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(policy):
     def steps(model, optimizer, adaptive, numbers):
         return [train_step(model, optimizer, adaptive, number)[0] for number in numbers]

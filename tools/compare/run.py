@@ -16,6 +16,7 @@ from torch import nn
 from gtcompile.compiler.blocks import compile_blocks
 from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.huggingface.labelled_logits import add_labelled_positions, only_labelled_logits
+from gtcompile.selection.policies import find_policy, for_training
 from gtcompile.state.trained_set import trained_parameters
 from gtcompile.tools.compare.arms import ARMS, unchanged
 from gtcompile.tools.compare.text_batches import Batch, Batches, Data, Text
@@ -138,8 +139,9 @@ class _Training:
         self._optimizer = torch.optim.AdamW(trainable, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
         self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.0, chosen.steps)
         budget = 1.0 if chosen.budget is None else chosen.budget * full.full_flops / own.full_flops
+        policy = for_training(find_policy(arm.policy), chosen.steps)
         self._adaptive = AdaptiveBackprop(
-            self._model, self._optimizer, min(budget, 1.0), policy=arm.policy, seed=chosen.seed
+            self._model, self._optimizer, min(budget, 1.0), policy=policy, seed=chosen.seed
         )
         self._own_costs, self._costs_of = own, {(_shape(example), 0): own}
         self._cache = PrefixCache(self._model) if arm.cached else None
