@@ -3,8 +3,8 @@
 A policy is given to `AdaptiveBackprop(..., policy=...)` by name (`"sampled"`), as a description
 (`policies.Sampled(exploration=0.5)`), or as your own function. Some policies train one set until
 the next selection. Others change the set at every step; the budget is then a mean that holds after every
-step: cheap steps save FLOPs for costly ones. With `Progressive`, costly steps come first, and the mean holds at
-the end.
+step: cheap steps save FLOPs for costly ones. With `Progressive`, costly steps come first, and the mean holds
+at the end.
 """
 
 import math
@@ -234,10 +234,10 @@ class OccasionallyFull:
 class Progressive:
     """Everything at first, then fewer and fewer of the last layers: blocks freeze from the input on.
 
-    FreezeOut (Brock et al., 2017) freezes in this order, to save time. Here the budget decides how long each block
-    is trained: the cost of a step falls in a straight line, from a full step's or below, so that
-    the mean over `steps` steps is at most the budget. Before that it may be above. It suits a learning rate that
-    falls: the steps that change the weights most are the ones that reach deepest.
+    FreezeOut (Brock et al., 2017) freezes in this order too. Here the budget decides how long each block is
+    trained: the cost of a step falls in a straight line, and its mean over `steps` steps is at most the
+    budget. Before the last of them it may be above. This suits a learning rate that falls: the steps that
+    change the weights most reach deepest.
     """
 
     steps: int | None = None
@@ -357,7 +357,7 @@ def for_training(policy: Policy, steps: int | None) -> Policy:
 
 
 def _rungs(limits: Limits) -> list[frozenset[str]]:
-    """The cheapest set, then with one block more at a time, from the output to the input, up to everything."""
+    """The cheapest set, then one block more at a time, from the output to the input, up to everything."""
     costs = limits.costs
     taken = last_layers(costs, limits.trainable, limits.cheapest_flops, limits.always)
     rungs = [taken]
@@ -373,8 +373,8 @@ def _rungs(limits: Limits) -> list[frozenset[str]]:
 def _falling(flops: list[int], steps: int, budget: int) -> list[int]:
     """For every step an index into `flops`, ascending, whose cost falls in a straight line.
 
-    The line is `cheapest + slope * (1 - step / steps) * (full - cheapest)`, cut off at the cost of a full step.
-    Bisection finds the steepest one within the budget.
+    The line is `cheapest + slope * (1 - step / steps) * (full - cheapest)`, cut off at a full step's cost.
+    Bisection finds the steepest line within the budget.
 
     Args:
         flops: of each set, ascending.

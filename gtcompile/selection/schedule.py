@@ -31,7 +31,7 @@ class Plan:
     at_random: bool = False
     """Whether the next set is drawn at random; otherwise the sets take turns."""
     lasts: tuple[int, ...] = ()
-    """For how many steps each set is trained, in order, and `shallow` after them; empty if sets take turns."""
+    """For how many steps each set is trained, in order, then `shallow`; empty if sets take turns."""
     selection: "Selection | None" = None
     """The only set with its importance and bound, if the policy computed them."""
 

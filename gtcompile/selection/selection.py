@@ -151,7 +151,12 @@ def select_within(
         limits.budget_flops - limits.costs.step_flops(limits.always),
         time_limit_s=time_limit_s,
     )
-    return describe(limits, importance, limits.always | {names[index] for index in chosen}, missed)
+    selection = describe(limits, importance, limits.always | {names[index] for index in chosen}, missed)
+    if selection.step_flops > limits.budget_flops:
+        raise GTCompileError(
+            f"a selection of {selection.step_flops} FLOPs for a budget of {limits.budget_flops}"
+        )
+    return selection
 
 
 def describe(
@@ -164,18 +169,12 @@ def describe(
         importance: by FQN, where it was measured.
         trained: FQNs.
         missed: importance that a better set could add at most; None if no better set was searched for.
-
-    Raises:
-        GTCompileError: the set costs more than the budget.
     """
-    step_flops = limits.costs.step_flops(trained)
-    if step_flops > limits.budget_flops:
-        raise GTCompileError(f"a selection of {step_flops} FLOPs for a budget of {limits.budget_flops}")
     total = math.fsum(importance.get(fqn, 0.0) for fqn in trained)
     return Selection(
         trained=trained,
         selectable=len(limits.costs.fqns),
-        step_flops=step_flops,
+        step_flops=limits.costs.step_flops(trained),
         budget_flops=limits.budget_flops,
         full_flops=limits.costs.full_flops,
         importance=total,

@@ -197,7 +197,8 @@ class AdaptiveBackprop:
 
         Returns:
             The selection for the next step, which prints as one line. If the policy changes the set at every
-            step, later steps may cost more than the budget, but never so much that the mean does.
+            step, later steps may cost more than the budget, but never so much that the mean does. With
+            `Progressive` the first steps do, and the mean is within the budget in the end.
 
         Raises:
             BudgetError: the budget trains nothing on this model, or not even `always`; names the smallest

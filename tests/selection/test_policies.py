@@ -14,8 +14,8 @@ from gtcompile.selection.schedule import Plan, Schedule, seeded
 from tests.selection.test_selection import coverage_costs
 from tests.support.policies import chain_of_blocks
 
-POLICIES = {**policies.NAMES, "progressive": policies.Progressive(steps=10)}
-AT_EVERY_STEP = [policy for name, policy in POLICIES.items() if name != "progressive"]
+AT_EVERY_STEP = [policy for name, policy in policies.NAMES.items() if name != "progressive"]
+EVERY = [*AT_EVERY_STEP, policies.Progressive(steps=10)]
 CHAIN = chain_of_blocks(6)
 EVEN = dict.fromkeys(CHAIN.fqns, 1.0)
 
@@ -32,7 +32,7 @@ def sets_of(schedule, steps):
 
 
 @st.composite
-def trainings(draw, among=tuple(POLICIES.values())):
+def trainings(draw, among=EVERY):
     """A policy, costs with importances, and a budget that trains something."""
     chains = st.builds(chain_of_blocks, st.integers(1, 6), st.integers(1, 3), embedding=st.booleans())
     costs = draw(st.one_of(chains, coverage_costs()))
@@ -200,7 +200,7 @@ def test_a_set_that_nothing_can_be_saved_for_waits_for_ever():
 
 
 def test_a_budget_below_the_cheapest_step_is_refused_by_every_policy():
-    for policy in POLICIES.values():
+    for policy in EVERY:
         with pytest.raises(BudgetError):
             schedule_of(policy, CHAIN, EVEN, math.nextafter(CHAIN.minimum_budget_fraction, 0))
 

@@ -1,6 +1,7 @@
 """AdaptiveBackprop with policies that change what is trained at every step."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_progressive_freezing_goes_on_over_selections_and_is_within_the_budget_a
             sets.append(trained)
             spent += flops[0]
     assert spent <= BUDGET * full * 20
-    assert all(later <= earlier for earlier, later in zip(sets, sets[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(sets))
     assert len(set(sets)) > 3
 
 
