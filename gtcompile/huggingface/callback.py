@@ -289,7 +289,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             optimizer,
             options.budget_fraction,
             budget_of=options.budget_of,
-            policy=options.policy,
+            policy=options.policy_for(trainer.state.max_steps),
             seed=trainer.args.seed,
             always=options.always,
             never=options.never,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ class AdaptiveBackpropCallback(Callback):
             trainer.model,  # type: ignore[arg-type] # no module only before the strategy is set up
             trainer.optimizers[0],
             options.budget_fraction,
-            policy=options.policy,
+            policy=options.policy_for(_steps(trainer)),
             loss_fn=loss,
             always=options.always,
             never=options.never,
@@ -277,3 +278,9 @@ def _log(trainer: Trainer, numbers: dict[str, float]) -> None:
     """Hand numbers to the trainer's loggers at once, whatever `log_every_n_steps` is."""
     for each in trainer.loggers:
         each.log_metrics(numbers, step=trainer.global_step)
+
+
+def _steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole training; None if it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else None

@@ -77,6 +77,14 @@ class CallbackOptions:
         """The options of `compile_blocks`."""
         return {"compiler": self.compiler, "activation_memory_budget": self.activation_memory_budget}
 
+    def policy_for(self, steps: int | None) -> policies.Policy:
+        """The policy for a training of so many optimizer steps; None if it has no end.
+
+        Raises:
+            ValueError: the policy must know how many.
+        """
+        return policies.for_training(policies.find_policy(self.policy), steps)
+
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types.
 

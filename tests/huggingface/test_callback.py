@@ -430,8 +430,9 @@ def test_events_of_something_else_than_a_trainer_are_refused(tmp_path):
         adaptive().on_init_end(make_args(tmp_path), None, None)
 
 
-def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path):
-    witness, callback = Witness(), adaptive(0.6, policy="occasionally_full", every="epoch", compiled=False)
+@pytest.mark.parametrize("policy", ["occasionally_full", "progressive"])
+def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path, policy):
+    witness, callback = Witness(), adaptive(0.6, policy=policy, every="epoch", compiled=False)
     trainer = train(tmp_path, callback, witness, gradient_accumulation_steps=2)
     assert len(witness.steps) == 6
     assert all(trained == gradients for trained, gradients in witness.steps)

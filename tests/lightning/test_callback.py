@@ -420,8 +420,9 @@ def test_validation_between_the_steps_changes_nothing(tmp_path):
     assert_equal_steps(ours, theirs)
 
 
-def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path):
-    callback, witness, meter = adaptive(0.6, policy="sampled", every="epoch"), Witness(), Meter()
+@pytest.mark.parametrize("policy", ["sampled", "progressive"])
+def test_a_policy_that_changes_the_set_by_the_step_stays_within_the_mean_budget(tmp_path, policy):
+    callback, witness, meter = adaptive(0.6, policy=policy, every="epoch"), Witness(), Meter()
     fit(tmp_path, callback, meter, witness)
     assert len({trained for trained, _ in witness.steps}) > 1
     full = callback.adaptive.step_flops / callback.adaptive.step_fraction

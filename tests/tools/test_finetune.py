@@ -248,10 +248,11 @@ def test_a_plan_makes_the_first_selection_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("policy", ["rotating", "progressive"])
 def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
-    settings: Settings, tmp_path: Path
+    settings: Settings, tmp_path: Path, policy: Any
 ) -> None:
-    summary = finetune(replace(settings, policy="rotating", epochs=1), tmp_path / "run", reporter())
+    summary = finetune(replace(settings, policy=policy, epochs=1), tmp_path / "run", reporter())
     flops = [line["flops"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
     assert len(set(flops)) > 1
     assert sum(flops) == summary.predicted_flops == summary.counted_flops <= 0.6 * summary.full_flops

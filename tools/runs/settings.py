@@ -21,6 +21,7 @@ Policy = Literal[
     "rotating",
     "lisa",
     "occasionally_full",
+    "progressive",
     "paper",
     "full",
 ]
