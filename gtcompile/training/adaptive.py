@@ -1,9 +1,8 @@
 """Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,49 +10,31 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.costs.backward_costs import BackwardCosts
 from gtcompile.costs.budgets import WHOLE, BudgetOf
-from gtcompile.costs.full_finetuning import full_finetuning_flops, refuse_quantized
-from gtcompile.errors import CaptureError, GTCompileError
+from gtcompile.costs.full_finetuning import refuse_quantized
+from gtcompile.errors import GTCompileError
 from gtcompile.graph.joint_graph import names_of
-from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
-from gtcompile.importance.gradient_stream import batch_loss, on_device
-from gtcompile.selection.limits import (
-    Limits,
-    Terms,
-    apply_terms,
-    check_patterns,
-    make_terms,
-    step_budget_fraction,
-)
-from gtcompile.selection.policies import Choose, Function, Policy, find_policy
+from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
+from gtcompile.selection.policies import Choose, Policy, find_policy
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
+from gtcompile.selection.user_policy import Propose, proposer
 from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.ddp import ranks_of
+from gtcompile.training.measured_batches import first_batches
+from gtcompile.training.step_costs import CostsByShape
 
 logger = logging.getLogger(__name__)
 
 MOST_BATCHES = 16
 """How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Costs:
-    """The costs of steps at the shapes of one batch."""
-
-    costs: BackwardCosts
-    """Of the model as it is."""
-    whole_flops: int | None
-    """FLOPs that the budget is a share of; None for those of a full step."""
-    budget_of: BudgetOf
-    """What these are FLOPs of."""
 
 
 class AdaptiveBackprop:
@@ -123,7 +104,7 @@ class AdaptiveBackprop:
             refuse_quantized(unwrap(model))
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
-        self._known_costs: dict[object, _Costs] = {}
+        self._costs = CostsByShape(model, loss_fn)
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
@@ -213,7 +194,7 @@ class AdaptiveBackprop:
         enter_shards(self._model)
         ranks.agree(self._common_ground())
         with restored(unwrap(self._model)):
-            checked, costs, whole = ranks.together(lambda: self._prepare(_first(batches, max_batches)))
+            checked, costs, whole = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
             limits = ranks.from_first(lambda: apply_terms(costs, self._terms, whole))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
@@ -291,7 +272,7 @@ class AdaptiveBackprop:
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
-            propose = self._propose_with(terms, importance, state["schedule"]["whole_flops"])
+            propose = self._proposer(terms, importance, state["schedule"]["whole_flops"])
             schedule = schedule_from(state["schedule"], parameters, propose)
         self._train(frozenset(state["trained"]))
         mark_names_trained(self._model, state["ever_trained"])
@@ -308,27 +289,6 @@ class AdaptiveBackprop:
         terms = make_terms(budget_fraction, always, never, budget_of)
         check_patterns(terms, names_of(list_parameters(unwrap(self._model))))
         return terms
-
-    def _costs(self, batch: Any) -> _Costs:
-        """Return the costs at this batch's shapes; capture again if these changed or costs follow values."""
-        key = _shapes_in(batch)
-        known = self._known_costs.get(key)
-        if known is None or known.costs.follows_values or known.budget_of != self.budget_of:
-            batch = on_device(batch, next(self._model.parameters()).device)
-            try:
-                self._known_costs = {key: self._compute_costs(batch)}
-            except CaptureError:
-                with torch.no_grad():  # the model's own error about a wrong batch says more
-                    batch_loss(self._model, batch, self._loss_fn)
-                raise
-        return self._known_costs[key]
-
-    def _compute_costs(self, batch: Any) -> _Costs:
-        logger.info("capturing one training step, for its costs; once for each shape of batches")
-        costs, whole = backward_costs(self._model, batch, loss_fn=self._loss_fn), None
-        if self.budget_of == "full_finetuning":
-            whole = full_finetuning_flops(self._model, batch, self._loss_fn)
-        return _Costs(costs, whole, self.budget_of)
 
     def _common_ground(self) -> dict[str, Any]:
         """Values that must be equal on all ranks, by their name in messages."""
@@ -350,7 +310,7 @@ class AdaptiveBackprop:
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
-        known = self._costs(checked[0])
+        known = self._costs.of(checked[0], self.budget_of)
         return checked, known.costs, known.whole_flops
 
     def _decide(
@@ -407,7 +367,7 @@ class AdaptiveBackprop:
             limits.budget_fraction,
             seed=self._seed,
             number=len(self._history),
-            propose=self._propose_with(self._terms, importance, whole),
+            propose=self._proposer(self._terms, importance, whole),
             whole_flops=whole,
         )
         trained = schedule.next_set()
@@ -415,35 +375,8 @@ class AdaptiveBackprop:
             return schedule, self.selection
         return schedule, plan.selection or describe(limits, importance, trained, None)
 
-    def _propose_with(
-        self, terms: Terms, importance: Mapping[str, float], whole_flops: int
-    ) -> Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None:
-        """Wrap the user's own policy for a schedule: rank 0 decides; None for any other policy."""
-        if not isinstance(self._policy, Function):
-            return None
-        choose, ranks = self._policy.choose, self._ranks
-
-        def chosen(costs: BackwardCosts, generator: torch.Generator) -> frozenset[str]:
-            always, never = (match_patterns(costs.names, each) for each in (terms.always, terms.never))
-            budget = step_budget_fraction(costs, terms, whole_flops)
-            names = match_patterns(costs.names, choose(costs, importance, budget, generator))
-            if not (trained := (names | always) - never):
-                raise ValueError("your policy returned no parameter to train; expected at least one FQN")
-            return trained
-
-        return lambda costs, generator: ranks.from_first(lambda: chosen(costs, generator))
-
-
-def _first(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
-    """Return the first batches, and say so if there are more; one batch alone is refused elsewhere."""
-    if most is None or isinstance(batches, Mapping | torch.Tensor):
-        return batches
-    chosen = list(itertools.islice(batches, most + 1))
-    if len(chosen) > most:
-        logger.warning(
-            "selecting on the first %d batches; max_batches=None takes all that reselect is given", most
-        )
-    return chosen[:most]
+    def _proposer(self, terms: Terms, importance: Mapping[str, float], whole_flops: int) -> Propose | None:
+        return proposer(self._policy, terms, importance, whole_flops, self._ranks)
 
 
 def _trains_nothing(plan: Plan) -> bool:
@@ -457,14 +390,3 @@ def _reason(limits: Limits) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {p.fqn: list(p.shape) for p in list_parameters(unwrap(model))}
-
-
-def _shapes_in(value: Any) -> object:
-    """A key of what the costs of a batch depend on: shapes and dtypes of tensors, and every other value."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _shapes_in(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_shapes_in(item) for item in value)
-    return repr(value)
