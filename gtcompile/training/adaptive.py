@@ -1,8 +1,10 @@
 """Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
-from gtcompile.costs.backward_costs import BackwardCosts
 from gtcompile.costs.budgets import WHOLE, BudgetOf
 from gtcompile.costs.full_finetuning import refuse_quantized
 from gtcompile.errors import GTCompileError
@@ -29,7 +30,9 @@ from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.ddp import ranks_of
 from gtcompile.training.measured_batches import first_batches
-from gtcompile.training.step_costs import CostsByShape
+from gtcompile.training.prefix_cache import PrefixCache
+from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
+from gtcompile.training.step_costs import CostsByShape, StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +73,16 @@ class AdaptiveBackprop:
         frozen_state: where the optimizer's state of a frozen parameter goes: "keep" it, move it to host
             memory ("cpu"), or "drop" it and start anew.
         seed: of the policies that draw at random; the same on all ranks.
+        prefix_cache: True to compute the frozen blocks near the input once per example instead of once per
+            epoch, as `PrefixCache` does; a folder to keep their outputs on disk as well; or a `PrefixCache`
+            of this model. The budget is that of steps which compute everything, so a cached step is cheaper:
+            see `cached_step_flops` and `computed_fraction`.
 
     Raises:
         ValueError: a budget outside (0, 1], a policy that does not exist, a pattern that matches nothing,
             or a `DistributedDataParallel` or `FullyShardedDataParallel` that would train or send something
-            else.
+            else; a `prefix_cache` of another model.
+        GTCompileError: a `prefix_cache` for a model without repeated blocks, or compiled as a whole.
         TypeError: a single string where patterns are expected.
     """
 
@@ -92,6 +100,7 @@ class AdaptiveBackprop:
         two_pass: bool = False,
         frozen_state: Setting = "keep",
         seed: int = 0,
+        prefix_cache: PrefixCache | bool | str | Path = False,
     ) -> None:
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
@@ -104,7 +113,9 @@ class AdaptiveBackprop:
             refuse_quantized(unwrap(model))
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
-        self._costs = CostsByShape(model, loss_fn)
+        cache = prefix_cache_of(model, prefix_cache)
+        self._prefix = None if cache is None else PrefixCosts(cache)
+        self._costs = CostsByShape(model, loss_fn, cache.blocks if cache else ())
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
@@ -156,6 +167,31 @@ class AdaptiveBackprop:
         """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
         return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
 
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The cache of the frozen prefix; None without one."""
+        return self._prefix.cache if self._prefix else None
+
+    @property
+    def cached_step_flops(self) -> int:
+        """FLOPs of a step with the present set that starts from the prefix cache; else `step_flops`.
+
+        They are less only where blocks near the input are frozen.
+        """
+        return self._prefix.cached_step_flops(self.step_flops) if self._prefix else self.step_flops
+
+    @property
+    def computed_fraction(self) -> float | None:
+        """Mean share of FLOPs that the training steps so far really took; None without a prefix cache.
+
+        It counts each forward with its backward, at the shapes that were measured, and never exceeds the mean
+        of their costs without the cache.
+        """
+        if self._prefix is None:
+            return None
+        self._count_forwards()
+        return self._prefix.mean_fraction
+
     def __repr__(self) -> str:
         whole = WHOLE[self.budget_of]
         set_now = "nothing selected yet" if self.selection is None else f"selected: {self.selection}"
@@ -193,9 +229,10 @@ class AdaptiveBackprop:
             raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
-        with restored(unwrap(self._model)):
-            checked, costs, whole = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
-            limits = ranks.from_first(lambda: apply_terms(costs, self._terms, whole))
+        not_counted = self._prefix.paused() if self._prefix else contextlib.nullcontext()
+        with restored(unwrap(self._model)), not_counted:
+            checked, known = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
+            limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
                 logger.warning("%s: measured within each batch instead", _reason(limits))
@@ -204,6 +241,8 @@ class AdaptiveBackprop:
         self._train(selection.trained)
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
         self._importance, self._schedule = importance, schedule
+        if self._prefix:
+            self._prefix.block_flops = known.block_flops
         self._history += (selection,)
         return selection
 
@@ -229,7 +268,7 @@ class AdaptiveBackprop:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
-        shapes = _shapes(self._model)
+        shapes, schedule = _shapes(self._model), self._schedule
         return {
             "budget_fraction": self._terms.budget_fraction,
             "budget_of": self._terms.budget_of,
@@ -242,20 +281,22 @@ class AdaptiveBackprop:
             "ever_trained": sorted(ever_trained(self._model)),
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
-            "schedule": schedule_state(self._schedule, sorted(shapes)) if self._schedule else None,
+            "schedule": schedule_state(schedule, sorted(shapes)) if schedule else None,
+            **self._prefix_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned, in the middle of an epoch or not.
 
         Budget, patterns, seed and history become those of the state, and its trained set is trained from now
-        on. The next calls of `step` return the sets that would have come next.
+        on. The next calls of `step` return the sets that would have come next. Values in a prefix cache are
+        not part of a state: without a folder, the next steps compute them again.
 
         Raises:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - state.keys()):
+        if missing := sorted(self.state_dict().keys() - {"prefix"} - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
         check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         if state["policy"] != repr(self._policy):
@@ -278,8 +319,22 @@ class AdaptiveBackprop:
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
+        if self._prefix and "prefix" in state:
+            self._prefix.restore(state["prefix"])
+
+    def _prefix_state(self) -> dict[str, Any]:
+        if self._prefix is None:
+            return {}
+        self._count_forwards()
+        return {"prefix": self._prefix.state()}
+
+    def _count_forwards(self) -> None:
+        """Count what the steps with the present set computed; before the set or its costs change."""
+        if self._prefix:
+            self._prefix.count(self.step_flops, self._schedule.whole_flops if self._schedule else 0)
 
     def _train(self, trained: frozenset[str]) -> None:
+        self._count_forwards()
         self._trained = set_trained(self._model, trained)
         self._frozen_state.apply()
 
@@ -305,13 +360,15 @@ class AdaptiveBackprop:
             "the number of steps since the selection": self._schedule.progress.steps if self._schedule else 0,
         }
 
-    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts, int | None]:
+    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], StepCosts]:
+        """Check the batches; return them with the costs at the shapes of the first."""
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
-        known = self._costs.of(checked[0], self.budget_of)
-        return checked, known.costs, known.whole_flops
+        if self._prefix and not self._prefix.cache.surveyed:
+            self._costs.run(checked[0])  # the cost of a cached step follows from the order of the modules
+        return checked, self._costs.of(checked[0], self.budget_of)
 
     def _decide(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
