@@ -230,7 +230,7 @@ class AdaptiveBackprop:
         enter_shards(self._model)
         ranks.agree(self._common_ground())
         not_counted = self._prefix.paused() if self._prefix else contextlib.nullcontext()
-        with restored(unwrap(self._model)), not_counted:
+        with not_counted, restored(unwrap(self._model)):
             checked, known = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
             limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
@@ -366,8 +366,8 @@ class AdaptiveBackprop:
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
-        if self._prefix and not self._prefix.cache.surveyed:
-            self._costs.run(checked[0])  # the cost of a cached step follows from the order of the modules
+        if self._prefix:
+            self._prefix.survey(lambda: self._costs.run(checked[0]))
         return checked, self._costs.of(checked[0], self.budget_of)
 
     def _decide(

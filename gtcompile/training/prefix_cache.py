@@ -172,6 +172,22 @@ class PrefixCache:
         self._store, self.stats.bytes, self.stats.depth = None, 0, 0
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, every block is computed and nothing is stored; values stay.
+
+        What is done inside must leave the parameters and buffers of the prefix with the contents they had.
+        """
+        store, enabled = self._store, self.enabled
+        valid = store is not None and store.versions.equals(self._blocks.versions(store.depth))
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = enabled
+            if store is not None and valid:  # restoring a buffer's contents raises its version
+                store.versions = self._blocks.versions(store.depth)
+
+    @contextlib.contextmanager
     def pretend_hit(self) -> Iterator[None]:
         """Inside, `backward_costs(model, batch)` returns the costs of a step that starts from cached values.
 
@@ -181,13 +197,9 @@ class PrefixCache:
             GTCompileError: no training forward has run yet, from which the order of the modules is known.
         """
         depth = self._depth_of_a_hit()
-        enabled, self.enabled = self.enabled, False
-        try:
-            with contextlib.ExitStack() as hooks:
-                self._blocks.bypass(depth, None, hooks)
-                yield
-        finally:
-            self.enabled = enabled
+        with self.paused(), contextlib.ExitStack() as hooks:
+            self._blocks.bypass(depth, None, hooks)
+            yield
 
     # Hooks of the model.
 

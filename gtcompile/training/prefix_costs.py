@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,22 @@ class PrefixCosts:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards within the block are no training, and do not count."""
+        """Forwards within the block are no training: they neither count nor use the cache."""
         before = Counter(self.cache.stats.forwards)
         try:
-            yield
+            with self.cache.paused():
+                yield
         finally:
             self._seen += self.cache.stats.forwards - before
+
+    def survey(self, run: Callable[[], object]) -> None:
+        """Run a training forward if none has shown the order of the modules, on which costs depend."""
+        if not self.cache.surveyed:
+            enabled, self.cache.enabled = self.cache.enabled, True
+            try:
+                run()
+            finally:
+                self.cache.enabled = enabled
 
     def count(self, step_flops: int, whole_flops: int) -> None:
         """Count the forwards since the last call.

@@ -124,6 +124,18 @@ def test_training_is_the_same_and_the_mean_of_what_is_computed_is_counted(policy
     assert adaptive.computed_fraction * history[0].full_flops == pytest.approx(mean, rel=1e-9)
 
 
+def test_a_selection_of_the_same_set_keeps_what_is_cached():
+    model, batches = make_llama(), make_batches(2)
+    always = [name for name, _ in model.named_parameters() if "layers.4" in name]
+    optimizer, adaptive = make_adaptive(model, policy="best", always=always, never=["model.layers.[0-2].*"])
+    for _ in range(3):
+        adaptive.reselect(batches)
+        for batch in batches:
+            step(model, optimizer, batch)
+    # only the first epoch and the first step of the second, which compares, computed the prefix
+    assert adaptive.prefix_cache.stats.hits == 3
+
+
 def test_measuring_and_steps_before_the_first_selection_do_not_count():
     model, batches = make_llama(), make_batches(2)
     optimizer, adaptive = make_adaptive(model, policy="best")
