@@ -7,7 +7,7 @@ import inspect
 import itertools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,21 +21,28 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
-from gtcompile.costs.budgets import BudgetOf
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.huggingface.batches import draw_batches, prepared
-from gtcompile.huggingface.compatibility import check_trainer, check_uncompiled, remove_input_hooks
-from gtcompile.huggingface.trainer_loss import TrainerLoss, adapters_switched_safely
+from gtcompile.huggingface.compatibility import (
+    check_labels_stay,
+    check_trainer,
+    check_uncompiled,
+    remove_input_hooks,
+)
+from gtcompile.huggingface.trainer_loss import (
+    TrainerLoss,
+    adapters_switched_safely,
+    labelled_logits_only_in,
+)
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
-    Setting,
     complete_when_saved,
     forget_state_of_others,
     parameters_with_state,
 )
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.callback_options import CallbackOptions, Every, Policy, Progress
+from gtcompile.training.callback_options import CallbackOptions, Progress, takes
 
 logger = logging.getLogger(__name__)
 
@@ -85,47 +92,25 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             ("cpu"), or "drop" it.
         activation_memory_budget: share of the bytes saved for backward that the blocks may keep, in [0, 1];
             the backward recomputes the rest.
+        prefix_cache: True to compute the frozen blocks near the input once per example instead of once per
+            epoch, in host memory, as `gtcompile.PrefixCache` does; a folder to keep their outputs on disk as
+            well. The budget is that of steps that compute everything; what was computed is logged.
+        labelled_logits: compute the head and the loss at labelled positions alone, as
+            `gtcompile.only_labelled_logits` does. The collator and evaluations stay as they are.
 
     Raises:
         ValueError, TypeError: for arguments outside these ranges. `Trainer(...)` and `.train()` raise
             ValueError for settings that would undo the selection (a second such callback,
             `torch_compile=True`, a model that is compiled already, reentrant checkpointing, DeepSpeed,
-            version 1 of FSDP, several devices in one process) and for a checkpoint of another model or
-            budget.
+            version 1 of FSDP, several devices in one process), for `labelled_logits` where the trainer takes
+            the labels out of the batch, and for a checkpoint of another model or budget.
         BudgetError: from `.train()`, when the budget trains nothing on this model; names the smallest budget
             that does.
     """
 
-    def __init__(
-        self,
-        budget_fraction: float = 0.5,
-        *,
-        budget_of: BudgetOf = "step",
-        policy: Policy = "best",
-        every: Every = "epoch",
-        batches: int = 4,
-        compiled: bool = True,
-        compiler: str = "inductor",
-        always: Iterable[str] = (),
-        never: Iterable[str] = (),
-        two_pass: bool = False,
-        frozen_state: Setting = "keep",
-        activation_memory_budget: float = 1.0,
-    ) -> None:
-        self._options = CallbackOptions(
-            budget_fraction=budget_fraction,
-            budget_of=budget_of,
-            policy=policy,
-            every=every,
-            batches=batches,
-            compiled=compiled,
-            compiler=compiler,
-            always=always,  # type: ignore[arg-type] # the options make a tuple of it
-            never=never,  # type: ignore[arg-type]
-            two_pass=two_pass,
-            frozen_state=frozen_state,
-            activation_memory_budget=activation_memory_budget,
-        )
+    @takes(CallbackOptions)
+    def __init__(self, budget_fraction: float = 0.5, **options: Any) -> None:
+        self._options = CallbackOptions(budget_fraction, **options)
         self._progress = Progress()
         self._trainer: weakref.ref[Trainer] | None = None
         self._training: _Training | None = None
@@ -197,8 +182,13 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             completion=complete_when_saved(optimizer) if trainer.is_fsdp_enabled else None,
             trainer_changes=contextlib.ExitStack(),
         )
-        self._training.trainer_changes.enter_context(adapters_switched_safely(trainer, model))
+        changes = self._training.trainer_changes
+        changes.enter_context(adapters_switched_safely(trainer, model))
+        if (cache := self._adaptive.prefix_cache) is not None:
+            changes.callback(cache.remove)
         try:
+            if options.labelled_logits:
+                changes.enter_context(labelled_logits_only_in(trainer, model))
             self._restore(state)
         except BaseException:
             self._release()
@@ -236,9 +226,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log what was spent; leave the model as it was before training."""
-        spent = self._progress.mean_fraction
-        if self._training is not None and spent is not None:
-            self._training.trainer.log({"adaptive/flops_fraction_spent": spent})
+        if self._training is not None and self._progress.steps:
+            self._training.trainer.log(self._spent())
         self._release()
 
     def measured_batches(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[Any]:
@@ -296,6 +285,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             two_pass=options.two_pass,
             frozen_state=options.frozen_state,
             loss_fn=TrainerLoss(trainer),
+            prefix_cache=options.prefix_cache,
         )
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
@@ -329,9 +319,15 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         }
         measured = sorted(selection.trained & importance.keys())
         numbers |= {f"adaptive/importance/{fqn}": importance[fqn] for fqn in measured}
-        if (spent := self._progress.mean_fraction) is not None:
-            numbers["adaptive/flops_fraction_spent"] = spent
-        return numbers
+        return numbers | self._spent()
+
+    def _spent(self) -> dict[str, float]:
+        """Mean shares of FLOPs over the steps so far; with a prefix cache, also of what they computed."""
+        if (spent := self._progress.mean_fraction) is None:
+            return {}
+        computed = self.adaptive.computed_fraction
+        cached = {} if computed is None else {"adaptive/flops_fraction_computed": computed}
+        return {"adaptive/flops_fraction_spent": spent, **cached}
 
     def _restore(self, state: TrainerState) -> None:
         """Continue from the state of a resumed trainer, which has ours under the callback's class name."""
@@ -376,6 +372,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, type(self))
+        if self._options.labelled_logits:
+            check_labels_stay(trainer)
         if self._options.compiled:
             check_uncompiled(trainer, type(self))
 

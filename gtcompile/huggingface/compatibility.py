@@ -36,6 +36,22 @@ def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
         )
 
 
+def check_labels_stay(trainer: Trainer) -> None:
+    """Refuse `labelled_logits` for a trainer that takes the labels out of the batch for a loss of its own.
+
+    Raises:
+        ValueError: says which setting does so.
+    """
+    settings = {
+        "label_smoothing_factor": trainer.args.label_smoothing_factor,
+        "compute_loss_func": trainer.compute_loss_func,
+    }
+    for name in (name for name, value in settings.items() if value):
+        raise ValueError(
+            f"labelled_logits=True needs the model's own loss, and {name} replaces it; leave out one of them"
+        )
+
+
 def remove_input_hooks(model: nn.Module) -> None:
     """Remove the hooks that make embedding outputs require grad; PEFT and TRL each register one.
 

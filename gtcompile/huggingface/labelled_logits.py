@@ -8,8 +8,7 @@ those of all logits, up to rounding: the same sum with the zeros left out.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -78,63 +77,79 @@ def only_labelled_logits(model: nn.Module) -> "Installed":
     Raises:
         GTCompileError: the model is no causal language model of transformers.
     """
-    base: Any = _causal_model(model)
-    head, loss_function = base.get_output_embeddings(), base.loss_function
-    kept: dict[str, torch.Tensor] = {}
+    return Installed(model, _causal_model(model))
 
-    def take_from_batch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        kept.clear()
+
+class Installed:
+    """What `only_labelled_logits` changed: hooks of the model and its head, and the model's loss function.
+
+    Args:
+        model: gets the batches.
+        base: the causal language model that it is or contains.
+    """
+
+    def __init__(self, model: nn.Module, base: Any) -> None:
+        self._base, self._former_loss = base, base.loss_function
+        self._kept: dict[str, torch.Tensor] = {}
+        """Labels, positions and targets of the present forward."""
+        self._hooks: tuple[RemovableHandle, ...] = (
+            model.register_forward_pre_hook(self._take_from_batch, with_kwargs=True),
+            base.get_output_embeddings().register_forward_pre_hook(self._select),
+            model.register_forward_hook(self._forget, always_call=True),
+        )
+
+        @functools.wraps(self._former_loss)  # its signature tells that it takes `shift_labels`
+        def loss_function(*args: Any, **kwargs: Any) -> Any:
+            return self._loss(*args, **kwargs)
+
+        base.loss_function = loss_function
+
+    def remove(self) -> None:
+        """Undo it: the head and the loss see every position again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._base.loss_function = self._former_loss
+
+    def _take_from_batch(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Keep the positions and targets, and hand the rest of the batch on."""
+        self._kept.clear()
         if module.training and POSITIONS in kwargs:
-            kept.update({key: _argument(kwargs, key) for key in (POSITIONS, TARGETS, "labels")})
+            self._kept.update({key: _argument(kwargs, key) for key in (POSITIONS, TARGETS, "labels")})
         return args, {key: value for key, value in kwargs.items() if key not in (POSITIONS, TARGETS)}
 
-    def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if POSITIONS not in kept:
+    def _select(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Hand the head the hidden states at labelled positions alone."""
+        if POSITIONS not in self._kept:
             return args
         hidden, *rest = args
-        if hidden.shape[:2] != kept["labels"].shape:
+        labels = self._kept["labels"]
+        if hidden.shape[:2] != labels.shape:
             raise GTCompileError(
                 f"only_labelled_logits: the head got hidden states of {list(hidden.shape[:2])} rows and "
-                f"tokens for labels of {list(kept['labels'].shape)}; adapters that add tokens are refused"
+                f"tokens for labels of {list(labels.shape)}; adapters that add tokens are refused"
             )
-        return hidden.flatten(0, 1)[kept[POSITIONS]].unsqueeze(0), *rest
+        return hidden.flatten(0, 1)[self._kept[POSITIONS]].unsqueeze(0), *rest
 
-    @functools.wraps(loss_function)
-    def labelled_loss(logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if TARGETS in kept:
-            labels = kwargs["shift_labels"] = kept.pop(TARGETS).unsqueeze(0)
-        return loss_function(logits, labels, *args, **kwargs)
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute the model's own loss of the targets at these positions."""
+        if TARGETS in self._kept:
+            labels = kwargs["shift_labels"] = self._kept.pop(TARGETS).unsqueeze(0)
+        return self._former_loss(logits, labels, *args, **kwargs)
 
-    def forget(module: nn.Module, args: Any, output: Any) -> None:
-        computed = TARGETS not in kept
-        kept.clear()  # `generate` of a model in peft calls the model inside, and the hook above does not run
+    def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Check that the loss was computed with the targets.
+
+        `generate` of a model in peft calls the model inside, and `_take_from_batch` does not run; so nothing
+        may be kept from one forward to the next.
+        """
+        computed = TARGETS not in self._kept
+        self._kept.clear()
         if not computed and output is not None:  # None after an error
             raise GTCompileError(
                 "only_labelled_logits: the model computed its loss without its loss_function"
             )
-
-    hooks = (
-        model.register_forward_pre_hook(take_from_batch, with_kwargs=True),
-        head.register_forward_pre_hook(select),
-        model.register_forward_hook(forget, always_call=True),
-    )
-    base.loss_function = labelled_loss
-    return Installed(hooks, base, loss_function)
-
-
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """What `only_labelled_logits` changed."""
-
-    hooks: tuple[RemovableHandle, ...]
-    base: Any
-    former_loss: Callable[..., torch.Tensor]
-
-    def remove(self) -> None:
-        """Undo it: the head and the loss see every position again."""
-        for hook in self.hooks:
-            hook.remove()
-        self.base.loss_function = self.former_loss
 
 
 def _argument(kwargs: dict[str, Any], key: str) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from gtcompile.huggingface.labelled_logits import add_labelled_positions, only_labelled_logits
+
 
 class TrainerLoss:
     """Computes what `Trainer.compute_loss` computes, with everything that this method does.
@@ -85,6 +87,32 @@ def adapters_switched_safely(trainer: Trainer, model: nn.Module) -> Iterator[Non
         for name in names:
             delattr(trainer, name)
         vars(trainer).update(own)
+
+
+@contextlib.contextmanager
+def labelled_logits_only_in(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Within the block, compute head and loss at labelled positions in a trainer's training steps.
+
+    Args:
+        trainer: names the positions in its training batches when it prepares them; its collator stays.
+        model: the one it trains, without wrappers of parallel training.
+
+    Raises:
+        GTCompileError: the model is no causal language model of transformers.
+    """
+    installed, prepare = only_labelled_logits(model), trainer._prepare_inputs
+
+    @functools.wraps(prepare)
+    def with_positions(inputs: Any) -> Any:
+        batch = prepare(inputs)
+        return add_labelled_positions(batch) if model.training else batch
+
+    trainer._prepare_inputs = with_positions  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        trainer._prepare_inputs = prepare  # type: ignore[method-assign]
+        installed.remove()
 
 
 def _with_flags_unchanged(method: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:

@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from gtcompile.lightning.compatibility import check_replicas, check_trainer
 from gtcompile.lightning.framework import Callback, LightningModule, Trainer
 from gtcompile.lightning.training_loss import TrainingLoss, check_loss, training_loss, untouched
 from gtcompile.selection.selection import Selection
-from gtcompile.state.optimizer_state import Setting
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.callback_options import CallbackOptions, Every, Policy, Progress
+from gtcompile.training.callback_options import CallbackOptions, Progress, takes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +41,30 @@ class _Progress(Progress):
     """The trainer's number of steps when they were last counted."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Options(CallbackOptions):
+    """The options, with the seed that Lightning's trainer does not have."""
+
+    seed: int = field(default=0, kw_only=True)
+    """Of the measured examples and of policies that draw at random."""
+
+    def __post_init__(self) -> None:
+        CallbackOptions.__post_init__(self)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
+        if self.prefix_cache is not False:
+            raise ValueError(
+                "prefix_cache works on the module that has the blocks, which is one inside of a "
+                "LightningModule; create gtcompile.PrefixCache(that_module) before Trainer.fit"
+            )
+        if self.labelled_logits:
+            raise ValueError(
+                "labelled_logits needs the batches of transformers' Trainer; in a LightningModule call "
+                "gtcompile.only_labelled_logits(that_model), and gtcompile.add_labelled_positions in the "
+                "collator"
+            )
+
+
 class AdaptiveBackpropCallback(Callback):
     """Trains, within a FLOPs budget, the parameters that most reduce the loss; for Lightning's `Trainer`.
 
@@ -56,7 +78,8 @@ class AdaptiveBackpropCallback(Callback):
     were.
 
     Args:
-        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_of: what the budget is a share of, "step" or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
         every: select at each "epoch", or after this many optimizer steps.
         batches: number of batches of the loader's size that importance is measured on, at least 2 (1 with
@@ -74,45 +97,17 @@ class AdaptiveBackpropCallback(Callback):
         seed: of the measured examples and of policies that draw at random; the same on all ranks.
 
     Raises:
-        ValueError, TypeError: for arguments outside these ranges. `Trainer.fit` raises ValueError for what
+        ValueError, TypeError: for arguments outside these ranges, and for `prefix_cache` and
+            `labelled_logits`, which are for transformers' Trainer. `Trainer.fit` raises ValueError for what
             would undo the selection (manual optimization, DeepSpeed, FSDP, a module that is compiled
             already, another callback that freezes) and for a checkpoint of another model or other options.
         BudgetError: from `Trainer.fit`, when the budget trains nothing on this model; names the smallest
             budget that does.
     """
 
-    def __init__(
-        self,
-        budget_fraction: float = 0.5,
-        *,
-        policy: Policy = "best",
-        every: Every = "epoch",
-        batches: int = 4,
-        compiled: bool = True,
-        compiler: str = "inductor",
-        always: Iterable[str] = (),
-        never: Iterable[str] = (),
-        two_pass: bool = False,
-        frozen_state: Setting = "keep",
-        activation_memory_budget: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"expected seed to be a whole number, got {seed!r}")
-        self._options = CallbackOptions(
-            budget_fraction=budget_fraction,
-            policy=policy,
-            every=every,
-            batches=batches,
-            compiled=compiled,
-            compiler=compiler,
-            always=always,  # type: ignore[arg-type] # the options make a tuple of it
-            never=never,  # type: ignore[arg-type]
-            two_pass=two_pass,
-            frozen_state=frozen_state,
-            activation_memory_budget=activation_memory_budget,
-        )
-        self._seed = seed
+    @takes(_Options)
+    def __init__(self, budget_fraction: float = 0.5, **options: Any) -> None:
+        self._options = _Options(budget_fraction, **options)
         self._progress = _Progress()
         self._training: _Training | None = None
         self._adaptive: AdaptiveBackprop | None = None
@@ -151,13 +146,14 @@ class AdaptiveBackpropCallback(Callback):
             trainer.model,  # type: ignore[arg-type] # no module only before the strategy is set up
             trainer.optimizers[0],
             options.budget_fraction,
+            budget_of=options.budget_of,
             policy=options.policy_for(_steps(trainer)),
             loss_fn=loss,
             always=options.always,
             never=options.never,
             two_pass=options.two_pass,
             frozen_state=options.frozen_state,
-            seed=self._seed,
+            seed=options.seed,
         )
         self._training = _Training(trainer, pl_module, loss)
         if options.compiled:
@@ -210,7 +206,7 @@ class AdaptiveBackpropCallback(Callback):
             raise GTCompileError(
                 f"another training uses this {type(self).__name__} by now; give each trainer its own"
             )
-        seed = f"{self._seed} {trainer.global_step} {trainer.global_rank}"
+        seed = f"{self._options.seed} {trainer.global_step} {trainer.global_rank}"
         batches = measured_batches(trainer, module, self._options.batches, seed)
         with untouched(trainer, module):
             if self.adaptive.selection is None:
@@ -240,18 +236,12 @@ class AdaptiveBackpropCallback(Callback):
         return {
             "torch": str(torch.__version__),  # a type of its own, which a checkpoint would have to pickle
             "options": self._options.to_json(),
-            "seed": self._seed,
             "progress": dataclasses.asdict(self._progress),
             "adaptive": self.adaptive.state_dict(),
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._options.check_resumed(saved["options"])
-        if saved["seed"] != self._seed:
-            raise ValueError(
-                f"the checkpoint was trained with seed={saved['seed']}, this callback has {self._seed}; "
-                f"resume with the checkpoint's, or start a new training"
-            )
         if saved["torch"] != torch.__version__:
             logger.warning(
                 "resumed with torch %s, saved with %s: the continuation may differ in rounding",

@@ -1,9 +1,10 @@
 """Adaptive backpropagation in a training loop: measure importance, select, train that; again every epoch."""
 
-import itertools
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,49 +12,32 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
 from gtcompile.costs.budgets import WHOLE, BudgetOf
-from gtcompile.costs.full_finetuning import full_finetuning_flops, refuse_quantized
-from gtcompile.errors import CaptureError, GTCompileError
+from gtcompile.costs.full_finetuning import refuse_quantized
+from gtcompile.errors import GTCompileError
 from gtcompile.graph.joint_graph import names_of
-from gtcompile.graph.names import match_patterns
 from gtcompile.importance.estimators import check_batches, measure_importance
-from gtcompile.importance.gradient_stream import batch_loss, on_device
-from gtcompile.selection.limits import (
-    Limits,
-    Terms,
-    apply_terms,
-    check_patterns,
-    make_terms,
-    step_budget_fraction,
-)
-from gtcompile.selection.policies import Choose, Function, Policy, find_policy, for_training
+from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
+from gtcompile.selection.policies import Choose, Policy, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
+from gtcompile.selection.user_policy import Propose, proposer
 from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.ddp import ranks_of
+from gtcompile.training.measured_batches import first_batches
+from gtcompile.training.prefix_cache import PrefixCache
+from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
+from gtcompile.training.step_costs import CostsByShape, StepCosts
 
 logger = logging.getLogger(__name__)
 
 MOST_BATCHES = 16
 """How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Costs:
-    """The costs of steps at the shapes of one batch."""
-
-    costs: BackwardCosts
-    """Of the model as it is."""
-    whole_flops: int | None
-    """FLOPs that the budget is a share of; None for those of a full step."""
-    budget_of: BudgetOf
-    """What these are FLOPs of."""
 
 
 class AdaptiveBackprop:
@@ -89,11 +73,16 @@ class AdaptiveBackprop:
         frozen_state: where the optimizer's state of a frozen parameter goes: "keep" it, move it to host
             memory ("cpu"), or "drop" it and start anew.
         seed: of the policies that draw at random; the same on all ranks.
+        prefix_cache: True to compute the frozen blocks near the input once per example instead of once per
+            epoch, as `PrefixCache` does; a folder to keep their outputs on disk as well; or a `PrefixCache`
+            of this model. The budget is that of steps which compute everything, so a cached step is cheaper:
+            see `cached_step_flops` and `computed_fraction`.
 
     Raises:
         ValueError: a budget outside (0, 1], a policy that does not exist, a pattern that matches nothing,
             or a `DistributedDataParallel` or `FullyShardedDataParallel` that would train or send something
-            else.
+            else; a `prefix_cache` of another model.
+        GTCompileError: a `prefix_cache` for a model without repeated blocks, or compiled as a whole.
         TypeError: a single string where patterns are expected.
     """
 
@@ -111,6 +100,7 @@ class AdaptiveBackprop:
         two_pass: bool = False,
         frozen_state: Setting = "keep",
         seed: int = 0,
+        prefix_cache: PrefixCache | bool | str | Path = False,
     ) -> None:
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
@@ -123,7 +113,9 @@ class AdaptiveBackprop:
             refuse_quantized(unwrap(model))
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
-        self._known_costs: dict[object, _Costs] = {}
+        cache = prefix_cache_of(model, prefix_cache)
+        self._prefix = None if cache is None else PrefixCosts(cache)
+        self._costs = CostsByShape(model, loss_fn, cache.blocks if cache else ())
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
@@ -175,6 +167,31 @@ class AdaptiveBackprop:
         """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
         return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
 
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The cache of the frozen prefix; None without one."""
+        return self._prefix.cache if self._prefix else None
+
+    @property
+    def cached_step_flops(self) -> int:
+        """FLOPs of a step with the present set that starts from the prefix cache; else `step_flops`.
+
+        They are less only where blocks near the input are frozen.
+        """
+        return self._prefix.cached_step_flops(self.step_flops) if self._prefix else self.step_flops
+
+    @property
+    def computed_fraction(self) -> float | None:
+        """Mean share of FLOPs that the training steps so far really took; None without a prefix cache.
+
+        It counts each forward with its backward, at the shapes that were measured, and never exceeds the mean
+        of their costs without the cache.
+        """
+        if self._prefix is None:
+            return None
+        self._count_forwards()
+        return self._prefix.mean_fraction
+
     def __repr__(self) -> str:
         whole = WHOLE[self.budget_of]
         set_now = "nothing selected yet" if self.selection is None else f"selected: {self.selection}"
@@ -213,9 +230,10 @@ class AdaptiveBackprop:
             raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
-        with restored(unwrap(self._model)):
-            checked, costs, whole = ranks.together(lambda: self._prepare(_first(batches, max_batches)))
-            limits = ranks.from_first(lambda: apply_terms(costs, self._terms, whole))
+        not_counted = self._prefix.paused() if self._prefix else contextlib.nullcontext()
+        with not_counted, restored(unwrap(self._model)):
+            checked, known = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
+            limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
                 logger.warning("%s: measured within each batch instead", _reason(limits))
@@ -224,6 +242,8 @@ class AdaptiveBackprop:
         self._train(selection.trained)
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
         self._importance, self._schedule = importance, schedule
+        if self._prefix:
+            self._prefix.block_flops = known.block_flops
         self._history += (selection,)
         return selection
 
@@ -249,7 +269,7 @@ class AdaptiveBackprop:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
-        shapes = _shapes(self._model)
+        shapes, schedule = _shapes(self._model), self._schedule
         return {
             "budget_fraction": self._terms.budget_fraction,
             "budget_of": self._terms.budget_of,
@@ -262,20 +282,22 @@ class AdaptiveBackprop:
             "ever_trained": sorted(ever_trained(self._model)),
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
-            "schedule": schedule_state(self._schedule, sorted(shapes)) if self._schedule else None,
+            "schedule": schedule_state(schedule, sorted(shapes)) if schedule else None,
+            **self._prefix_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned, in the middle of an epoch or not.
 
         Budget, patterns, seed and history become those of the state, and its trained set is trained from now
-        on. The next calls of `step` return the sets that would have come next.
+        on. The next calls of `step` return the sets that would have come next. Values in a prefix cache are
+        not part of a state: without a folder, the next steps compute them again.
 
         Raises:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - state.keys()):
+        if missing := sorted(self.state_dict().keys() - {"prefix"} - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
         check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         if state["policy"] != repr(self._policy):
@@ -292,14 +314,28 @@ class AdaptiveBackprop:
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
-            propose = self._propose_with(terms, importance, state["schedule"]["whole_flops"])
+            propose = self._proposer(terms, importance, state["schedule"]["whole_flops"])
             schedule = schedule_from(state["schedule"], parameters, propose)
         self._train(frozenset(state["trained"]))
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
+        if self._prefix and "prefix" in state:
+            self._prefix.restore(state["prefix"])
+
+    def _prefix_state(self) -> dict[str, Any]:
+        if self._prefix is None:
+            return {}
+        self._count_forwards()
+        return {"prefix": self._prefix.state()}
+
+    def _count_forwards(self) -> None:
+        """Count what the steps with the present set computed; before the set or its costs change."""
+        if self._prefix:
+            self._prefix.count(self.step_flops, self._schedule.whole_flops if self._schedule else 0)
 
     def _train(self, trained: frozenset[str]) -> None:
+        self._count_forwards()
         self._trained = set_trained(self._model, trained)
         self._frozen_state.apply()
 
@@ -309,27 +345,6 @@ class AdaptiveBackprop:
         terms = make_terms(budget_fraction, always, never, budget_of)
         check_patterns(terms, names_of(list_parameters(unwrap(self._model))))
         return terms
-
-    def _costs(self, batch: Any) -> _Costs:
-        """Return the costs at this batch's shapes; capture again if these changed or costs follow values."""
-        key = _shapes_in(batch)
-        known = self._known_costs.get(key)
-        if known is None or known.costs.follows_values or known.budget_of != self.budget_of:
-            batch = on_device(batch, next(self._model.parameters()).device)
-            try:
-                self._known_costs = {key: self._compute_costs(batch)}
-            except CaptureError:
-                with torch.no_grad():  # the model's own error about a wrong batch says more
-                    batch_loss(self._model, batch, self._loss_fn)
-                raise
-        return self._known_costs[key]
-
-    def _compute_costs(self, batch: Any) -> _Costs:
-        logger.info("capturing one training step, for its costs; once for each shape of batches")
-        costs, whole = backward_costs(self._model, batch, loss_fn=self._loss_fn), None
-        if self.budget_of == "full_finetuning":
-            whole = full_finetuning_flops(self._model, batch, self._loss_fn)
-        return _Costs(costs, whole, self.budget_of)
 
     def _common_ground(self) -> dict[str, Any]:
         """Values that must be equal on all ranks, by their name in messages."""
@@ -346,13 +361,15 @@ class AdaptiveBackprop:
             "the number of steps since the selection": self._schedule.progress.steps if self._schedule else 0,
         }
 
-    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], BackwardCosts, int | None]:
+    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], StepCosts]:
+        """Check the batches; return them with the costs at the shapes of the first."""
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
-        known = self._costs(checked[0])
-        return checked, known.costs, known.whole_flops
+        if self._prefix:
+            self._prefix.survey(lambda: self._costs.run(checked[0]))
+        return checked, self._costs.of(checked[0], self.budget_of)
 
     def _decide(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
@@ -408,7 +425,7 @@ class AdaptiveBackprop:
             limits.budget_fraction,
             seed=self._seed,
             number=len(self._history),
-            propose=self._propose_with(self._terms, importance, whole),
+            propose=self._proposer(self._terms, importance, whole),
             progress=former.finished(whole or costs.full_flops) if former and plan.lasts else None,
             whole_flops=whole,
         )
@@ -417,35 +434,8 @@ class AdaptiveBackprop:
             return schedule, self.selection
         return schedule, plan.selection or describe(limits, importance, trained, None)
 
-    def _propose_with(
-        self, terms: Terms, importance: Mapping[str, float], whole_flops: int
-    ) -> Callable[[BackwardCosts, torch.Generator], frozenset[str]] | None:
-        """Wrap the user's own policy for a schedule: rank 0 decides; None for any other policy."""
-        if not isinstance(self._policy, Function):
-            return None
-        choose, ranks = self._policy.choose, self._ranks
-
-        def chosen(costs: BackwardCosts, generator: torch.Generator) -> frozenset[str]:
-            always, never = (match_patterns(costs.names, each) for each in (terms.always, terms.never))
-            budget = step_budget_fraction(costs, terms, whole_flops)
-            names = match_patterns(costs.names, choose(costs, importance, budget, generator))
-            if not (trained := (names | always) - never):
-                raise ValueError("your policy returned no parameter to train; expected at least one FQN")
-            return trained
-
-        return lambda costs, generator: ranks.from_first(lambda: chosen(costs, generator))
-
-
-def _first(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
-    """Return the first batches, and say so if there are more; one batch alone is refused elsewhere."""
-    if most is None or isinstance(batches, Mapping | torch.Tensor):
-        return batches
-    chosen = list(itertools.islice(batches, most + 1))
-    if len(chosen) > most:
-        logger.warning(
-            "selecting on the first %d batches; max_batches=None takes all that reselect is given", most
-        )
-    return chosen[:most]
+    def _proposer(self, terms: Terms, importance: Mapping[str, float], whole_flops: int) -> Propose | None:
+        return proposer(self._policy, terms, importance, whole_flops, self._ranks)
 
 
 def _trains_nothing(plan: Plan) -> bool:
@@ -459,14 +449,3 @@ def _reason(limits: Limits) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {p.fqn: list(p.shape) for p in list_parameters(unwrap(model))}
-
-
-def _shapes_in(value: Any) -> object:
-    """A key of what the costs of a batch depend on: shapes and dtypes of tensors, and every other value."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _shapes_in(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_shapes_in(item) for item in value)
-    return repr(value)

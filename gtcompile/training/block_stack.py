@@ -46,8 +46,9 @@ class BlockStack:
 
     def __init__(self, model: nn.Module, names: Sequence[str] | None) -> None:
         self._model = model
-        self._names = _first_stack(model, names)
-        self._blocks = [model.get_submodule(name) for name in self._names]
+        self.names = _first_stack(model, names)
+        """FQNs of the blocks, in the order in which they run."""
+        self._blocks = [model.get_submodule(name) for name in self.names]
         self._depths: dict[str, int] | None = None
         """By FQN of a parameter: how many blocks finish before the first module that owns it starts."""
         self._tuples: list[int] = []
@@ -85,7 +86,7 @@ class BlockStack:
             if _hidden_of(output) is None or block is not self._blocks[len(lengths) - 1]:
                 problems.append(type(block).__name__)
 
-        whole = frozenset((*find_blocks(self._model), *self._names))
+        whole = frozenset((*find_blocks(self._model), *self.names))
         units = dict(_units(self._model, whole))
         for name, unit in units.items():
             hook = unit.register_forward_pre_hook(lambda *_, name=name: start(name))

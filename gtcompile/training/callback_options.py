@@ -1,14 +1,16 @@
 """Options of the callbacks for trainers, and the progress of one training, as frozen values."""
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from gtcompile.compiler.options import parse_options
 from gtcompile.costs.budgets import BudgetOf, check_budget, check_budget_of
-from gtcompile.graph.names import refuse_string
+from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.selection import policies
 from gtcompile.state.optimizer_state import Setting, check_setting
 
@@ -18,11 +20,44 @@ Every = int | Literal["epoch"]
 Policy = str | policies.Policy | policies.Choose
 """A selection policy: a name, a description from `gtcompile.policies`, or a user's function."""
 
-MAY_CHANGE = frozenset({"compiled", "compiler", "activation_memory_budget"})
+MAY_CHANGE = frozenset({"compiled", "compiler", "activation_memory_budget", "prefix_cache"})
 """Options that a resumed training may set differently: they do not change what is trained."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+P = ParamSpec("P")
+Owner = TypeVar("Owner")
+
+
+def takes(
+    options: Callable[P, object],
+) -> Callable[[Callable[Concatenate[Owner, ...], None]], Callable[Concatenate[Owner, P], None]]:
+    """Make a constructor with `**options` show, in its signature, the fields of these options by name.
+
+    An argument that is no such field is a TypeError with the nearest names.
+
+    Args:
+        options: the class of options to which the constructor hands its arguments.
+    """
+    shown = inspect.signature(options)
+
+    def decorate(construct: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(construct)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            for name in kwargs:
+                if name not in shown.parameters:
+                    near = near_names(name, shown.parameters)
+                    raise TypeError(f"{type(self).__name__} has no option {name!r}; {near}")
+            construct(self, *args, **kwargs)
+
+        own = next(iter(inspect.signature(construct).parameters.values()))
+        signature = shown.replace(parameters=[own, *shown.parameters.values()], return_annotation=None)
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
 class CallbackOptions:
     """The arguments of an `AdaptiveBackpropCallback`, checked.
 
@@ -33,6 +68,7 @@ class CallbackOptions:
 
     budget_fraction: float = 0.5
     """Share of FLOPs that a step may take, in (0, 1]; `budget_of` says of which."""
+    _: KW_ONLY
     budget_of: BudgetOf = "step"
     """What the budget is a share of: "step" or "full_finetuning"."""
     policy: Policy = "best"
@@ -55,6 +91,11 @@ class CallbackOptions:
     """Where a frozen parameter's optimizer state goes: "keep", "cpu" or "drop"."""
     activation_memory_budget: float = 1.0
     """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
+    prefix_cache: bool | str | Path = False
+    """Whether the frozen blocks near the input are computed once per example; a folder keeps their outputs on
+    disk as well."""
+    labelled_logits: bool = False
+    """Whether the head and the loss are computed at labelled positions alone."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget_fraction)
@@ -62,11 +103,13 @@ class CallbackOptions:
         policies.find_policy(self.policy)
         if self.every != "epoch" and not _is_count(self.every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
-        for name in ("compiled", "two_pass"):
+        for name in ("compiled", "two_pass", "labelled_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected {name}=True or False, got {getattr(self, name)!r}")
         if not _is_count(self.batches, 1 if self.two_pass else 2):
             raise ValueError(f"expected at least 2 batches, or 1 with two_pass=True, got {self.batches!r}")
+        if not isinstance(self.prefix_cache, bool | str | Path):
+            raise TypeError(f"expected prefix_cache=True, False or a folder, got {self.prefix_cache!r}")
         parse_options(self.compile_options)
         check_setting(self.frozen_state)
         for name in ("always", "never"):
@@ -93,7 +136,8 @@ class CallbackOptions:
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         patterns = {"always": list(self.always), "never": list(self.never)}
-        return {**values, **patterns, "policy": policy_name(self.policy)}
+        cache = self.prefix_cache if isinstance(self.prefix_cache, bool) else str(self.prefix_cache)
+        return {**values, **patterns, "policy": policy_name(self.policy), "prefix_cache": cache}
 
     def check_resumed(self, saved: Mapping[str, Any]) -> None:
         """Refuse to continue a training that was started with other options.
@@ -104,9 +148,10 @@ class CallbackOptions:
         Raises:
             ValueError: names the first option that differs, with both values.
         """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in self.to_json().items():
-            if name not in MAY_CHANGE and saved.get(name) != value:
-                before = saved.get(name)
+            before = saved.get(name, defaults[name])
+            if name not in MAY_CHANGE and before != value:
                 raise ValueError(
                     f"the checkpoint was trained with {name}={before!r}, this callback has {value!r}; "
                     f"resume with the checkpoint's, or start a new training"

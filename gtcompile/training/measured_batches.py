@@ -1,11 +1,32 @@
 """Batches to measure importance on, drawn from the training data; training still sees every example."""
 
 import itertools
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+def first_batches(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
+    """Return the first batches, and say so if there are more; one batch alone is refused elsewhere.
+
+    Args:
+        batches: several, or by mistake one.
+        most: how many; None returns all.
+    """
+    if most is None or isinstance(batches, Mapping | torch.Tensor):
+        return batches
+    chosen = list(itertools.islice(batches, most + 1))
+    if len(chosen) > most:
+        logger.warning(
+            "selecting on the first %d batches; max_batches=None takes all that reselect is given", most
+        )
+    return chosen[:most]
 
 
 def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]:

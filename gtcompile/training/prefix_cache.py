@@ -8,7 +8,8 @@ from there, with the same loss and gradients.
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,8 @@ class PrefixStats:
     """Training steps that started from cached values."""
     misses: int = 0
     """Training steps that computed the frozen prefix and stored it."""
+    forwards: Counter[int] = field(default_factory=Counter)
+    """All training forwards by how many blocks they left out: 0 for those that computed every block."""
     bytes: int = 0
     """Size of the values stored now."""
     depth: int = 0
@@ -121,12 +124,13 @@ class PrefixCache:
             raise GTCompileError(
                 "the model is compiled as a whole, so no block can be skipped; compile it with compile_blocks"
             )
-        self._model = unwrap(model)
-        self._blocks = BlockStack(self._model, blocks)
+        self.model = unwrap(model)
+        """The model, without wrappers of parallel training."""
+        self._blocks = BlockStack(self.model, blocks)
         self._folder = None if folder is None else writable_folder(Path(folder))
         self._max_disk_bytes = max_disk_bytes
         self._max_bytes, self._device, self._ignored = max_bytes, torch.device(device), frozenset(ignored)
-        configs = [getattr(module, "config", None) for module in self._model.modules()]
+        configs = [getattr(module, "config", None) for module in self.model.modules()]
         self._configs = [vars(c) for c in {id(c): c for c in configs if hasattr(c, "__dict__")}.values()]
         self._store: _Store | None = None
         self._hooks = contextlib.ExitStack()
@@ -137,9 +141,25 @@ class PrefixCache:
         """Set it to False to compute every block for a while; values are kept."""
         self.stats = PrefixStats()
         self._handles: list[RemovableHandle] = [
-            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward, always_call=True),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """FQNs of the blocks that may be left out, in the order in which they run."""
+        return self._blocks.names
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether a training forward has shown in which order the modules run; until then all is computed."""
+        return self._blocks.surveyed
+
+    @property
+    def reachable_depth(self) -> int:
+        """How many blocks a step leaves out, with the present trained set, if its examples are cached."""
+        usable = self.surveyed and self.enabled and not self.stats.disabled
+        return self._depth_of_a_hit() if usable else 0
 
     def remove(self) -> None:
         """Undo it: every forward computes every block again."""
@@ -152,6 +172,22 @@ class PrefixCache:
         self._store, self.stats.bytes, self.stats.depth = None, 0, 0
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, every block is computed and nothing is stored; values stay.
+
+        What is done inside must leave the parameters and buffers of the prefix with the contents they had.
+        """
+        store, enabled = self._store, self.enabled
+        valid = store is not None and store.versions.equals(self._blocks.versions(store.depth))
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = enabled
+            if store is not None and valid:  # restoring a buffer's contents raises its version
+                store.versions = self._blocks.versions(store.depth)
+
+    @contextlib.contextmanager
     def pretend_hit(self) -> Iterator[None]:
         """Inside, `backward_costs(model, batch)` returns the costs of a step that starts from cached values.
 
@@ -160,27 +196,24 @@ class PrefixCache:
         Raises:
             GTCompileError: no training forward has run yet, from which the order of the modules is known.
         """
-        depth = self._blocks.frozen_depth()
-        if self._store is not None:
-            depth = min(depth, self._store.depth)
-        enabled, self.enabled = self.enabled, False
-        try:
-            with contextlib.ExitStack() as hooks:
-                self._blocks.bypass(depth, None, hooks)
-                yield
-        finally:
-            self.enabled = enabled
+        depth = self._depth_of_a_hit()
+        with self.paused(), contextlib.ExitStack() as hooks:
+            self._blocks.bypass(depth, None, hooks)
+            yield
 
     # Hooks of the model.
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hooks.close()  # a former forward may have raised
         self._after, self._after_hit = None, False
+        skipped = 0
         if self._is_concerned(module, args, kwargs):
             if not self._blocks.surveyed:
                 self._after = self._survey()
             elif depth := self._blocks.frozen_depth():
-                self._look_up(depth, args, kwargs)
+                skipped = self._look_up(depth, args, kwargs)
+        if _trains(module, self._inputs(args, kwargs).values()):
+            self.stats.forwards[skipped] += 1
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self._hooks.close()
@@ -200,11 +233,11 @@ class PrefixCache:
             return False
         if any(values.get(name) for values in (kwargs, *self._configs) for name in _RECORDED):
             return False
-        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
         inputs = self._inputs(args, kwargs).values()
+        if not _trains(module, inputs):
+            return False
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-        if any(isinstance(t, FakeTensor) or t.is_meta or t.requires_grad for t in tensors):
+        if any(tensor.requires_grad for tensor in tensors):
             return False
         known = all(value is None or isinstance(value, (torch.Tensor, *_PLAIN)) for value in inputs)
         return known and any(tensor.dim() for tensor in tensors)
@@ -225,8 +258,12 @@ class PrefixCache:
 
     # Looking up and storing.
 
-    def _look_up(self, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Start from cached values if all examples have some; otherwise store what the forward computes."""
+    def _look_up(self, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Start from cached values if all examples have some; otherwise store what the forward computes.
+
+        Returns:
+            How many blocks are left out.
+        """
         store = self._current(depth)
         keys = self._keys(args, kwargs)
         found = [row for key in keys if (row := self._find(store, key)) is not None]
@@ -236,7 +273,7 @@ class PrefixCache:
             self.stats.hits += 1
             self._blocks.bypass(store.depth, torch.stack(found), self._hooks)
             self._after_hit = store.uses == _FIRST_HIT
-            return
+            return store.depth
         self.stats.misses += 1
         output = self._blocks.watch(store.depth, self._hooks)
 
@@ -250,6 +287,11 @@ class PrefixCache:
                 self._keep(store, keys, hidden)
 
         self._after = conclude
+        return 0
+
+    def _depth_of_a_hit(self) -> int:
+        depth = self._blocks.frozen_depth()
+        return depth if self._store is None else min(depth, self._store.depth)
 
     def _current(self, depth: int) -> _Store:
         """The store for this depth or a smaller one, emptied if its prefix has changed or became shorter.
@@ -274,9 +316,9 @@ class PrefixCache:
 
     def _identity(self, depth: int) -> Iterator[bytes]:
         """What decides the values of a prefix besides the example: code, configuration and weights."""
-        classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in self._model.modules()]
+        classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in self.model.modules()]
         yield repr((depth, torch.__version__, version("transformers"), classes)).encode()
-        yield repr(getattr(self._model, "config", None)).encode()
+        yield repr(getattr(self.model, "config", None)).encode()
         yield repr(self._blocks.precision).encode()
         for name, tensor in self._blocks.tensors(depth):
             yield name.encode() + digest_of(tensor)
@@ -331,3 +373,10 @@ class PrefixCache:
         self.clear()
         self.stats.disabled = reason
         logger.warning("the frozen prefix is not cached any more: %s", reason)
+
+
+def _trains(module: nn.Module, inputs: Iterable[Any]) -> bool:
+    """Whether a forward is one of training, on tensors that have values."""
+    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not any(isinstance(t, torch.Tensor) and (isinstance(t, FakeTensor) or t.is_meta) for t in inputs)

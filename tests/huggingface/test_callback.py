@@ -28,7 +28,7 @@ from gtcompile import (
 )
 from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
-from gtcompile.training import adaptive as adaptive_module
+from gtcompile.training import step_costs
 from tests.support.known_costs import capture_costs_once
 from tests.support.trainer import (
     Replay,
@@ -52,7 +52,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def costs_captured_once(monkeypatch):
-    capture_costs_once(monkeypatch, adaptive_module)
+    capture_costs_once(monkeypatch, step_costs)
 
 
 def check_combination(folder, steps, accumulation, bf16, checkpointing, clipping, *, every):

@@ -7,7 +7,7 @@ from transformers import Trainer, default_data_collator
 from gtcompile import PrefixCache, add_labelled_positions, backward_costs, only_labelled_logits
 from gtcompile.graph.flops import count_flops
 from gtcompile.huggingface.trainer_loss import TrainerLoss
-from gtcompile.training import adaptive as adaptive_module
+from gtcompile.training import step_costs
 from tests.support.known_costs import capture_costs_once
 from tests.support.trainer import adaptive, losses, make_args, make_data, make_model, train
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def costs_captured_once(monkeypatch):
-    capture_costs_once(monkeypatch, adaptive_module)
+    capture_costs_once(monkeypatch, step_costs)
 
 
 def test_importance_is_measured_through_the_trainers_own_loss(tmp_path):

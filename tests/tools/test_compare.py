@@ -13,7 +13,7 @@ from gtcompile.tools.compare import command, run
 from gtcompile.tools.compare.report import paired_interval, summarise
 from gtcompile.tools.compare.text_batches import Batches, demo_data, read_scitldr
 from gtcompile.tools.models.loading import load_language_model
-from gtcompile.training import adaptive
+from gtcompile.training import step_costs
 from tests.support.known_costs import capture_costs_once
 
 TINY = [
@@ -38,7 +38,7 @@ TINY += ["--measured", "2", "--selections", "1", "--save-every", "1", "--threads
 
 @pytest.fixture(autouse=True)
 def costs_captured_once(monkeypatch):
-    capture_costs_once(monkeypatch, adaptive, run)
+    capture_costs_once(monkeypatch, step_costs, run)
 
 
 def compare(folder, *more):

@@ -177,7 +177,7 @@ def test_parameters_that_no_selection_could_afford_are_not_measured():
 
 
 def test_costs_are_captured_once_per_shape(monkeypatch):
-    import gtcompile.training.adaptive as module
+    import gtcompile.training.step_costs as module
 
     captured = []
 

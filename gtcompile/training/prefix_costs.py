@@ -1,0 +1,100 @@
+"""What a prefix cache saves, in FLOPs: of a step to come, and on average over the steps so far."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gtcompile.capture.model_io import unwrap
+from gtcompile.training.prefix_cache import PrefixCache
+
+
+def prefix_cache_of(model: nn.Module, given: "PrefixCache | bool | str | Path") -> PrefixCache | None:
+    """Return the cache that a user asked for.
+
+    Args:
+        model: the model that is trained.
+        given: a cache, True for one in memory, a folder for one that is also on disk, False for none.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: the cache is of another model, or nothing can be written to the folder.
+        GTCompileError: the model has no repeated blocks, or is compiled as a whole.
+    """
+    if isinstance(given, PrefixCache):
+        if given.model is not unwrap(model):
+            raise ValueError("prefix_cache: this cache was made for another model; make one for this model")
+        return given
+    if isinstance(given, str | Path):
+        return PrefixCache(model, folder=given)
+    if not isinstance(given, bool):
+        raise TypeError(f"expected prefix_cache=True, a folder or a PrefixCache, got {given!r}")
+    return PrefixCache(model) if given else None
+
+
+class PrefixCosts:
+    """Counts what training forwards, with their backwards, really compute.
+
+    Args:
+        cache: of the model that is trained.
+    """
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self.block_flops: tuple[int, ...] = ()
+        """FLOPs of the forward of each block, in order; empty while they are unknown, and then a step that
+        leaves blocks out counts in full."""
+        self._seen = Counter(cache.stats.forwards)
+        self._forwards, self._shares = 0, 0.0
+
+    def cached_step_flops(self, step_flops: int) -> int:
+        """FLOPs of a step that starts from cached values, if a whole one takes `step_flops`."""
+        return step_flops - sum(self.block_flops[: self.cache.reachable_depth])
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards within the block are no training: they neither count nor use the cache."""
+        before = Counter(self.cache.stats.forwards)
+        try:
+            with self.cache.paused():
+                yield
+        finally:
+            self._seen += self.cache.stats.forwards - before
+
+    def survey(self, run: Callable[[], object]) -> None:
+        """Run a training forward if none has shown the order of the modules, on which costs depend."""
+        if not self.cache.surveyed:
+            enabled, self.cache.enabled = self.cache.enabled, True
+            try:
+                run()
+            finally:
+                self.cache.enabled = enabled
+
+    def count(self, step_flops: int, whole_flops: int) -> None:
+        """Count the forwards since the last call.
+
+        Args:
+            step_flops: FLOPs of a whole step with the set that all of them trained.
+            whole_flops: FLOPs that the shares are of; 0 counts nothing.
+        """
+        new, self._seen = self.cache.stats.forwards - self._seen, Counter(self.cache.stats.forwards)
+        for depth, forwards in new.items() if whole_flops else ():
+            self._forwards += forwards
+            self._shares += forwards * (step_flops - sum(self.block_flops[:depth])) / whole_flops
+
+    @property
+    def mean_fraction(self) -> float:
+        """Mean share of FLOPs that the counted forwards took; 0.0 before the first."""
+        return self._shares / self._forwards if self._forwards else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON types."""
+        return {"block_flops": list(self.block_flops), "forwards": self._forwards, "shares": self._shares}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.block_flops = tuple(state["block_flops"])
+        self._forwards, self._shares = state["forwards"], state["shares"]
