@@ -97,6 +97,6 @@ def test_a_loss_that_runs_its_own_backward_is_refused_before_any_step(tmp_path):
     """The Cached... losses embed in small parts, and run the backward of the parts inside of the loss."""
     callback = AdaptiveBackpropCallback(0.7, compiler="eager", batches=2)
     trainer = embedding_trainer(tmp_path, [callback], loss="CachedMultipleNegativesRankingLoss")
-    with pytest.raises(CaptureError, match="costs are those of SentenceTransformerTrainer.compute_loss"):
+    with pytest.raises(CaptureError, match=r"costs are those of SentenceTransformerTrainer\.compute_loss"):
         trainer.train()
     assert trainer.state.global_step == 0
