@@ -59,7 +59,8 @@ class Overhead:
     selecting: float
     """Selecting the best set."""
     compiling: Mapping[str, float]
-    """What the first step of a candidate took beyond an ordinary one. Code cached on disk makes it less."""
+    """What the first step of a candidate took beyond an ordinary one. Code cached on disk makes it less.
+    gtcompile's step comes first, so it also starts the compiler."""
 
     def before(self, budget: float) -> float:
         """Seconds that gtcompile spends before an ordinary step with a budget; 1.0 needs no selection."""
