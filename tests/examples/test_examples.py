@@ -56,6 +56,12 @@ def test_a_loop_with_accelerate_learns_within_its_budget(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 3
 
 
+def test_a_recipe_with_its_loss_in_a_method_learns_within_its_budget(capsys):
+    losses = run("recipe")
+    assert losses[-1] < losses[0]
+    assert capsys.readouterr().out.count("(budget 50.0%)") == 3
+
+
 def test_lower_blocks_cost_more():
     shares = list(run("inspect_costs").values())
     assert shares == sorted(shares, reverse=True)

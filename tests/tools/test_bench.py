@@ -16,8 +16,8 @@ from gtcompile.cli import app
 from gtcompile.tools.bench.command import bench
 from gtcompile.tools.bench.measurement import Timed, alternate, ratios, spread
 from gtcompile.tools.bench.options import BenchOptions
-from gtcompile.tools.bench.result import Bench, Measured, compare
-from gtcompile.tools.bench.steady_state import EAGER, HOISTED, Trial
+from gtcompile.tools.bench.result import Bench, Measured, Overhead, compare
+from gtcompile.tools.bench.steady_state import EAGER, HOISTED, PLAIN, Trial
 from gtcompile.tools.bench.subject import find_subject
 from gtcompile.tools.common.options import BatchShape
 from tests.compiler import test_unused_outputs
@@ -85,6 +85,9 @@ def test_every_candidate_executes_the_predicted_flops(measured: Bench) -> None:
     for trial in measured.trials:
         assert trial.counted_flops == trial.predicted_flops <= trial.trial.budget * measured.full_flops
     assert measured.compiled == 0
+    assert measured.overhead.capturing > 0
+    assert measured.overhead.measuring > 0
+    assert measured.overhead.compiling.keys() == {HOISTED}
     assert measured.new_sets.low > 0
 
 
@@ -162,22 +165,49 @@ def test_a_few_rounds_decide_nothing_even_where_they_agree(time: float, rounds: 
     assert compare([time] * rounds, [2.0] * rounds).startswith("undecided, ") != decided
 
 
-def made_up(step: float, *, counted: int = 10) -> Bench:
-    """Everything trained, in steps of so many seconds and so many counted FLOPs of 10."""
+def made_up(step: float, *, counted: int = 10, half: float = 1.0) -> Bench:
+    """Everything trained, in steps of so many seconds and so many counted FLOPs of 10; half in `half`."""
     times = {"saved_bytes": 1, "seconds": (step,)}
+    of_half = {"predicted_flops": 5, "counted_flops": 5, "saved_bytes": 1, "seconds": (half,)}
     trials = (
         Measured(trial=Trial(HOISTED, 1.0), predicted_flops=10, counted_flops=counted, **times),
         Measured(trial=Trial(EAGER, 1.0), predicted_flops=10, counted_flops=10, **times),
+        Measured(trial=Trial(HOISTED, 0.5), **of_half),
+        Measured(trial=Trial(EAGER, 0.5), **of_half),
     )
+    overhead = Overhead(capturing=1.0, measuring=4.0, selecting=0.5, compiling={HOISTED: 10.0, PLAIN: 6.0})
     words = dict.fromkeys(("subject", "machine", "sets"), "")
     new_sets = spread([1.0])
-    return Bench(**words, full_flops=10, trials=trials, new_sets=new_sets, compiled=0, timed=True)
+    return Bench(
+        **words,
+        full_flops=10,
+        trials=trials,
+        new_sets=new_sets,
+        compiled=0,
+        overhead=overhead,
+        timed=True,
+    )
 
 
 def test_flops_that_were_not_predicted_are_said() -> None:
     result = made_up(1.0, counted=11)
     assert any("11 FLOPs counted, 10 predicted" in line for line in result.verdicts())
     assert result.as_dict()["trials"][0]["seconds"]["median"] == 1.0
+
+
+def test_overhead_is_won_back_by_shorter_steps_or_never() -> None:
+    result = made_up(2.0, half=1.2)
+    assert result.won_back_after(0.5) == 20  # 15.5 seconds, 0.8 a step
+    assert result.won_back_after(1.0) is None
+    lines = result.verdicts()
+    paid = "budget 0.5: compiling and selecting is won back after 20 steps, against eager PyTorch in full"
+    assert paid in lines
+    assert "everything trained: does not pay: a step takes 1 (1-1) full steps of eager PyTorch" in lines
+    assert (
+        "overhead in full steps of eager PyTorch: capturing 0.5, measuring 2, selecting 0.25 (4 batches "
+        "measured); compiling: gtcompile 5, torch.compile 3"
+    ) in lines
+    assert result.as_dict()["won_back_after"] == {"1": None, "0.5": 20}
 
 
 @pytest.mark.parametrize(("step", "said"), [(0.019, True), (0.021, False)])

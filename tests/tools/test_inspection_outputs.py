@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from gtcompile.cli import app
 from gtcompile.selection.selection import select_parameters
+from gtcompile.tools.common.options import BatchShape
 from gtcompile.tools.inspect import command
 from gtcompile.tools.inspect.options import PlanOptions
 from gtcompile.tools.inspect.text import DottedName, bar, has_segments, percentage
@@ -147,6 +148,32 @@ def test_what_why_says_would_select_a_parameter_does(model: Path, budget: float)
             assert (fqn in select_parameters(plan.costs, changed, budget).trained) is selected, fqn
         paid = float(text.partition("--budget ")[2].partition(" would pay")[0])
         assert plan.costs.step_flops(selection.trained | {fqn}) <= paid * plan.costs.full_flops
+
+
+def test_why_in_json_holds_what_the_lines_say(model: Path) -> None:
+    plan = command.inspect_model(str(model), PlanOptions(shape=BatchShape(batch_size=2, length=8)), None)
+    trained = min(plan.selection.trained)
+    far = plan.costs.parameters[0].fqn
+    node = next(node.name for node in plan.joint.module.graph.nodes if node.op == "call_function")
+    asked = [option for subject in (trained, far, node) for option in ("--why", subject)]
+    inside, outside, other = json.loads(printed(model, *SHAPE, *asked, "--json"))["why"]
+    assert (inside["subject"], inside["alive"], inside["needed_by"]) == (trained, True, [trained])
+    marginal = plan.costs.marginal_flops(trained, plan.selection.trained - {trained})
+    without = select_parameters(plan.costs, plan.importance, 0.5, never=[trained])
+    assert inside["selection"] == {
+        **{"parameter": trained, "selected": True, "within_reach": True, "another_fits": True},
+        **{"importance": plan.importance[trained], "marginal_flops": marginal, "budget": None},
+        "place": 1 + sum(value > plan.importance[trained] for value in plan.importance.values()),
+        "left_flops": plan.selection.budget_flops - plan.selection.step_flops,
+        "importance_of_other_plan": without.importance,
+        "importance_needed": None,
+        "alone_flops": plan.costs.step_flops({trained}),
+    }
+    beyond = outside["selection"]
+    assert (beyond["parameter"], beyond["selected"], beyond["within_reach"]) == (far, False, False)
+    assert beyond["alone_flops"] == plan.costs.step_flops({far}) > plan.selection.budget_flops
+    assert f"--budget {beyond['budget']} brings it within reach" in printed(model, *SHAPE, "--why", far)
+    assert other["selection"] is None
 
 
 def test_a_difference_names_what_comes_and_goes(model: Path) -> None:

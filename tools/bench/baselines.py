@@ -64,6 +64,11 @@ class Candidate:
         """The batch of every step."""
         return self._batch
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of every step."""
+        return self._optimizer
+
     def switch(self, trained: Trained | None) -> None:
         """Train exactly these parameters from the next step on."""
         self._choose(self._model, trained)

@@ -2,21 +2,22 @@
 
 import functools
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks
-from gtcompile.costs.backward_costs import backward_costs
-from gtcompile.selection.selection import select_parameters
+from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
+from gtcompile.importance.estimators import measure_importance
+from gtcompile.selection.selection import parameters_to_measure, select_parameters
 from gtcompile.state.trained_set import train_only
 from gtcompile.tools.bench.baselines import Candidate, Trained, compilations, eager, plain_blocks
 from gtcompile.tools.bench.measurement import Spread, describe_machine, seconds, spread
 from gtcompile.tools.bench.options import BenchOptions
-from gtcompile.tools.bench.result import Bench, Measured
+from gtcompile.tools.bench.result import MEASURED_BATCHES, Bench, Measured, Overhead
 from gtcompile.tools.bench.steady_state import (
     EAGER,
     HOISTED,
@@ -39,6 +40,8 @@ NEW_SETS = 3
 ORDINARY_STEPS = 3
 """Steps after each of those; their median is the ordinary step."""
 
+Value = TypeVar("Value")
+
 
 def bench(name: str, options: BenchOptions, progress: Console | None = None) -> Bench:
     """Measure full training and every budget, the candidates taking turns in this process.
@@ -57,7 +60,8 @@ def bench(name: str, options: BenchOptions, progress: Console | None = None) -> 
     subject = find_subject(name, device, options.shape, dtype)
     candidates = _candidates(subject, options.compiler or default_compiler())
     # through the compiled module, so that the costs include outputs of blocks that the loss does not use
-    costs = backward_costs(candidates[HOISTED].callable, subject.example)
+    ours = candidates[HOISTED]
+    costs, capturing = _timed(lambda: backward_costs(ours.callable, subject.example), device)
     path, budgets = options.importances, options.budgets
     importance = draw_importance(costs, 0) if path is None else read_importance(path, costs)
     selections = {budget: select_parameters(costs, importance, budget) for budget in budgets}
@@ -67,15 +71,18 @@ def bench(name: str, options: BenchOptions, progress: Console | None = None) -> 
         for seed in range(1, NEW_SETS + 1)
     ]
     steady = SteadyState(candidates, selections, full_only=(PLAIN,))
-    for trial in steady.trials:
-        steady.prepare(trial.budget, trial.candidate)
+    first = {
+        trial: seconds(functools.partial(steady.prepare, trial.budget, trial.candidate), device)
+        for trial in steady.trials
+    }
+    measuring, selecting = _time_a_selection(ours, costs, middle, device)  # after the steps that compile
     _announce(steady, options.rounds, device, progress)
     times = time_steps(steady, options.rounds, device)
     predicted = {budget: selection.step_flops for budget, selection in selections.items()}
     predicted[1.0] = costs.full_flops
     trials = [_measure(steady, t, predicted[t.budget], times[t]) for t in steady.trials]
     before = compilations()
-    new_sets = _time_first_steps(candidates[HOISTED], fresh, device)
+    new_sets = _time_first_steps(ours, fresh, device)
     return Bench(
         subject=str(subject),
         machine=describe_machine(device),
@@ -84,6 +91,16 @@ def bench(name: str, options: BenchOptions, progress: Console | None = None) -> 
         trials=tuple(trials),
         new_sets=new_sets,
         compiled=(compilations() - before).compiled,
+        overhead=Overhead(
+            capturing=capturing,
+            measuring=measuring,
+            selecting=selecting,
+            compiling={
+                name: max(first[Trial(name, 1.0)] - statistics.median(times[Trial(name, 1.0)]), 0.0)
+                for name in candidates
+                if name != EAGER
+            },
+        ),
         timed=device.type == "cuda",
     )
 
@@ -105,6 +122,27 @@ def _candidates(subject: ModelSubject, compiler: Compiler) -> dict[str, Candidat
 def _compile_whole(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     compiled: nn.Module = torch.compile(model, backend="gtcompile", options=options)  # type: ignore[assignment]
     return compiled
+
+
+def _timed(function: Callable[[], Value], device: torch.device) -> tuple[Value, float]:
+    """The result of a function, and how many seconds it took."""
+    results: list[Value] = []
+    taken = seconds(lambda: results.append(function()), device)
+    return results[0], taken
+
+
+def _time_a_selection(
+    candidate: Candidate, costs: BackwardCosts, budget: float, device: torch.device
+) -> tuple[float, float]:
+    """Seconds of measuring importance and of selecting, as the first selection of a training does both."""
+    candidate.switch(None)
+    wanted = parameters_to_measure(costs, budget)
+    batches = [candidate.batch] * MEASURED_BATCHES
+    importance, measuring = _timed(
+        lambda: measure_importance(candidate.callable, candidate.optimizer, batches, only=wanted), device
+    )
+    _, selecting = _timed(lambda: select_parameters(costs, importance, budget), device)
+    return measuring, selecting
 
 
 def _announce(steady: SteadyState, rounds: int, device: torch.device, progress: Console | None) -> None:

@@ -1,6 +1,7 @@
 """The measurements of `gtcompile bench`: values, verdicts and the table."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ DISSENT = ROUNDS
 """In this many rounds, one may contradict the others without making it a tie (p < 0.05 at nine)."""
 DECIDING = 5
 """Least rounds that can tell what is faster. With fewer, the verdict is `undecided` even if all agree."""
+MEASURED_BATCHES = 4
+"""Batches on which a selection measures importance, as in the callbacks for trainers."""
 
 TOO_SHORT = (
     "these steps are short: calling operators takes most of the time, so this says little about larger "
@@ -46,6 +49,26 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """Seconds of everything that comes before ordinary steps."""
+
+    capturing: float
+    """Capturing the step, for its costs; once for each shape of batches."""
+    measuring: float
+    """Measuring importance on `MEASURED_BATCHES` batches."""
+    selecting: float
+    """Selecting the best set."""
+    compiling: Mapping[str, float]
+    """What the first step of a candidate took beyond an ordinary one. Code cached on disk makes it less.
+    gtcompile's step comes first, so it also starts the compiler."""
+
+    def before(self, budget: float) -> float:
+        """Seconds that gtcompile spends before an ordinary step with a budget; 1.0 needs no selection."""
+        selection = 0.0 if budget == 1.0 else self.capturing + self.measuring + self.selecting
+        return self.compiling[HOISTED] + selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """All measurements of one model."""
 
@@ -63,6 +86,8 @@ class Bench:
     """gtcompile's first steps with a new set, in ordinary steps with the same set."""
     compiled: int
     """Graphs that these first steps compiled."""
+    overhead: Overhead
+    """Seconds that come before ordinary steps."""
     timed: bool
     """Whether seconds are shown: only on a GPU, since other work slows steps on a CPU."""
 
@@ -89,10 +114,52 @@ class Bench:
         new = f"first step with a new set: {self.new_sets} ordinary steps, {self.compiled} graphs compiled"
         short = spread(self.find(EAGER, 1.0).seconds).median < SHORT_STEP
         few = len(self.find(EAGER, 1.0).seconds) < DECIDING
-        return [*lines, new, *([TOO_FEW] if few else []), *([TOO_SHORT] if short else [])]
+        lines += [self._won_back(m.trial.budget) for m in self.trials if m.trial.candidate == HOISTED]
+        return [*lines, self._before(), new, *([TOO_FEW] if few else []), *([TOO_SHORT] if short else [])]
+
+    def won_back_after(self, budget: float) -> int | None:
+        """After how many steps gtcompile has saved its overhead, compared with full steps of eager PyTorch.
+
+        None if its steps are not shorter.
+        """
+        gain = self._full_seconds - spread(self.find(HOISTED, budget).seconds).median
+        return math.ceil(self.overhead.before(budget) / gain) if gain > 0 else None
+
+    @property
+    def _full_seconds(self) -> float:
+        return spread(self.find(EAGER, 1.0).seconds).median
+
+    def _won_back(self, budget: float) -> str:
+        steps = self.won_back_after(budget)
+        if steps is None:
+            ratio = self.over(self.find(HOISTED, budget), 1.0)
+            return f"{_called(budget)}: does not pay: a step takes {ratio} full steps of eager PyTorch"
+        what = "compiling" if budget == 1.0 else "compiling and selecting"
+        return f"{_called(budget)}: {what} is won back after {steps} steps, against eager PyTorch in full"
+
+    def _before(self) -> str:
+        """What comes before ordinary steps, in words."""
+        taken = self.overhead_over_eager_full()
+        compiling = ", ".join(f"{name} {steps:.3g}" for name, steps in taken.pop("compiling").items())
+        parts = ", ".join(f"{what} {steps:.3g}" for what, steps in taken.items())
+        return (
+            f"overhead in full steps of eager PyTorch: {parts} ({MEASURED_BATCHES} batches measured); "
+            f"compiling: {compiling}"
+        )
+
+    def overhead_over_eager_full(self) -> dict[str, Any]:
+        """The overhead as multiples of a full step of eager PyTorch."""
+        overhead, step = self.overhead, self._full_seconds
+        return {
+            "capturing": overhead.capturing / step,
+            "measuring": overhead.measuring / step,
+            "selecting": overhead.selecting / step,
+            "compiling": {NAMES[name]: taken / step for name, taken in overhead.compiling.items()},
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
+        budgets = [m.trial.budget for m in self.trials if m.trial.candidate == HOISTED]
         return {
             "model": self.subject,
             "machine": self.machine,
@@ -101,6 +168,8 @@ class Bench:
             "trials": [self._row(measured) for measured in self.trials],
             "first_step_with_a_new_set": _plain(self.new_sets),
             "compiled_for_new_sets": self.compiled,
+            "overhead_over_eager_full": self.overhead_over_eager_full(),
+            "won_back_after": {f"{budget:g}": self.won_back_after(budget) for budget in budgets},
             "verdicts": self.verdicts(),
         }
 

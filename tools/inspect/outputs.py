@@ -16,6 +16,7 @@ from gtcompile.tools.inspect.inspection import Inspection
 from gtcompile.tools.inspect.options import Outputs
 from gtcompile.tools.inspect.report import write_report
 from gtcompile.tools.inspect.text import show, show_difference, show_why, trained_set
+from gtcompile.tools.inspect.why import standing
 
 WIDTH = 100
 """Columns of the output in a file or a pipe, which have no width."""
@@ -53,11 +54,19 @@ def as_json(inspection: Inspection, wanted: Outputs) -> dict[str, object]:
     trained, joint = inspection.selection.trained, inspection.joint
     values = inspection.as_dict()
     if wanted.why:
-        values["why"] = [_plain(explain(joint, subject, trained)) for subject in wanted.why]
+        values["why"] = [
+            _plain(explain(joint, subject, trained)) | {"selection": _standing(inspection, subject)}
+            for subject in wanted.why
+        ]
     if wanted.diff:
         sets = [trained_set(inspection, text) for text in wanted.diff]
         values["diff"] = _plain(compare_trained_sets(joint, *sets))
     return values
+
+
+def _standing(inspection: Inspection, subject: str) -> dict[str, object] | None:
+    found = standing(inspection, subject)
+    return None if found is None else _plain(found)
 
 
 def _plain(value: object) -> dict[str, object]:
