@@ -19,6 +19,7 @@ from gtcompile.torch_internals import (
     PARTITIONER_TAG,
     SAVED_RANDOM_STATE,
     CustomPartitionerFn,
+    OpOverload,
     TangentAOTInput,
     functorch_config,
     get_hash_for_files,
@@ -91,8 +92,31 @@ class Partition:
         return frozenset(output for position, output in self.saved.items() if position not in read)
 
 
-class ForwardGradientsError(Exception):
+class NotHoistableError(Exception):
+    """One compilation cannot serve every set."""
+
+
+class ForwardGradientsError(NotHoistableError):
     """An operator computes gradients in the forward, which hoisted variants compile once for all sets."""
+
+
+class BackwardWritesError(NotHoistableError):
+    """The backward writes to an input of the region, such as a buffer."""
+
+
+def refuse_backward_writes(graph: fx.GraphModule) -> None:
+    """Refuse a joint graph whose backward writes to an input.
+
+    In eager PyTorch an autograd function that writes in its backward does so only if a gradient needs it. The
+    joint graph does not say which gradients these are.
+
+    Raises:
+        BackwardWritesError: an autograd function of the model writes in its backward.
+    """
+    for node in graph.graph.nodes:
+        writes = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+        if writes and node.meta.get(PARTITIONER_TAG) == IN_BACKWARD:
+            raise BackwardWritesError("the backward of an autograd function writes to a tensor from outside")
 
 
 def keep_products_in_backward(joint: JointGraph) -> None:
@@ -126,11 +150,15 @@ class HoistingPartitioner(CustomPartitionerFn):
 
         Raises:
             ForwardGradientsError: the forward would compute gradients for every trained set.
+            BackwardWritesError: the backward writes to an input.
         """
+        refuse_backward_writes(gm)
         outputs = kwargs["num_fwd_outputs"]
         joint = region_joint(gm)
         if any(forward_gradients(node) for node in gm.graph.nodes):
-            raise ForwardGradientsError
+            raise ForwardGradientsError(
+                "an operator computes gradients in the forward, and the loss does not use some outputs"
+            )
         keep_products_in_backward(joint)
         slots = tuple(None if name == EFFECTS else name for name in joint.slots)
         descriptors = gm.graph.output_node().meta["desc"][:outputs]

@@ -14,7 +14,7 @@ from gtcompile.compiler.captured_region import CapturedRegion, captured_region
 from gtcompile.compiler.hoisted import HoistedVariants, NoBackwardError
 from gtcompile.compiler.inductor import compile_frozen
 from gtcompile.compiler.options import CompileOptions
-from gtcompile.compiler.partitioning import ForwardGradientsError
+from gtcompile.compiler.partitioning import BackwardWritesError, ForwardGradientsError
 from gtcompile.compiler.region_graph import (
     Histories,
     Live,
@@ -155,7 +155,7 @@ def make_variants(region: CapturedRegion) -> Variants:
     if region.options.variants == "hoisted" and region.differentiable:
         try:
             return HoistedVariants(region)
-        except NoBackwardError:
+        except (NoBackwardError, BackwardWritesError):
             pass
         except ForwardGradientsError:
             logger.warning(

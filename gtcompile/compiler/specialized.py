@@ -14,7 +14,12 @@ from gtcompile.compiler.captured_region import UNTRACEABLE, CapturedRegion, run_
 from gtcompile.compiler.hoisted import HoistedVariants
 from gtcompile.compiler.inductor import despite_damaged_files
 from gtcompile.compiler.operator_program import run_operators
-from gtcompile.compiler.partitioning import partition
+from gtcompile.compiler.partitioning import (
+    BackwardWritesError,
+    NotHoistableError,
+    partition,
+    refuse_backward_writes,
+)
 from gtcompile.compiler.region_graph import (
     DifferentiableFlow,
     Histories,
@@ -44,7 +49,8 @@ class SpecializedVariants:
     """Compiles a region anew for every set of live gradients and keeps the most recently used variants.
 
     A specialized backward computes with zero gradients for outputs that the loss does not use. If the first
-    backward shows that this costs FLOPs, a hoisted variant takes over, which leaves out zero gradients.
+    backward shows that this costs FLOPs, a hoisted variant takes over, which leaves out zero gradients. Where
+    none is possible, the graph runs uncompiled from then on.
     """
 
     def __init__(self, region: CapturedRegion) -> None:
@@ -55,7 +61,7 @@ class SpecializedVariants:
     def __call__(self, live: Live, inputs: Sequence[Any]) -> Any:
         """Run the region so that its backward computes the live gradients alone."""
         if self._unused_outputs.costly:
-            return self._hoisted(live, inputs)
+            return self._without_zero_gradients(live, inputs)
         if not self._unused_outputs.unknown:
             return self._variant(live)(*inputs)
         before = histories(inputs)
@@ -73,9 +79,16 @@ class SpecializedVariants:
         return self._variant.cache_info().currsize
 
     @functools.cached_property
-    def _hoisted(self) -> HoistedVariants:
-        with self._region.compilation():
-            return HoistedVariants(self._region)
+    def _without_zero_gradients(self) -> Callable[[Live, Sequence[Any]], Any]:
+        """Hoisted variants; if one compilation cannot serve every set, the graph as Dynamo captured it."""
+        graph = self._region.graph
+        try:
+            with self._region.compilation():
+                return HoistedVariants(self._region)
+        except NotHoistableError as error:
+            reason = error
+        captured = functools.cache(lambda live: run_as_captured(graph, live, reason))
+        return lambda live, inputs: captured(live)(*inputs)
 
     def _compile(self, live: Live) -> Compiled:
         logger.info("compiling a variant with %d live inputs", len(live))
@@ -83,7 +96,7 @@ class SpecializedVariants:
         try:
             with self._region.compilation():
                 return compile_specialized(self._region, TrainedSetPartitioner(live, memory_budget))
-        except UNTRACEABLE as error:
+        except (*UNTRACEABLE, BackwardWritesError) as error:
             return run_as_captured(self._region.graph, live, error)
 
 
@@ -101,7 +114,12 @@ class TrainedSetPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split a joint graph into forward and backward for the live gradients."""
+        """Split a joint graph into forward and backward for the live gradients.
+
+        Raises:
+            BackwardWritesError: the backward writes to an input.
+        """
+        refuse_backward_writes(gm)
         keep = {input_name(i) for i in self.live}
         joint = drop_unneeded_checks(region_joint(gm), keep)
         joint = restrict_gradients(joint, keep | {EFFECTS})

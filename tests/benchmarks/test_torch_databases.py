@@ -127,3 +127,23 @@ def test_differences_are_measured_in_units_of_rounding(left, right, distance):
     from benchmarks.torch_databases.steps import _distance
 
     assert _distance(torch.tensor(left), torch.tensor(right)) == pytest.approx(distance, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("exact", "is_rounding"),
+    [
+        (None, False),
+        (1.0, False),  # eager PyTorch rounds as usual, so this is no rounding
+        (1.0 + 50 * 2**-23, True),  # its own error is as large
+        (1.5, False),  # in double precision it computes something else
+    ],
+)
+def test_where_large_terms_cancel_eager_pytorch_is_not_exact_either(exact, is_rounding):
+    from benchmarks.torch_databases.steps import Step, difference
+
+    def step(value: float, dtype: torch.dtype) -> Step:
+        return Step(requires_grad=True, values={"the loss": torch.tensor(value, dtype=dtype)}, flops=0)
+
+    actual, expected = step(1.0 + 100 * 2**-23, torch.float32), step(1.0, torch.float32)
+    doubled = None if exact is None else step(exact, torch.float64)
+    assert (difference(actual, expected, doubled) == "") == is_rounding

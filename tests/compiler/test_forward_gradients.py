@@ -113,6 +113,33 @@ def test_hoisted_variants_say_that_such_a_loss_is_compiled_anew_for_each_set(cap
     assert sum("compiled anew for each trained set" in record.message for record in caplog.records) == 1
 
 
+class Remembering(Headed):
+    """Also returns a state that nobody differentiates."""
+
+    def __init__(self) -> None:
+        super().__init__(in_chunks)
+        self.state = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> Any:
+        return super().forward(x, targets), self.state(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("variants", ["specialized", "hoisted"])
+def test_beside_such_a_loss_an_unused_output_has_no_gradient(variants):
+    model, given = Remembering(), batch()
+    run = torch.compile(model, backend="gtcompile", options={"compiler": "eager", "variants": variants})
+    for _ in range(3):  # the first backward finds out what is not used
+        model.zero_grad()
+        run(**given)[0].backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(**given)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (found[name] is None) == name.startswith("state")
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad)
+
+
 @pytest.mark.parametrize("loss", [in_chunks, fused])
 @pytest.mark.parametrize("variants", ["specialized", "hoisted"])
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Public bug reports of people who freeze, adapt or compile, tried with gtcompile (`docs/operators.md`)."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,3 +95,119 @@ def test_averaged_weights_are_evaluated_and_swapped_out_again(variants):
     model.zero_grad()
     run(x).sum().backward()
     assert gradients(model).keys() == {"2.weight", "2.bias"}
+
+
+class Doubling(torch.autograd.Function):
+    """Doubles, in its backward, a buffer that its forward reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        factor.mul_(2.0)
+        return gradient * factor, None
+
+
+class SamePlaceTwice(torch.autograd.Function):
+    """Has different gradients for its two arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        return left * right
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        left, _right = ctx.saved_tensors
+        return None, gradient * left
+
+
+class WritesInForward(torch.autograd.Function):
+    """Adds in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        result = 2 * x
+        result += bias
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * gradient, gradient.sum(0)
+
+
+class HalvesGradients(torch.autograd.Function):
+    """Returns its argument itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / 2
+
+
+class OneOfTwo(torch.autograd.Function):
+    """Gets None as the gradient of an unused output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return x.sin(), x.cos()
+
+    @staticmethod
+    def backward(ctx: Any, sine: torch.Tensor | None, cosine: torch.Tensor | None) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        result = torch.zeros_like(x)
+        if sine is not None:
+            result = result + sine * x.cos()
+        return result if cosine is None else result - cosine * x.sin()
+
+
+class UsesFunction(nn.Module):
+    """Two layers with an autograd function between them."""
+
+    factor: torch.Tensor
+
+    def __init__(self, function: Callable[["UsesFunction", torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.body, self.head, self.bias = nn.Linear(4, 4), nn.Linear(4, 2), nn.Parameter(torch.randn(4))
+        self.register_buffer("factor", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.function(self, self.body(x))).square().mean() + self.bias.sum()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda model, x: Doubling.apply(x, model.factor), id="pytorch#177213"),
+        pytest.param(lambda model, x: SamePlaceTwice.apply(x, x), id="pytorch#181146"),
+        pytest.param(lambda model, x: WritesInForward.apply(x, model.bias), id="pytorch#180642"),
+        pytest.param(lambda model, x: HalvesGradients.apply(x), id="pytorch#102970"),
+        pytest.param(lambda model, x: OneOfTwo.apply(x)[0], id="pytorch#106391"),
+    ],
+)
+def test_autograd_functions_train_and_write_as_in_eager_pytorch(variants, function):
+    model, x = UsesFunction(function), torch.randn(3, 4)
+    twin, run = copy.deepcopy(model), compiled(model, variants)
+    for patterns in (["*"], ["head.weight"], ["body.bias"], ["bias", "body.weight"]):
+        trained = train_only(run, patterns)
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in trained)
+        for _ in range(2):
+            for each, call in ((model, run), (twin, twin)):
+                each.zero_grad()
+                call(x).backward()
+            found, expected = gradients(model), gradients(twin)
+            assert found.keys() == expected.keys() == trained
+            for name in trained:
+                torch.testing.assert_close(found[name], expected[name])
+            assert torch.equal(model.factor, twin.factor)
