@@ -310,15 +310,12 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     def _numbers(self, selection: Selection) -> dict[str, float]:
         """The numbers that are logged for a selection."""
-        importance = self.adaptive.importance
         numbers = {
             "adaptive/trained_parameters": len(selection.trained),
             "adaptive/selectable_parameters": selection.selectable,
             "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
         }
-        measured = sorted(selection.trained & importance.keys())
-        numbers |= {f"adaptive/importance/{fqn}": importance[fqn] for fqn in measured}
         return numbers | self._spent()
 
     def _spent(self) -> dict[str, float]:

@@ -114,6 +114,7 @@ def test_an_epoch_selects_once_and_logs_through_the_trainer(tmp_path):
     for entry, selection in zip(entries, callback.adaptive.history, strict=True):
         assert entry["adaptive/trained_parameters"] == len(selection.trained)
         assert 0.3 < entry["adaptive/flops_fraction"] <= 0.5
+        assert {key for key in entry if key.startswith("adaptive/importance")} == {"adaptive/importance"}
     spent = trainer.state.log_history[-2:]
     assert any(0.3 < e.get("adaptive/flops_fraction_spent", 0) <= 0.5 for e in spent)
 
