@@ -125,6 +125,13 @@ def finetune(
     activation_memory_budget: Annotated[
         float, _option("Share of the bytes saved for backward that may be kept; the rest is recomputed.")
     ] = 1.0,
+    prefix_cache: Annotated[
+        str | None,
+        _option("Keep what frozen blocks near the input compute: memory, or a folder."),
+    ] = None,
+    labelled_logits: Annotated[
+        bool, _option("Compute the head and the loss at labelled positions alone.", "--labelled-logits")
+    ] = False,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""

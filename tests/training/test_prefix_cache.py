@@ -1,6 +1,7 @@
 """The frozen prefix of a model computed once per example: the same training, for fewer FLOPs."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -446,3 +447,40 @@ def test_files_of_an_older_prefix_make_room(tmp_path):
         gtcompile.PrefixCache(model, folder=tmp_path, max_disk_bytes=6 * 600)
         train(model, [TOP])
     assert len(files(tmp_path)) == 6
+
+
+def test_a_run_killed_while_it_writes_leaves_no_half_written_value(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    gtcompile.PrefixCache(model := make_llama(), folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, [TOP])
+    (unfinished,) = tmp_path.rglob(".*")
+    unfinished.write_bytes(unfinished.read_bytes()[:50])  # the kill may come in the middle of a file
+    cache = gtcompile.PrefixCache(model := make_llama(), folder=tmp_path)
+    assert train(model, [TOP]) == train(make_llama(), [TOP])
+    assert (cache.stats.hits, len(files(tmp_path))) == (7, 6)
+
+
+def test_runs_that_share_a_folder_at_the_same_time_train_as_alone(tmp_path):
+    def steps(model, deletes):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gtcompile.train_only(model, TOP)
+        for number, batch in enumerate(batches(4)):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if deletes and number == 6:  # to make room for its own files
+                shutil.rmtree(tmp_path)
+            yield loss.item()
+
+    models = [make_llama(), make_llama()]
+    caches = [gtcompile.PrefixCache(model, folder=tmp_path) for model in models]
+    pairs = list(zip(steps(models[0], deletes=False), steps(models[1], deletes=True), strict=True))
+    expected = train(make_llama(), [TOP])
+    assert [list(losses) for losses in zip(*pairs, strict=True)] == [expected, expected]
+    assert all(cache.stats.hits > 0 and cache.stats.disabled is None for cache in caches)

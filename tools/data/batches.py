@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gtcompile.huggingface.labelled_logits import add_labelled_positions
 from gtcompile.tools.data.formats import END, Example, TaskFormat
 
 IGNORED = -100
@@ -99,6 +100,8 @@ class Collator:
     """Columns of `input_ids`."""
     target_length: int
     """Columns of `labels`; for a decoder the same as `input_length`."""
+    positions: int | None = None
+    """Labelled positions that every batch names for `only_labelled_logits`; None names none."""
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch of the examples, filled up to `batch_size` with unlabelled copies of the first.
@@ -112,11 +115,12 @@ class Collator:
         targets += [()] * missing
         length = max(self.input_length, *map(len, inputs))
         columns = max(self.target_length if self.encoder_decoder else length, *map(len, targets))
-        return {
+        batch = {
             "input_ids": torch.tensor([_padded(ids, length, self.pad_token) for ids in inputs]),
             "attention_mask": torch.tensor([_padded([1] * len(ids), length, 0) for ids in inputs]),
             "labels": torch.tensor([_padded(ids, columns, IGNORED) for ids in targets]),
         }
+        return batch if self.positions is None else add_labelled_positions(batch, multiple=self.positions)
 
     def _inputs(self, example: Encoded) -> tuple[int, ...]:
         return example.prompt if self.encoder_decoder else (*example.prompt, *example.answer)
@@ -130,7 +134,8 @@ class Collator:
     def shape(self) -> str:
         """The shape of every batch, in words."""
         decoder = f", {self.target_length} answer tokens" if self.encoder_decoder else ""
-        return f"{self.batch_size} x {self.input_length} tokens{decoder}"
+        logits = "" if self.positions is None else f", logits at {self.positions} of them"
+        return f"{self.batch_size} x {self.input_length} tokens{decoder}{logits}"
 
 
 def _padded(ids: Sequence[int], length: int, fill: int) -> list[int]:
@@ -138,19 +143,31 @@ def _padded(ids: Sequence[int], length: int, fill: int) -> list[int]:
 
 
 def collator_for(
-    examples: Sequence[Encoded], *, encoder_decoder: bool, pad_token: int, batch_size: int, limit: int
+    examples: Sequence[Encoded],
+    *,
+    encoder_decoder: bool,
+    pad_token: int,
+    batch_size: int,
+    limit: int,
+    labelled: bool = False,
 ) -> Collator:
-    """A collator for batches as long as the longest example, rounded up to multiples of 8 up to `limit`."""
+    """A collator for batches as long as the longest example, rounded up to multiples of 8 up to `limit`.
+
+    With `labelled`, they name as many labelled positions as a batch of the longest answers has, rounded up to
+    a multiple of 8.
+    """
     prompt = max(len(example.prompt) for example in examples)
     answer = max(len(example.answer) for example in examples)
     whole = max(len(example.prompt) + len(example.answer) for example in examples)
     input_length = _round_up(prompt if encoder_decoder else whole, limit)
+    most = sum(sorted((len(example.answer) for example in examples), reverse=True)[:batch_size])
     return Collator(
         encoder_decoder=encoder_decoder,
         pad_token=pad_token,
         batch_size=batch_size,
         input_length=input_length,
         target_length=_round_up(answer, limit) if encoder_decoder else input_length,
+        positions=_round_up(most, batch_size * input_length) if labelled else None,
     )
 
 

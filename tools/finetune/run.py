@@ -108,7 +108,8 @@ def compare_with_full(
         The two summaries, the full one last.
     """
     first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, ranks=ranks)
-    full, folder = dataclasses.replace(settings, policy="full"), output / "full"
+    full = dataclasses.replace(settings, policy="full", prefix_cache=None, labelled_logits=False)
+    folder = output / "full"
     again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
     return first, finetune(full, folder, reporter, resume=again, ranks=ranks)
 
@@ -199,6 +200,8 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     blocks = Counter(map(block_of_parameter, selection["trained"]))
     yield "trained first: " + ", ".join(f"{count} of {block}" for block, count in blocks.items())
     yield f"a step: {_costs_in_words(selection, 'step', full.plan_seconds)}"
+    if selection["cached_step_flops"] < selection["step_flops"]:
+        yield f"a step that starts from the prefix cache: {selection['cached_step_flops']:.4e} FLOPs"
     whole = {"full_flops": full.full_flops, "saved_bytes": full.full_saved_bytes}
     yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
     batches = steps * int(recorder.prepared.settings.args.get("gradient_accumulation_steps", 1))

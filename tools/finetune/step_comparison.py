@@ -14,6 +14,7 @@ from gtcompile.state.restore import restored, temporarily_training
 from gtcompile.state.trained_set import train_only
 from gtcompile.tools.common.flop_meter import check_step_flops
 from gtcompile.tools.common.step_memory import passes_memory
+from gtcompile.tools.finetune.step_counts import without_positions
 from gtcompile.tools.runs.preparation import Batch
 
 PAIRS_TIMED = 5
@@ -29,7 +30,7 @@ class StepComparison:
     full_seconds: float
     """Median seconds of forward and backward of a full step of eager PyTorch, without gtcompile."""
     plan_seconds: float
-    """Median seconds of forward and backward with the last selection."""
+    """Median seconds of forward and backward with the last selection, nothing from the prefix cache."""
     full_saved_bytes: int | None = None
     """Bytes that a full step saves for backward, measured; None in older summaries."""
     full_peak_bytes: int | None = None
@@ -43,19 +44,19 @@ def compare_steps(
 
     Args:
         model: with compiled blocks.
-        batch: on the model's device.
+        batch: on the model's device; the full step computes the logits of all its positions.
         selection: as in `selections.json`.
         recomputes: whether compiled code recomputes activations to save memory.
     """
-    device = next(model.parameters()).device
+    device, plain = next(model.parameters()).device, without_positions(batch)
     eager = torch.compiler.disable(_seconds_of_step)
     seconds: dict[str, list[float]] = {"full": [], "plan": []}
     with restored(model), temporarily_training(model, None):
-        full_flops = check_step_flops(model, batch, selection["full_flops"], recomputes=recomputes)
-        memory = passes_memory(model, batch, device)
+        full_flops = check_step_flops(model, plain, selection["plain_full_flops"], recomputes=recomputes)
+        memory = passes_memory(model, plain, device)
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             train_only(model, None)
-            seconds["full"].append(eager(model, batch))
+            seconds["full"].append(eager(model, plain))
             train_only(model, selection["trained"])
             seconds["plan"].append(_seconds_of_step(model, batch))
     full, plan = (median(times[1:]) for times in seconds.values())

@@ -62,6 +62,8 @@ class Summary:
     """Measured after training; None for a full run."""
     note: str = ""
     """A remark on the data."""
+    cached: int | None = None
+    """Forwards that started from the prefix cache, of all processes; None without one."""
     processes: int = 1
     """Processes that trained together; FLOPs are summed over them."""
 
@@ -103,6 +105,7 @@ def summarise(
         selecting_seconds=sum(selection["seconds"] for selection in selections),
         note=prepared.task.format.note,
         processes=settings.processes,
+        cached=sum(step.get("cached", 0) for step in steps) if settings.prefix_cache else None,
         **{total: sum(step[name] for step in steps) for total, name in flops},
         **scores,
     )
@@ -172,6 +175,15 @@ def _agreement(run: Summary) -> str:
     return f"{recomputed:.1%} more, recomputed to save memory" if recomputed else "both agree"
 
 
+def _savings(run: Summary) -> str:
+    if run.cached is None:
+        return ""
+    return (
+        f"{run.cached} forwards started from the prefix cache; the FLOPs are those of the steps as they ran, "
+        f"and the steps in turn used no cache."
+    )
+
+
 def _gain(run: Summary) -> str:
     """After how many steps the run's overhead is won back, compared with plain PyTorch."""
     if run.comparison is None:
@@ -200,6 +212,7 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "full steps of plain eager PyTorch, taken alternately after training, so that other work on the "
         "machine slows both alike. Seconds of training are all steps including optimizer and compilation; "
         "compiling is what the first step of a selection took beyond the median.",
+        _savings(run),
         _gain(run),
         run.note,
     ]

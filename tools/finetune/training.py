@@ -29,11 +29,10 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
 from gtcompile.huggingface.callback import AdaptiveBackpropCallback
 from gtcompile.selection.selection import Selection
-from gtcompile.tools.common.flop_meter import check_step_flops
-from gtcompile.tools.common.step_memory import passes_memory
 from gtcompile.tools.finetune.evaluation import score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
+from gtcompile.tools.finetune.step_counts import cache_paused, completed, measure_steps
 from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.run_record import described_batch
@@ -107,6 +106,7 @@ def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
         batches=MEASURED_BATCHES,
         compiler=settings.compiler,
         activation_memory_budget=settings.activation_memory_budget,
+        prefix_cache=True if settings.prefix_cache == "memory" else settings.prefix_cache or False,
     )
 
 
@@ -146,7 +146,7 @@ class Recorder(TrainerCallback):
         """Whether Ctrl-C was pressed in this process."""
         self.stopping = False
         """Whether it was pressed in any, so that all stop."""
-        self._spent = self._full = 0
+        self._spent = self._full = self._hits = 0
         self._step: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -155,7 +155,8 @@ class Recorder(TrainerCallback):
         what = f"{count} blocks" if count else "the whole model, which has no repeated blocks"
         self.reporter.say(f"compiled: {what}, weight gradients hoisted: a new selection compiles nothing")
         if self._begun:
-            self.selections = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
+            kept = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
+            self.selections = [completed(selection) for selection in kept]
             for step in self.folder.metrics():
                 self._add(step)
         if not self.selections:
@@ -169,7 +170,7 @@ class Recorder(TrainerCallback):
             "loss": 0.0,
             "lr": kwargs["lr_scheduler"].get_last_lr()[0],
             "seconds": -perf_counter(),
-            **dict.fromkeys(("passes", "flops", "counted_flops", "full_flops"), 0),
+            **dict.fromkeys(("passes", "cached", "flops", "counted_flops", "full_flops"), 0),
         }
 
     def selected(self) -> None:
@@ -200,12 +201,25 @@ class Recorder(TrainerCallback):
                 f"the loss became {loss} in step {step['step']}, and nothing was updated with it. "
                 f"Lower --lr; the last checkpoint is in {self.folder.path}."
             )
-        flops = self.adaptive.adaptive.step_flops * self.ranks.count
+        adaptive, cached = self.adaptive.adaptive, self._processes_that_hit()
         step["loss"] += loss
         step["passes"] += seconds
-        step["flops"] += flops
-        step["counted_flops"] += flops * last["counted_step_flops"] // last["step_flops"]
-        step["full_flops"] += last["full_flops"] * self.ranks.count
+        step["cached"] += cached
+        for kind, processes, each in (
+            ("step_flops", self.ranks.count - cached, adaptive.step_flops),
+            ("cached_step_flops", cached, adaptive.cached_step_flops),
+        ):
+            step["flops"] += processes * each
+            step["counted_flops"] += processes * each * last[f"counted_{kind}"] // last[kind]
+        step["full_flops"] += last["plain_full_flops"] * self.ranks.count
+
+    def _processes_that_hit(self) -> int:
+        """How many processes started their latest forward from the prefix cache."""
+        cache = self.adaptive.adaptive.prefix_cache
+        if cache is None:
+            return 0
+        hit, self._hits = cache.stats.hits > self._hits, cache.stats.hits
+        return int(self.ranks.total({"hit": float(hit)})["hit"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step; stop after it if Ctrl-C was pressed in any process."""
@@ -245,9 +259,10 @@ class Recorder(TrainerCallback):
         """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
         recomputes, last = self.prepared.settings.recomputes, self.selections[-1]
         self.model.train()  # an evaluation may have come before
-        self.comparison = self.ranks.from_first(
-            lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
-        )
+        with cache_paused(self.adaptive.adaptive):
+            self.comparison = self.ranks.from_first(
+                lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
+            )
 
     def _add(self, step: dict[str, Any]) -> None:
         self._spent += step["flops"]
@@ -255,7 +270,13 @@ class Recorder(TrainerCallback):
 
     def _record(self, selection: Selection, batch: Batch, began: float) -> None:
         """Count and measure a step of a new selection, write both and show the selection."""
-        measured = self.ranks.from_first(lambda: self._measure(batch, selection))
+        recomputes = self.prepared.settings.recomputes
+        measured = self.ranks.from_first(
+            lambda: measure_steps(
+                *(self.model, batch, self.adaptive.adaptive, selection, self.selections),
+                recomputes=recomputes,
+            )
+        )
         importance = dict(self.adaptive.adaptive.importance)
         epoch = self._step["epoch"]
         record = {
@@ -266,6 +287,7 @@ class Recorder(TrainerCallback):
             "step_flops": selection.step_flops,
             "budget_flops": selection.budget_flops,
             "full_flops": selection.full_flops,
+            "cached_step_flops": self.adaptive.adaptive.cached_step_flops,
             "importance": importance,
             "importance_bound": selection.importance_bound if importance else None,
             **measured,
@@ -283,16 +305,6 @@ class Recorder(TrainerCallback):
             self.folder.begin(self.prepared.settings, {**described, "examples": self.prepared.digest})
             self._begun = True
         self.folder.write_selections(self.selections)
-
-    def _measure(self, batch: Batch, selection: Selection) -> dict[str, Any]:
-        """Count and measure a step of this process, unless one with the same set was measured before."""
-        for former in self.selections:
-            if frozenset(former["trained"]) == selection.trained:
-                return {key: former[key] for key in ("counted_step_flops", "saved_bytes", "peak_bytes")}
-        recomputes = self.prepared.settings.recomputes
-        counted = check_step_flops(self.model, batch, selection.step_flops, recomputes=recomputes)
-        memory = passes_memory(self.model, batch, self.prepared.device)
-        return {"counted_step_flops": counted, **memory.as_dict()}
 
 
 class RecordedTrainer(Trainer):

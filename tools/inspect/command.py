@@ -14,6 +14,7 @@ from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph
+from gtcompile.huggingface.labelled_logits import POSITIONS, TARGETS, only_labelled_logits
 from gtcompile.selection.selection import Selection, select_parameters
 from gtcompile.tools.common.known_importances import read_importance, uniform_importance
 from gtcompile.tools.common.options import BatchShape, is_run
@@ -102,7 +103,9 @@ def inspect_run(path: Path, options: PlanOptions = AS_TRAINED, progress: Console
     """
     run = read_run(path)
     made, shape = model_on_meta(run.model), run.batch_shape
-    traced = _trace(run.model, made, run.batch(), lambda: random_batch(made, shape), progress)
+    batch = run.batch()
+    positions: dict[str, torch.Tensor] = {name: batch[name] for name in (POSITIONS, TARGETS) if name in batch}
+    traced = _trace(run.model, made, batch, lambda: {**random_batch(made, shape), **positions}, progress)
     inspection = inspection_of_run(run, traced, type(made).__name__)
     if options.budget is None and options.importances is None:
         return inspection
@@ -145,6 +148,8 @@ def _trace(
         progress: where to say that weights are needed.
     """
     made.config.use_cache = False
+    if POSITIONS in batch:
+        only_labelled_logits(made)
     try:
         return Traced(capture(made, batch), "no values")
     except CaptureError as error:
@@ -153,6 +158,8 @@ def _trace(
         reason = str(error).partition("\n")[0]
     model, weights = model_with_values(name, made.config)
     model.config.use_cache = False
+    if POSITIONS in batch:
+        only_labelled_logits(model)
     if progress is not None:
         say(progress, f"{reason} without values: run once with {weights}")
     values = f"{weights} and " + ("the first examples" if tokens is None else "random tokens")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gtcompile.huggingface.labelled_logits import only_labelled_logits
 from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for
 from gtcompile.tools.data.causality import check_causal
 from gtcompile.tools.data.tasks import Task, load_task
@@ -89,6 +90,7 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
 
     Raises:
         ValueError: the data, the model or the tokenizer is missing, or they do not fit each other.
+        GTCompileError: labelled logits for a model that is no decoder.
     """
     task = load_task(source_of(settings), (settings.max_train_samples, settings.max_eval_samples))
     torch.manual_seed(settings.seed)  # a head that the checkpoint lacks is initialised now
@@ -117,7 +119,10 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         pad_token=language.tokenizer.pad_token_id,
         batch_size=settings.batch_size,
         limit=encode.max_length,
+        labelled=settings.labelled_logits,
     )
+    if settings.labelled_logits:
+        only_labelled_logits(language.model)
     if weights and not language.encoder_decoder:
         check_causal(language.model, examples[0].prompt + examples[0].answer)
     return Prepared(

@@ -92,6 +92,10 @@ class Settings:
     """The compiler of the rewritten graphs."""
     activation_memory_budget: float = 1.0
     """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
+    prefix_cache: str | None = None
+    """Where outputs of frozen blocks near the input are kept: `memory`, or a folder; None keeps none."""
+    labelled_logits: bool = False
+    """Whether the head and the loss are computed at labelled positions alone."""
     processes: int = 1
     """Processes of torchrun that share the training examples, each with batches of `batch_size`."""
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +123,9 @@ class Settings:
     @property
     def title(self) -> str:
         """Policy and budget in a few words."""
-        return "full fine-tuning" if self.policy == "full" else f"{self.policy}, budget {self.budget:g}"
+        base = "full fine-tuning" if self.policy == "full" else f"{self.policy}, budget {self.budget:g}"
+        cached = ", prefix cache" if self.prefix_cache else ""
+        return base + (", labelled logits" if self.labelled_logits else "") + cached
 
     @property
     def short_name(self) -> str:
@@ -137,12 +143,16 @@ class Settings:
         return asdict(self)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """The differences from the settings of a saved run, one phrase per setting; more epochs are none."""
-        own = self.as_dict()
+        """The differences from the settings of a saved run, one phrase per setting.
+
+        More epochs are none, and neither is another place for the prefix cache, which changes no result.
+        """
+        own, absent = self.as_dict(), {"labelled_logits": False}
+        former = {**absent, **saved, "prefix_cache": self.prefix_cache}
         return [
-            f"{_phrase(name)} was {saved.get(name)!r} and is now {value!r}"
+            f"{_phrase(name)} was {former.get(name)!r} and is now {value!r}"
             for name, value in own.items()
-            if saved.get(name) != value and not (name == "epochs" and value > saved.get(name, value))
+            if former.get(name) != value and not (name == "epochs" and value > former.get(name, value))
         ]
 
 
