@@ -238,8 +238,9 @@ def extract(backward: fx.GraphModule, outputs: Sequence[fx.Node | None]) -> Part
     Before: `dx = mm(dy, w); dw = mm(t(dy), x); return (dx, dw)`
     After, with the outputs (None, dw): `(dy, x) -> dw = mm(t(dy), x); return (None, dw)`
 
-    Sound because a backward graph has no side effects after partitioning. All symbolic sizes stay inputs of
-    the part, even if it does not read them, because guards in Inductor's disk cache refer to such inputs.
+    Sound because the partitioner refuses a backward that writes to its inputs, so it has no side effects. All
+    symbolic sizes stay inputs of the part, even if it does not read them, because guards in Inductor's disk
+    cache refer to such inputs.
 
     Args:
         backward: the whole backward graph. It does not change.

@@ -27,8 +27,10 @@ from gtcompile.tools.common.files import read_lines, write_lines
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 """What was found out about all subjects, by the command in docs/operators.md."""
-ONLY_CUDA = "the operator exists for CUDA alone"
+ONLY_CUDA = "the database has it for CUDA alone"
+NOT_FUNCTIONAL = "torch's functionalization does not support `polygamma_`"
 UPSTREAM: Mapping[tuple[str, Form], str] = {
+    **{(f"polygamma (polygamma_n_{order})", "in place"): NOT_FUNCTIONAL for order in range(5)},
     ("torch.ops.aten._flash_attention_forward", "plain"): ONLY_CUDA,
     ("torch.ops.aten._efficient_attention_forward", "plain"): ONLY_CUDA,
     ("nn.functional.batch_norm (without_cudnn)", "plain"): ONLY_CUDA,
