@@ -56,6 +56,10 @@ _SHALLOW = 1 / 3
 more and saves less for the others."""
 
 
+_STEPS_UNKNOWN = (
+    "this policy must know for how many optimizer steps the model is trained: "
+    "policy=gtcompile.policies.Progressive(steps=...)"
+)
 _HALVINGS = 40
 """Steps of a bisection; more would not change which whole blocks are trained."""
 
@@ -255,9 +259,11 @@ class Progressive:
         Raises:
             ValueError: `steps` is None.
         """
-        steps, rungs = for_training(self, None).steps, _rungs(limits)
+        if self.steps is None:
+            raise ValueError(_STEPS_UNKNOWN)
+        rungs = _rungs(limits)
         flops = [limits.costs.step_flops(rung) for rung in rungs]
-        depths = _falling(flops, steps, limits.budget_flops * steps)
+        depths = _falling(flops, self.steps, limits.budget_flops * self.steps)
         runs = [(depth, len(list(same))) for depth, same in groupby(depths)]
         return Plan(
             sets=tuple(rungs[depth] for depth, _ in runs),
@@ -349,10 +355,7 @@ def for_training(policy: Policy, steps: int | None) -> Policy:
     if not isinstance(policy, Progressive) or policy.steps is not None:
         return policy
     if steps is None:
-        raise ValueError(
-            "this policy must know for how many optimizer steps the model is trained: "
-            "policy=gtcompile.policies.Progressive(steps=...)"
-        )
+        raise ValueError(_STEPS_UNKNOWN)
     return replace(policy, steps=steps)
 
 
