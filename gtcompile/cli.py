@@ -143,6 +143,11 @@ def finetune(
     with _errors_in_one_line():
         if resume and (output or config):
             raise ValueError("--resume continues a run in its folder; leave out --output and --config")
+        if resume and dry_run:
+            raise ValueError(
+                "--dry-run plans a run from its beginning: give it --config "
+                f"{resume / 'run.json'} instead of --resume"
+            )
         folder = RunFolder(resume or output or Path())
         if resume:
             folder.read_settings()

@@ -66,6 +66,7 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
         (["finetune", "--model", "demo"], "expected --dataset, or a --config or --resume that names it"),
         (["finetune", "--resume", "none"], "nothing to resume: none holds no run"),
         ([*RUN, "--resume", "none", "--output", "x"], "--resume continues a run in its folder"),
+        (["finetune", "--resume", "none", "--dry-run"], "--dry-run plans a run from its beginning"),
         ([*RUN, "--output", "taken"], "the output folder taken is not empty"),
         ([*RUN, "--args", "warmup=3"], "near names: warmup_steps"),
         ([*RUN, "--args", "bf16"], "--args: expected name=value"),

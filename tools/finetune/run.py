@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -204,10 +205,12 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
         yield f"a step that starts from the prefix cache: {selection['cached_step_flops']:.4e} FLOPs"
     whole = {"full_flops": full.full_flops, "saved_bytes": full.full_saved_bytes}
     yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
-    batches = steps * int(recorder.prepared.settings.args.get("gradient_accumulation_steps", 1))
+    settings = recorder.prepared.settings
+    batches = steps * int(settings.args.get("gradient_accumulation_steps", 1))
+    selections = math.ceil(steps / recorder.prepared.steps_per_epoch / settings.reselect_every)
     yield (
-        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s; the first selection took "
-        f"{selection['seconds']:.1f} s; nothing was trained or written"
+        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s, and {selections} selections, of "
+        f"which the first took {selection['seconds']:.1f} s; nothing was trained or written"
     )
 
 
