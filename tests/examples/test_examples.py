@@ -20,6 +20,15 @@ def test_a_plain_loop_learns_within_its_budget(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 3
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_freeze_block_after_block_within_the_budget():
+    pytest.importorskip("peft")
+    trained, share = run("progressive_lora")
+    assert trained == sorted(trained, reverse=True)
+    assert len(set(trained)) > 3
+    assert 0.75 < share <= 0.8
+
+
 def test_a_vision_model_has_gradients_of_what_is_trained_alone(capsys):
     trained = run("vision_backend")
     assert trained["half the FLOPs"] < trained["everything"]
