@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output"]
 
 
+@pytest.mark.slow
 def test_jobs_say_what_they_found_and_how_they_ended():
     jobs = [Job("count", count_up, (2,)), Job("fail", fail, ()), Job("die", die, ())]
     assert list(run_jobs(jobs, limit_s=120, preload=PRELOAD)) == [

@@ -24,6 +24,7 @@ def tiny() -> ModelCost:
     return cost_model("tiny", OPTConfig(**TINY_OPT), (2, 8, 4), (0.01, 0.6, 0.9))
 
 
+@pytest.mark.slow
 def test_a_run_costs_half_its_flops_in_multiply_adds_over_its_steps(tiny: ModelCost) -> None:
     config = OPTConfig(**TINY_OPT)
     costs = backward_costs(build_on_meta(config), make_batch(config, 2, 8, 4))

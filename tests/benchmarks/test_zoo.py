@@ -41,6 +41,7 @@ def test_gradients_and_flops_of_different_architectures_are_right(name, mode):
     assert (checked.sets, checked.flops_difference, checked.failure) == (3, 0, "")
 
 
+@pytest.mark.slow
 def test_a_model_that_branches_on_data_is_selected_for_and_trained():
     architecture = ARCHITECTURES["FSMTForConditionalGeneration"]
     model, batch = compile_blocks(architecture.build(), compiler="eager"), architecture.batch()
@@ -65,6 +66,7 @@ def test_gradients_of_every_third_architecture_are_right(name, mode):
     assert checked.right or checked.skipped or zoo_check.plain_failure(ARCHITECTURES[name]), checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViTMSNForImageClassification", "ErnieForSequenceClassification"])
 def test_models_of_other_kinds_are_right(name):
     checked = check(OTHERS[name], MODES["blocks-eager"])
@@ -89,6 +91,7 @@ def test_an_input_is_what_its_description_says():
     assert example_input(True) is True
 
 
+@pytest.mark.slow
 def test_rounding_is_settled_in_double_precision_and_a_wrong_gradient_is_not(monkeypatch):
     rounded = dataclasses.replace(RIGHT, gradient_difference=1e-3)
     assert not rounded.right

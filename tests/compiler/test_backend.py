@@ -90,6 +90,7 @@ def test_a_product_computed_again_for_the_forward_alone_is_predicted_as_it_runs(
         assert counter.get_total_flops() == costs.step_flops(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variants", VARIANTS)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_a_model_computes_twice_is_predicted_and_run_once(variants, in_place):

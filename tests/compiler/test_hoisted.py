@@ -153,6 +153,7 @@ def test_the_recorder_sees_what_autograd_keeps():
     assert shapes.count((BATCH * LENGTH, WIDTH)) + shapes.count(ACTIVATION) >= 5
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(recipes(layers=3, without=BATCH_NORM), st.integers(0, 99))
 def test_never_more_is_kept_alive_than_by_eager_freezing(recipe, seed):
@@ -357,6 +358,7 @@ def test_dropout_in_generated_code_draws_the_same_for_every_set():
         assert_same_gradients(gradients, of_these, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("how", ["specialized", "hoisted", "blocks"])
 def test_dropout_draws_the_random_numbers_of_eager_pytorch(how, compiler):

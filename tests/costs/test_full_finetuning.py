@@ -87,6 +87,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{name: value[i : i + 2] for name, value in rows.items()} for i in (0, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.55, 0.7, 1.0])
 def test_a_step_takes_at_most_this_share_of_full_fine_tuning(budget):
     full = counted(make_model(), batches()[0])
@@ -122,6 +123,7 @@ def test_a_budget_that_is_too_small_names_what_it_is_a_share_of():
     assert enough.reselect(batches()).trained
 
 
+@pytest.mark.slow
 def test_adapters_that_cost_more_than_full_fine_tuning_are_refused():
     model = peft.get_peft_model(make_model(), peft.LoraConfig(r=64, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

@@ -20,6 +20,7 @@ def test_a_plain_loop_learns_within_its_budget(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_freeze_block_after_block_within_the_budget():
     pytest.importorskip("peft")
@@ -65,6 +66,7 @@ def test_a_loop_with_accelerate_learns_within_its_budget(capsys):
     assert capsys.readouterr().out.count("(budget 50.0%)") == 3
 
 
+@pytest.mark.slow
 def test_a_recipe_with_its_loss_in_a_method_learns_within_its_budget(capsys):
     losses = run("recipe")
     assert losses[-1] < losses[0]

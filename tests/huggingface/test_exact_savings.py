@@ -108,6 +108,7 @@ def test_evaluations_see_all_logits_and_the_model_and_trainer_are_left_as_they_w
     assert trainer.evaluate()["eval_loss"] == pytest.approx(witness.steps[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_resumed_training_with_both_savings_equals_the_uninterrupted_one_bit_for_bit(tmp_path, folder):
     cache = str(tmp_path / "prefix") if folder else True

@@ -72,6 +72,7 @@ def run(make: Callable[..., Trainer], folder: Any, *callbacks: TrainerCallback) 
     return spy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -104,6 +104,7 @@ def run(build: tiny.Build, *callbacks: Any) -> tuple[Any, tiny.Spy]:
     return trainer, spy
 
 
+@pytest.mark.slow
 @EVERY_TRAINER
 def test_a_step_costs_what_is_predicted_and_has_the_gradients_of_eager_freezing(make, budget):
     build = make()

@@ -83,6 +83,7 @@ class Two(Module):
         return nn.functional.cross_entropy(output, batch["a"][1])
 
 
+@pytest.mark.slow
 def test_combined_loaders_and_hooks_of_the_transfer_reach_the_measured_batches(tmp_path):
     loaders = {"a": make_loader(), "b": DataLoader(make_data(12), batch_size=2)}
     callback, witness = adaptive(every="epoch"), Witness()

@@ -185,6 +185,7 @@ def test_the_module_is_left_uncompiled_and_whole_and_trains_again(tmp_path):
     assert is_as_before(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_is_interrupted_leaves_the_module_whole_for_the_next(tmp_path, error):
     class Failing(Callback):
@@ -225,6 +226,7 @@ def resumable():
     return Resumable(make_data(12), batch_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("every", ["epoch", pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("save_at", [4, 5, 6])
@@ -413,6 +415,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path):
     torch.testing.assert_close(weights(module), dict(outcome["weights"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_between_the_steps_changes_nothing(tmp_path):
     ours, theirs = Witness(), Witness()
     fit(tmp_path, adaptive(), ours, validation=make_loader(4), val_check_interval=3)

@@ -78,6 +78,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench(str(folder), BenchOptions(budgets=(0.5, 0.7), compiler="eager", rounds=3, shape=SHAPE))
 
 
+@pytest.mark.slow
 def test_every_candidate_executes_the_predicted_flops(measured: Bench) -> None:
     assert [(m.trial.candidate, m.trial.budget) for m in measured.trials] == [
         (name, budget) for budget in (1.0, 0.5, 0.7) for name in (HOISTED, EAGER)
@@ -98,6 +99,7 @@ def test_less_is_saved_the_less_is_trained(measured: Bench) -> None:
     assert measured.find(HOISTED, 0.5).saved_bytes <= measured.find(EAGER, 0.5).saved_bytes
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_in_eighty_columns_and_no_seconds(llama: Path) -> None:
     result = run(
         llama, "--budgets", 0.5, "--rounds", 1, "--batch-size", 2, "--length", 8, "--dtype", "bfloat16"

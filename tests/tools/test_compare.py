@@ -86,6 +86,7 @@ def test_a_comparison_that_is_ended_at_every_step_has_the_results_of_one_that_is
         assert (tmp_path / "broken" / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
     arms = ["--arms", "full,last_layers", "--purposes", "steps", "--steps", "1"]
     first = tiny(tmp_path, *arms)

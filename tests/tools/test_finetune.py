@@ -155,6 +155,7 @@ def test_the_summary_reads_back_and_prints_beside_full_fine_tuning(finished: tup
     assert all(notes([summary]))
 
 
+@pytest.mark.slow
 def test_a_full_run_is_bit_equal_to_a_trainer_without_gtcompile(settings: Settings, tmp_path: Path) -> None:
     full = replace(settings, policy="full")
     finetune(full, tmp_path / "run", reporter())
@@ -186,6 +187,7 @@ def die() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "action"),
     [
@@ -216,6 +218,7 @@ def test_a_run_stopped_at_any_step_continues_bit_equal(
     assert summary.predicted_flops == finished[1].predicted_flops
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_more_epochs(
     finished: tuple[Path, Summary], settings: Settings, tmp_path: Path
 ) -> None:
@@ -248,6 +251,7 @@ def test_a_plan_makes_the_first_selection_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["rotating", "progressive"])
 def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
     settings: Settings, tmp_path: Path, policy: Any
@@ -258,6 +262,7 @@ def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
     assert sum(flops) == summary.predicted_flops == summary.counted_flops <= 0.6 * summary.full_flops
 
 
+@pytest.mark.slow
 def test_what_the_trainer_can_do_is_reached_by_its_arguments_and_counted(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -286,6 +291,7 @@ def test_what_the_trainer_can_do_is_reached_by_its_arguments_and_counted(
     assert len(trace.Scalars("train/adaptive/flops_fraction")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_was_evaluated_is_evaluated_and_not_trained_again(
     finished: tuple[Path, Summary], settings: Settings, tmp_path: Path
 ) -> None:
@@ -418,6 +424,7 @@ def test_products_that_cannot_be_counted_are_named_as_the_reason(
         finetune(replace(settings, policy="full"), tmp_path / "run", reporter())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

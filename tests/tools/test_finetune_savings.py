@@ -79,6 +79,7 @@ def plain(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, finetune(settings, folder, reporter())
 
 
+@pytest.mark.slow
 def test_with_the_prefix_cache_a_run_is_the_same_bit_for_bit_and_counted_as_it_ran(
     settings: Settings, plain: tuple[Path, Summary], tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_with_the_prefix_cache_a_run_is_the_same_bit_for_bit_and_counted_as_it_r
     assert "8 forwards started from the prefix cache" in " ".join(notes([summary]))
 
 
+@pytest.mark.slow
 def test_with_both_the_loss_is_the_same_and_the_share_is_of_a_plain_full_step(
     settings: Settings, plain: tuple[Path, Summary], tmp_path: Path
 ) -> None:
@@ -112,6 +114,7 @@ def test_with_both_the_loss_is_the_same_and_the_share_is_of_a_plain_full_step(
     assert read_run(tmp_path / "run").batch()["labelled_positions"].shape == (48,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_a_run_with_both_that_ctrl_c_stopped_continues_bit_equal(
     where: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
