@@ -28,10 +28,10 @@ def write_plots(compared: Sequence[Row], folder: Path) -> None:
 
 
 def _plot(rows: Sequence[Row], folder: Path, name: str, label: str, cost: Any) -> None:
-    """Loss in the course of the longest runs of every method, as a mean over seeds."""
+    """Loss in the course of the longest runs of every method and learning rate, as a mean over seeds."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(map(name_of, rows)):
-        own = [row for row in rows if name_of(row) == method]
+    for method in dict.fromkeys(_name_and_rate(row, rows) for row in rows):
+        own = [row for row in rows if _name_and_rate(row, rows) == method]
         longest = [row for row in own if row["steps"] == max(row["steps"] for row in own)]
         points = [[(cost(e), e["loss"]) for e in row["evaluations"]] for row in longest]
         xs, ys = np.mean(np.array(points), axis=0).T
@@ -56,6 +56,13 @@ def _save(figure: Any, path: Path) -> None:
     for kind in ("svg", "png"):
         figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
     plt.close(figure)
+
+
+def _name_and_rate(row: Row, rows: Sequence[Row]) -> str:
+    """The method of a run, with its learning rate if the method was run with several."""
+    name = name_of(row)
+    rates = {other["learning_rate"] for other in rows if name_of(other) == name}
+    return name if len(rates) == 1 else f"{name}, learning rate {row['learning_rate']:g}"
 
 
 def _seeds(count: int) -> str:
