@@ -56,6 +56,24 @@ def last_layers(
     return taken or fill(costs, sorted(fqns, key=lambda fqn: costs.step_flops({fqn})), limit, given)
 
 
+def growing_sets(costs: "BackwardCosts", fqns: frozenset[str], first: frozenset[str]) -> list[frozenset[str]]:
+    """List `first`, then with one block more at a time, from the output to the input; each costs more.
+
+    Args:
+        costs: what each set costs.
+        fqns: parameters that may be trained; all of them are in the last set.
+        first: the first set.
+    """
+    sets, taken = [first], first
+    for block in from_the_output(costs, fqns):
+        taken |= block
+        if costs.step_flops(taken) > costs.step_flops(sets[-1]):
+            sets.append(taken)
+        else:
+            sets[-1] = taken
+    return sets
+
+
 def fill(costs: "BackwardCosts", order: Iterable[str], limit: int, given: frozenset[str]) -> frozenset[str]:
     """Add parameters to `given`, in this order, each if it still fits the limit.
 

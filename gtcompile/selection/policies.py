@@ -8,19 +8,24 @@ at the end.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, cast
 
 import torch
 
 from gtcompile.graph.names import near_names
-from gtcompile.selection.blocks import blocks_of, fill, from_the_output, last_layers, weighted_order
+from gtcompile.selection.blocks import (
+    blocks_of,
+    fill,
+    from_the_output,
+    growing_sets,
+    last_layers,
+    weighted_order,
+)
 from gtcompile.selection.limits import Limits
 from gtcompile.selection.paper import chain_costs, select_by_paper
-from gtcompile.selection.schedule import Plan
+from gtcompile.selection.schedule import Plan, steps_of_falling_cost
 from gtcompile.selection.selection import select_within
 
 if TYPE_CHECKING:
@@ -60,8 +65,6 @@ _STEPS_UNKNOWN = (
     "this policy must know for how many optimizer steps the model is trained: "
     "policy=gtcompile.policies.Progressive(steps=...)"
 )
-_HALVINGS = 40
-"""Steps of a bisection; more would not change which whole blocks are trained."""
 
 
 class Policy(Protocol):
@@ -261,13 +264,16 @@ class Progressive:
         """
         if self.steps is None:
             raise ValueError(_STEPS_UNKNOWN)
-        rungs = _rungs(limits)
-        flops = [limits.costs.step_flops(rung) for rung in rungs]
-        depths = _falling(flops, self.steps, limits.budget_flops * self.steps)
-        runs = [(depth, len(list(same))) for depth, same in groupby(depths)]
+        costs = limits.costs
+        cheapest = last_layers(costs, limits.trainable, limits.cheapest_flops, limits.always)
+        sets = growing_sets(costs, limits.trainable, cheapest)
+        lasts = steps_of_falling_cost(
+            [costs.step_flops(each) for each in sets], self.steps, limits.budget_flops * self.steps
+        )
+        used = [(each, steps) for each, steps in zip(sets, lasts, strict=True) if steps]
         return Plan(
-            sets=tuple(rungs[depth] for depth, _ in runs),
-            lasts=tuple(length for _, length in runs),
+            sets=tuple(each for each, _ in reversed(used)),
+            lasts=tuple(steps for _, steps in reversed(used)),
             shallow=_shallow(limits),
         )
 
@@ -357,46 +363,6 @@ def for_training(policy: Policy, steps: int | None) -> Policy:
     if steps is None:
         raise ValueError(_STEPS_UNKNOWN)
     return replace(policy, steps=steps)
-
-
-def _rungs(limits: Limits) -> list[frozenset[str]]:
-    """The cheapest set, then one block more at a time, from the output to the input, up to everything."""
-    costs = limits.costs
-    taken = last_layers(costs, limits.trainable, limits.cheapest_flops, limits.always)
-    rungs = [taken]
-    for block in from_the_output(costs, limits.trainable):
-        taken |= block
-        if costs.step_flops(taken) > costs.step_flops(rungs[-1]):
-            rungs.append(taken)
-        else:
-            rungs[-1] = taken
-    return rungs
-
-
-def _falling(flops: list[int], steps: int, budget: int) -> list[int]:
-    """For every step an index into `flops`, ascending, whose cost falls in a straight line.
-
-    The line is `cheapest + slope * (1 - step / steps) * (full - cheapest)`, cut off at a full step's cost.
-    Bisection finds the steepest line within the budget.
-
-    Args:
-        flops: of each set, ascending.
-        steps: how many steps.
-        budget: FLOPs of all steps together; at least `steps * flops[0]`.
-    """
-
-    def at(slope: float) -> list[int]:
-        shares = [min(1.0, slope * (1 - step / steps)) for step in range(steps)]
-        return [bisect_right(flops, flops[0] + share * (flops[-1] - flops[0])) - 1 for share in shares]
-
-    low, high = 0.0, 2.0 * steps
-    if sum(flops[index] for index in at(high)) <= budget:
-        return at(high)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        fits = sum(flops[index] for index in at(middle)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return at(low)
 
 
 def _one_set(limits: Limits, trained: frozenset[str]) -> Plan:

@@ -1,11 +1,13 @@
 """The schedule of trained sets, one per step, whose mean cost is within the budget."""
 
 import hashlib
+import math
+import operator
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts
     from gtcompile.selection.selection import Selection
 
+_HALVINGS = 60
+"""Steps of a bisection; more would not change how long a set is trained."""
 _START = 0.5
 """Probability that a waiting set starts once enough is saved for it: at random steps, not periodically."""
 
@@ -156,6 +160,37 @@ class Schedule:
 
     def _generator(self, purpose: str) -> torch.Generator:
         return seeded(self.seed, self.number, self.progress.steps, purpose)
+
+
+def steps_of_falling_cost(flops: Sequence[int], steps: int, budget: int) -> list[int]:
+    """For how many steps each set is trained, if the cost of a step falls in a straight line.
+
+    The line is `cheapest + slope * (1 - step / steps) * (full - cheapest)`, cut off at a full step's cost; a
+    step trains the costliest set below it. Bisection finds the steepest line within the budget.
+
+    Args:
+        flops: of each set, ascending.
+        steps: of the training.
+        budget: FLOPs of all steps together; at least `steps * flops[0]`.
+    """
+    shares = [(each - flops[0]) / (flops[-1] - flops[0]) for each in flops[1:]]
+    if not shares:
+        return [steps]
+
+    def at(slope: float) -> list[int]:
+        reached = [min(max(math.floor(steps * (1 - share / slope)) + 1, 0), steps) for share in shares]
+        return [more - fewer for more, fewer in pairwise([steps, *reached, 0])]
+
+    def fits(slope: float) -> bool:
+        return sum(map(operator.mul, flops, at(slope))) <= budget
+
+    low, high = shares[0] / 2, 2.0 * steps  # all steps train the first set, or the last one
+    if fits(high):
+        return at(high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return at(low)
 
 
 def seeded(*key: object) -> torch.Generator:
