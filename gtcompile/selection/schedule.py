@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import operator
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,7 +181,7 @@ def steps_of_falling_cost(flops: Sequence[int], steps: int, budget: int) -> list
         return [more - fewer for more, fewer in pairwise([steps, *reached, 0])]
 
     def fits(slope: float) -> bool:
-        return sum(map(operator.mul, flops, at(slope))) <= budget
+        return sum(each * count for each, count in zip(flops, at(slope), strict=True)) <= budget
 
     low, high = shares[0] / 2, 2.0 * steps  # all steps train the first set, or the last one
     if fits(high):
