@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from gtcompile import CaptureError, CompileOptions, backward_costs, compile_blocks, train_only
 from gtcompile.compiler import region
 from gtcompile.compiler.options import parse_options
-from gtcompile.graph.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.support.models import (
     RANDOM_LAYERS,
     Recipe,
     Regression,
     captures,
+    counted_step,
     forget_captures,
     make_batch,
     random_sets,
@@ -56,9 +56,7 @@ def test_gradients_loss_and_flops_are_those_of_eager_freezing(recipe, variants, 
         expected, expected_loss = reference_gradients(run, batch), eager_loss(recipe, trained)
         assert torch.equal(step(run, batch), expected_loss)
         assert_same_gradients(run, expected)
-        with count_flops() as counter:
-            step(run, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(run, batch) == costs.step_flops(trained)
     assert captures() == before + 1
 
 
@@ -85,9 +83,7 @@ def test_a_product_computed_again_for_the_forward_alone_is_predicted_as_it_runs(
     for trained in random_sets(sorted(costs.fqns), 3):
         train_only(run, trained)
         step(run, batch)
-        with count_flops() as counter:
-            step(run, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(run, batch) == costs.step_flops(trained)
 
 
 @pytest.mark.slow
@@ -106,9 +102,7 @@ def test_what_a_model_computes_twice_is_predicted_and_run_once(variants, in_plac
         expected = reference_gradients(run, batch)
         step(run, batch)
         assert_same_gradients(run, expected)
-        with count_flops() as counter:
-            step(run, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(run, batch) == costs.step_flops(trained)
 
 
 @pytest.mark.parametrize("variants", VARIANTS)

@@ -40,6 +40,7 @@ from tests.support.models import (
     Stack,
     block_recipes,
     captures,
+    counted_step,
     forget_captures,
     make_batch,
     random_sets,
@@ -67,9 +68,7 @@ def test_gradients_and_flops_are_those_of_eager_freezing(recipe, variants, seed)
     for trained in random_sets(sorted(costs.fqns), 4, seed):
         train_only(model, trained)
         check_step(model, batch)
-        with count_flops() as counter:
-            step(model, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(model, batch) == costs.step_flops(trained)
 
 
 @settings(max_examples=1)
@@ -106,9 +105,7 @@ def test_generated_code_serves_many_sets_with_one_capture_and_exact_flops():
         expected = reference_gradients(model, batch)
         step(model, batch)
         assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
-        with count_flops() as counter:
-            step(model, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(model, batch) == costs.step_flops(trained)
     assert captures() == before + 1
 
 
@@ -244,9 +241,7 @@ def test_blocks_that_the_user_froze_altogether_run_without_autograd(variants):
     for trained in random_sets(sorted(costs.fqns), 4):
         train_only(model, trained)
         check_step(model, batch)
-        with count_flops() as counter:
-            step(model, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(model, batch) == costs.step_flops(trained)
 
 
 def test_evaluation_compiles_nothing_and_gives_the_same_values():
@@ -337,9 +332,7 @@ def test_a_language_model_is_trained_right_block_by_block():
     for trained in random_sets(sorted(costs.fqns), 5):
         train_only(model, trained)
         check_step(model, batch)
-        with count_flops() as counter:
-            step(model, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(model, batch) == costs.step_flops(trained)
 
 
 class Breaking(nn.Module):
@@ -494,10 +487,9 @@ def test_another_compiled_model_of_the_same_class_does_not_spend_the_limit():
     compile_blocks(model, compiler="eager")
     train_only(model, ["layers.1.*"])
     before = captures()
-    with count_flops() as counter:
-        step(model, batch)
+    flops = counted_step(model, batch)
     assert captures() == before + 1
-    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert flops == costs.step_flops(trained_parameters(model))
 
 
 class Routed(nn.Module):
@@ -541,9 +533,7 @@ def test_blocks_that_differ_in_a_number_share_two_captures(compiler, tolerance):
     for trained in (frozenset(selectable(model)), *random_sets(selectable(model), 3)):
         train_only(model, trained)
         expected = reference_gradients(model, batch)
-        with count_flops() as counter:
-            step(model, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(model, batch) == costs.step_flops(trained)
         step(model, batch)
         assert_same_gradients(model, expected, rtol=tolerance, atol=tolerance)
     assert captures() == before + 2
@@ -585,10 +575,9 @@ def test_whatever_is_trained_first_nothing_is_captured_afterwards(family, first)
     compile_blocks(model, compiler="eager")
     train_only(model, None if first == "everything" else [first])
     expected = reference_gradients(model, batch)
-    with count_flops() as counter:
-        step(model, batch)
+    flops = counted_step(model, batch)
     assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
-    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert flops == costs.step_flops(trained_parameters(model))
     seen = captures()
     step(model, batch)  # the same set once more, outside of the first forward
     for trained in [None, *random_sets(sorted(costs.fqns), 6, seed=1)]:
@@ -637,10 +626,9 @@ def test_in_each_stack_only_the_block_where_the_backward_ends_runs_without_its_c
         train_only(model, trained)
         expected = reference_gradients(model, batch)
         by_operators.clear()
-        with count_flops() as counter:
-            step(model, batch)
+        flops = counted_step(model, batch)
         assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert flops == costs.step_flops(trained)
         assert len(by_operators) == len(set(by_operators)), "blocks of a stack share their plans"
         most.add(len(by_operators))
     assert most == {1, 2}
@@ -729,8 +717,6 @@ def test_compiled_blocks_are_found_behind_what_others_put_around_them(blocks):
     assert not uses_compiled_code(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained == trained_parameters(model)
     forget_captures()
-    with count_flops() as counter:
-        step(model, batch)
-    assert counter.get_total_flops() == costs.step_flops(trained)
+    assert counted_step(model, batch) == costs.step_flops(trained)
     assert_same_gradients(model, expected)
     assert captures() == 0

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from gtcompile import CaptureError, backward_costs, compile_blocks, train_only, trained_parameters
 from gtcompile.compiler import backward_plans, inductor
 from gtcompile.compiler.backward_plans import BackwardPlans
-from gtcompile.graph.flops import count_flops
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from gtcompile.tools.bench.baselines import compilations
 from gtcompile.torch_internals import compile_fx_inner
@@ -34,6 +33,7 @@ from tests.support.models import (
     Stack,
     block_recipes,
     captures,
+    counted_step,
     forget_captures,
     make_batch,
     random_sets,
@@ -237,9 +237,7 @@ def test_generated_code_overwrites_nothing_that_a_leaf_reads(cut_chains):
             expected = reference_gradients(run, batch)
             step(run, batch)
             assert_same_gradients(run, expected, rtol=1e-4, atol=1e-6)
-        with count_flops() as counter:
-            step(run, batch)
-        assert counter.get_total_flops() == costs.step_flops(trained)
+        assert counted_step(run, batch) == costs.step_flops(trained)
 
 
 @pytest.fixture
@@ -264,10 +262,9 @@ def test_blocks_with_a_frozen_convolution_run_their_compiled_chain(leaves_run):
     assert leaves_run == [1, 1, 1]
     train_only(model, ["layers.0.conv.*", "layers.1.norm.*", "layers.2.conv.bias"])
     expected = reference_gradients(model, batch)
-    with count_flops() as counter:
-        step(model, batch)
+    flops = counted_step(model, batch)
     assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
-    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert flops == costs.step_flops(trained_parameters(model))
     assert leaves_run[3:] == [0, 0]  # the lowest block needs no more than its own gradients
 
 
@@ -319,10 +316,9 @@ def test_the_gradient_of_a_memory_that_blocks_read_is_a_leaf(trained, leaves, le
     compiled = compilations()
     train_only(model, trained)
     expected = reference_gradients(model, batch)
-    with count_flops() as counter:
-        step(model, batch)
+    flops = counted_step(model, batch)
     assert_same_gradients(model, expected, rtol=1e-4, atol=1e-6)
-    assert counter.get_total_flops() == costs.step_flops(trained_parameters(model))
+    assert flops == costs.step_flops(trained_parameters(model))
     assert compilations() == compiled
     assert leaves_run[2:] == leaves
 

@@ -9,11 +9,10 @@ from gtcompile.compiler.blocks import compile_blocks
 from gtcompile.compiler.partitioning import HoistingPartitioner
 from gtcompile.compiler.specialized import TrainedSetPartitioner
 from gtcompile.costs.backward_costs import backward_costs
-from gtcompile.graph.flops import count_flops
 from gtcompile.state.trained_set import train_only
 from gtcompile.testing import assert_same_gradients, reference_gradients
 from tests.compiler.test_hoisted import bytes_saved
-from tests.support.models import Recipe, forget_captures, random_sets, selectable, step
+from tests.support.models import Recipe, counted_step, forget_captures, random_sets, selectable, step
 
 BUDGETS = (1.0, 0.4, 0.0)
 RECIPE = Recipe(("attention", "dropout", "convolution"))
@@ -35,9 +34,8 @@ def saved_and_recomputed(variants: str, budget: float, trained) -> tuple[int, in
     expected = reference_gradients(run, batch)
     step(run, batch)
     assert_same_gradients(run, expected)
-    with count_flops() as counter:
-        step(run, batch)
-    return bytes_saved(run, batch), counter.get_total_flops() - predicted
+    counted = counted_step(run, batch)
+    return bytes_saved(run, batch), counted - predicted
 
 
 @pytest.mark.parametrize("variants", ["hoisted", "specialized"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gtcompile.capture.model_io import loss_of
+from gtcompile.graph.flops import count_flops
 from gtcompile.torch_internals import dynamo_counters
 
 WIDTH, LENGTH, BATCH = 8, 6, 2
@@ -235,6 +236,13 @@ def step(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     loss = loss_of(model(**batch))
     loss.backward()
     return loss.detach()
+
+
+def counted_step(model: nn.Module, batch: dict[str, Any]) -> int:
+    """FLOPs that one forward and backward really take, gradients cleared before."""
+    with count_flops() as counter:
+        step(model, batch)
+    return counter.get_total_flops()
 
 
 def forget_captures() -> None:
