@@ -27,7 +27,6 @@ from transformers import (
 
 from gtcompile import BudgetError, GTCompileError
 from gtcompile.selection.policies import NAMES
-from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, comparison, notes, summary_from
 from gtcompile.tools.finetune.training import Recorder, training_arguments
@@ -35,18 +34,14 @@ from gtcompile.tools.models.loading import load_language_model
 from gtcompile.tools.runs.preparation import prepare
 from gtcompile.tools.runs.settings import Policy, Settings, read_config, settings_from
 from gtcompile.tools.runs.training_arguments import known_arguments, parse_assignment
+from tests.support.finetune import assert_same_weights, final_weights, reporter, short_run, steps_of
 
 EPOCHS, STEPS_PER_EPOCH = 2, 4
-
-
-def reporter() -> Reporter:
-    return Reporter(Console(file=StringIO(), width=200))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A short run of a tiny OPT with dropout, on a file of 20 records (18 of them to learn from)."""
-    folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=260,
@@ -57,19 +52,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    OPTForCausalLM(config).save_pretrained(folder / "model")
-    records = [{"source": f"the number is {n}.", "target": f"it is {n}"} for n in range(20)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return Settings(
-        model=str(folder / "model"),
-        dataset=str(folder / "data.jsonl"),
-        epochs=EPOCHS,
-        batch_size=5,
-        lr=1e-2,
-        max_length=48,
-        max_new_tokens=8,
-        budget=0.6,
-    )
+    folder = tmp_path_factory.mktemp("inputs")
+    return short_run(folder, OPTForCausalLM(config), epochs=EPOCHS, batch_size=5, budget=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +61,6 @@ def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> tu
     """An uninterrupted run and its folder."""
     output = tmp_path_factory.mktemp("finished") / "run"
     return output, finetune(settings, output, reporter())
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,15 +72,9 @@ def selections(output: Path) -> list[dict[str, Any]]:
     return made
 
 
-def final_weights(output: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(output / "model").state_dict()  # type: ignore[no-any-return]
-
-
 def assert_same_run(output: Path, expected: Path) -> None:
-    own, other = final_weights(output), final_weights(expected)
-    assert own.keys() == other.keys()
-    assert [name for name in own if not torch.equal(own[name], other[name])] == []
-    metrics = [without_seconds(lines(folder / "metrics.jsonl")) for folder in (output, expected)]
+    assert_same_weights(output, expected)
+    metrics = [without_seconds(steps_of(folder)) for folder in (output, expected)]
     assert metrics[0] == metrics[1]
     assert without_seconds(selections(output)) == without_seconds(selections(expected))
 
@@ -115,7 +89,7 @@ def test_predicted_flops_equal_counted_flops_and_keep_the_budget(finished: tuple
 
 def test_every_step_and_every_selection_is_written(finished: tuple[Path, Summary]) -> None:
     output, summary = finished
-    metrics = lines(output / "metrics.jsonl")
+    metrics = steps_of(output)
     assert [line["step"] for line in metrics] == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
     assert sum(line["flops"] for line in metrics) == summary.predicted_flops
     assert [entry["epoch"] for entry in selections(output)] == [0, 1]
@@ -229,9 +203,7 @@ def test_a_finished_run_goes_on_for_more_epochs(
     assert [entry["epoch"] for entry in selections(tmp_path / "run")] == [0, 1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["epochs"] == EPOCHS + 1
     done = finished[1].steps
-    metrics = [
-        without_seconds(lines(folder / "metrics.jsonl"))[:done] for folder in (tmp_path / "run", finished[0])
-    ]
+    metrics = [without_seconds(steps_of(folder))[:done] for folder in (tmp_path / "run", finished[0])]
     assert metrics[0] == metrics[1]
     with pytest.raises(ValueError, match="--epochs was 3 and is now 2"):
         finetune(settings, tmp_path / "run", reporter(), resume=True)
@@ -242,7 +214,7 @@ def test_a_plan_makes_the_first_selection_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stream = StringIO()
-    plan(settings, Reporter(Console(file=stream, width=200)))
+    plan(settings, reporter(stream))
     first = selections(finished[0])[0]
     assert f"training {len(first['trained'])} of {first['selectable']} parameters" in stream.getvalue()
     assert f"a step: {first['step_flops']:.4e} FLOPs" in stream.getvalue()
@@ -257,7 +229,7 @@ def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
     settings: Settings, tmp_path: Path, policy: Any
 ) -> None:
     summary = finetune(replace(settings, policy=policy, epochs=1), tmp_path / "run", reporter())
-    flops = [line["flops"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    flops = [line["flops"] for line in steps_of(tmp_path / "run")]
     assert len(set(flops)) > 1
     assert sum(flops) == summary.predicted_flops == summary.counted_flops <= 0.6 * summary.full_flops
 
@@ -277,8 +249,8 @@ def test_what_the_trainer_can_do_is_reached_by_its_arguments_and_counted(
     }
     stream = StringIO()
     run = replace(settings, epochs=1, args=arguments)
-    summary = finetune(run, tmp_path / "run", Reporter(Console(file=stream, width=200)))
-    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    summary = finetune(run, tmp_path / "run", reporter(stream))
+    metrics = steps_of(tmp_path / "run")
     step_flops = selections(tmp_path / "run")[0]["step_flops"]
     assert [line["flops"] // step_flops for line in metrics] == [3, 1]
     assert summary.predicted_flops == summary.counted_flops == STEPS_PER_EPOCH * step_flops
@@ -447,9 +419,7 @@ def test_the_comparison_runs_full_fine_tuning_from_the_same_start(settings: Sett
     run, full = compare_with_full(short, tmp_path / "run", reporter())
     assert full.counted_flops == run.full_flops == full.full_flops
     assert run.quality_before is not None
-    first = [
-        lines(folder / "metrics.jsonl")[0]["loss"] for folder in (tmp_path / "run", tmp_path / "run" / "full")
-    ]
+    first = [steps_of(folder)[0]["loss"] for folder in (tmp_path / "run", tmp_path / "run" / "full")]
     assert first[0] == first[1]
 
 

@@ -10,28 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gtcompile import GTCompileError
-from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, notes
 from gtcompile.tools.finetune.training import Recorder
 from gtcompile.tools.runs.run_record import read_run
 from gtcompile.tools.runs.settings import Settings
+from tests.support.finetune import assert_same_weights, reporter, short_run, steps_of
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
-
-
-def reporter(stream: StringIO | None = None) -> Reporter:
-    return Reporter(Console(file=stream or StringIO(), width=200))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A short run of a tiny Llama, which has no dropout, on 18 records."""
-    folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=260,
@@ -42,34 +36,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         num_key_value_heads=1,
         max_position_embeddings=64,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    records = [{"source": f"the number is {n}.", "target": f"it is {n}"} for n in range(20)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return Settings(
-        model=str(folder / "model"),
-        tokenizer="bytes",
-        dataset=str(folder / "data.jsonl"),
-        policy="last_layers",
-        epochs=EPOCHS,
-        batch_size=6,
-        lr=1e-2,
-        max_length=48,
-        max_new_tokens=8,
-        budget=0.5,
-    )
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()  # type: ignore[no-any-return]
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    own, its = final_weights(one), final_weights(other)
-    assert [name for name in own if not torch.equal(own[name], its[name])] == []
+    options = {
+        "tokenizer": "bytes",
+        "policy": "last_layers",
+        "epochs": EPOCHS,
+        "batch_size": 6,
+        "budget": 0.5,
+    }
+    return short_run(tmp_path_factory.mktemp("inputs"), LlamaForCausalLM(config), **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +60,7 @@ def test_with_the_prefix_cache_a_run_is_the_same_bit_for_bit_and_counted_as_it_r
     folder, expected = plain
     summary = finetune(replace(settings, prefix_cache="memory"), tmp_path / "run", reporter())
     assert_same_weights(tmp_path / "run", folder)
-    own, other = metrics(tmp_path / "run"), metrics(folder)
+    own, other = steps_of(tmp_path / "run"), steps_of(folder)
     assert [step["loss"] for step in own] == [step["loss"] for step in other]
     # the first epoch stores, and the first step of the second compares
     assert [step["cached"] for step in own] == [0] * 4 + [1] * 8
@@ -106,7 +80,7 @@ def test_with_both_the_loss_is_the_same_and_the_share_is_of_a_plain_full_step(
     summary, full = compare_with_full(both, tmp_path / "run", reporter())
     assert summary.predicted_flops == summary.counted_flops < 0.75 * expected.predicted_flops
     assert summary.full_flops == expected.full_flops == full.predicted_flops == full.counted_flops
-    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(metrics(folder)[0]["loss"], rel=1e-5)
+    assert steps_of(tmp_path / "run")[0]["loss"] == pytest.approx(steps_of(folder)[0]["loss"], rel=1e-5)
     assert summary.batch == "6 x 40 tokens, logits at 48 of them"
     assert list((tmp_path / "prefix").rglob("*.safetensors"))
     assert summary.title == "last_layers, budget 0.5, labelled logits, prefix cache"
@@ -121,7 +95,7 @@ def test_a_run_with_both_that_ctrl_c_stopped_continues_bit_equal(
 ) -> None:
     def press_ctrl_c(*arguments: Any) -> None:
         passed(*arguments)
-        if len(metrics(tmp_path / "run")) == 4 if (tmp_path / "run" / "metrics.jsonl").is_file() else False:
+        if len(steps_of(tmp_path / "run")) == 4 if (tmp_path / "run" / "metrics.jsonl").is_file() else False:
             os.kill(os.getpid(), signal.SIGINT)
 
     cache = str(tmp_path / "prefix") if where == "folder" else where
@@ -131,10 +105,10 @@ def test_a_run_with_both_that_ctrl_c_stopped_continues_bit_equal(
         patch.setattr(Recorder, "passed", press_ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             finetune(both, tmp_path / "run", reporter())
-    assert len(metrics(tmp_path / "run")) == 5
+    assert len(steps_of(tmp_path / "run")) == 5
     summary = finetune(both, tmp_path / "run", reporter(), resume=True)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    losses = [[step["loss"] for step in metrics(tmp_path / name)] for name in ("run", "whole")]
+    losses = [[step["loss"] for step in steps_of(tmp_path / name)] for name in ("run", "whole")]
     assert losses[0] == losses[1]
     assert summary.predicted_flops == summary.counted_flops
 
