@@ -5,7 +5,6 @@ import torch
 
 from benchmarks.trust_matrix import SCENARIOS, WAYS, checkpointing, drift, gradient_set, silent_eager
 
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 TOGGLED, LISA, OURS = WAYS
 
 

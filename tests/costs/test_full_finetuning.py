@@ -11,7 +11,6 @@ from tests.support.models import Regression, make_batch
 from tests.support.trainer import make_data, make_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def batch_of(rows: int = 2) -> dict[str, torch.Tensor]:

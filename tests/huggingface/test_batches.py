@@ -5,11 +5,6 @@ import torch
 
 from tests.support.trainer import adaptive, make_data, train
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 def test_data_that_measuring_would_use_up_are_refused(tmp_path):
     class Once(torch.utils.data.IterableDataset):

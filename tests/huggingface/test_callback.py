@@ -44,11 +44,6 @@ from tests.support.trainer import (
     weights,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 @pytest.fixture(autouse=True)
 def costs_captured_once(monkeypatch):

@@ -10,11 +10,6 @@ from gtcompile.huggingface.compatibility import check_trainer
 from gtcompile.state.trained_set import uses_compiled_code
 from tests.support.trainer import adaptive, make_args, make_data, make_model, train
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 def compiled_outside(model):
     return torch.compile(model, backend="eager")

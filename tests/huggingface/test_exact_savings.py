@@ -21,10 +21,6 @@ from tests.support.trainer import (
     weights,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 EPOCHS = {"num_train_epochs": 3, "per_device_train_batch_size": 2}
 
 

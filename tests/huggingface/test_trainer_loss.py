@@ -11,11 +11,6 @@ from gtcompile.training import step_costs
 from tests.support.known_costs import capture_costs_once
 from tests.support.trainer import adaptive, losses, make_args, make_data, make_model, train
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 @pytest.fixture(autouse=True)
 def costs_captured_once(monkeypatch):

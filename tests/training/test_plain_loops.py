@@ -11,11 +11,6 @@ from gtcompile.graph.flops import count_flops
 from tests.support.trainer import assert_same_weights, make_data, make_model, weights
 from tests.support.training import freeze_eagerly
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 def test_a_peft_model_works_in_a_plain_loop():
     peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -18,10 +18,6 @@ from gtcompile.training import trained_weights
 from tests.support import trainer as support
 from tests.support.models import POOL, WIDTH, Recipe, Regression, make_batch, selectable, step, trained_sets
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 FILE = "trained.safetensors"
 HEAD = ["layers.3.weight", "layers.3.bias"]
 
