@@ -190,7 +190,13 @@ class UsesFunction(nn.Module):
     [
         pytest.param(lambda model, x: Doubling.apply(x, model.factor), id="pytorch#177213"),
         pytest.param(lambda model, x: SamePlaceTwice.apply(x, x), id="pytorch#181146"),
-        pytest.param(lambda model, x: WritesInForward.apply(x, model.bias), id="pytorch#180642"),
+        pytest.param(
+            lambda model, x: WritesInForward.apply(x, model.bias),
+            id="pytorch#180642",
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.13", reason="Dynamo itself captures it wrong, whatever the backend"
+            ),
+        ),
         pytest.param(lambda model, x: HalvesGradients.apply(x), id="pytorch#102970"),
         pytest.param(lambda model, x: OneOfTwo.apply(x)[0], id="pytorch#106391"),
     ],
