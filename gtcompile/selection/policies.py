@@ -243,8 +243,8 @@ class Progressive:
 
     FreezeOut (Brock et al., 2017) freezes in this order too. Here the budget decides how long each block is
     trained: the cost of a step falls in a straight line, and its mean over `steps` steps is at most the
-    budget. Before the last of them it may be above. This suits a learning rate that falls: the steps that
-    change the weights most reach deepest.
+    budget. Before the last of them it may be above. This suits a learning rate that decays: the blocks
+    near the input are trained while it is high.
     """
 
     steps: int | None = None
