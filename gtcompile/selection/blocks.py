@@ -1,5 +1,6 @@
 """The blocks of a model by the names of its parameters, and sets filled up to a cost."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -99,6 +100,7 @@ def weighted_order(weights: Mapping[str, float], uniform: Mapping[str, float]) -
 
     Args:
         weights: positive; a name is drawn first with probability in proportion to its weight.
-        uniform: a random number in (0, 1) per name.
+        uniform: a random number in (0, 1] per name.
     """
-    return sorted(weights, key=lambda name: -(uniform[name] ** (1 / weights[name])))
+    # u ** (1 / w) decides (Efraimidis and Spirakis, 2006); its logarithm does not underflow for small weights
+    return sorted(weights, key=lambda name: math.log(uniform[name]) / weights[name], reverse=True)

@@ -377,5 +377,5 @@ def _shallow(limits: Limits) -> frozenset[str]:
 
 
 def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, float]:
-    """A random number in (0, 1) per name."""
+    """A random number in (0, 1] per name."""
     return {name: 1 - float(torch.rand((), generator=generator)) for name in names}

@@ -93,11 +93,6 @@ class Schedule:
         self._flops_of = lru_cache(maxsize=256)(costs.step_flops)
 
     @property
-    def changes(self) -> bool:
-        """Whether a later step can train another set than the first one."""
-        return len(self.plan.sets) != 1 or self._flops_of(self.plan.sets[0]) > self._budget
-
-    @property
     def spent_fraction(self) -> float:
         """Mean cost of the window's steps as a share of `whole_flops`, the step under way included."""
         full = self.progress.steps * self.whole_flops

@@ -1,7 +1,6 @@
 """`fully_shard` on gloo ranks, against one process; single functions on one rank."""
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,18 +12,14 @@ from torch.distributed.tensor import DTensor
 from gtcompile import AdaptiveBackprop, backward_costs, measure_importance, train_only
 from gtcompile.distributed.fsdp import group_of, link, sharded, whole
 from tests.ranks.data_parallel_run import build
+from tests.support.launching import run_on_ranks
 from tests.support.models import Regression, make_batch, step
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
-def run(*cases: str, ranks: int = 2) -> str:
-    """Run cases one after the other on so many ranks: to start these takes longer than most cases."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["-m", "tests.ranks.fully_sharded_run", *cases]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+run = partial(run_on_ranks, "fully_sharded_run")
+"""Runs cases one after the other: to start the ranks takes longer than most cases."""
 
 
 @pytest.mark.slow

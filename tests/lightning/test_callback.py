@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -19,6 +17,7 @@ from gtcompile import BudgetError, CaptureError, GTCompileError, compile_blocks
 from gtcompile.capture.pristine_model import uses_compiled_code
 from gtcompile.graph.flops import count_flops
 from gtcompile.lightning.compatibility import check_trainer
+from tests.support.launching import run_on_ranks
 from tests.support.lightning import (
     QUIET,
     Module,
@@ -405,10 +404,7 @@ def test_replicas_that_wait_for_every_gradient_are_refused(tmp_path):
 
 @pytest.mark.long
 def test_two_ranks_train_what_one_process_trains(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.ranks.lightning_run", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run_on_ranks("lightning_run", tmp_path)
     outcome = torch.load(tmp_path / "outcome", weights_only=False)
     loader = DataLoader(outcome["batches"], batch_size=None)
     module, _ = fit(tmp_path, Replay(outcome["sets"]), loader=loader, accumulate_grad_batches=2)

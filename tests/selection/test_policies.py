@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtcompile import BudgetError, policies, select_parameters
+from gtcompile.selection.blocks import weighted_order
 from gtcompile.selection.limits import apply_terms, make_terms
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from tests.selection.test_selection import coverage_costs
@@ -237,3 +238,9 @@ def test_a_seeded_generator_depends_on_all_of_its_key():
     first, again, other = (torch.rand(3, generator=seeded(*key)) for key in ((1, 2), (1, 2), (1, 3)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@given(st.floats(1e-6, 1e-3), st.permutations([0.1, 0.2, 0.3, 0.4, 1.0]))
+def test_names_of_one_weight_are_drawn_by_chance_however_small_it_is(weight, uniform):
+    names = dict(zip("abcde", uniform, strict=True))
+    assert weighted_order(dict.fromkeys(names, weight), names) == sorted(names, key=names.get, reverse=True)

@@ -30,6 +30,7 @@ from gtcompile.selection.policies import NAMES
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, comparison, notes, summary_from
 from gtcompile.tools.finetune.training import Recorder, training_arguments
+from gtcompile.tools.inspect.command import inspect_run
 from gtcompile.tools.models.loading import load_language_model
 from gtcompile.tools.runs.preparation import prepare
 from gtcompile.tools.runs.settings import Policy, Settings, read_config, settings_from
@@ -209,6 +210,13 @@ def test_a_finished_run_goes_on_for_more_epochs(
         finetune(settings, tmp_path / "run", reporter(), resume=True)
 
 
+def test_a_schedule_of_steps_cannot_be_extended(settings: Settings) -> None:
+    progressive = replace(settings, policy="progressive")
+    longer = replace(progressive, epochs=EPOCHS + 1)
+    assert longer.differences(progressive.as_dict()) == [f"--epochs was {EPOCHS} and is now {EPOCHS + 1}"]
+    assert replace(settings, epochs=EPOCHS + 1).differences(settings.as_dict()) == []
+
+
 def test_a_plan_makes_the_first_selection_and_writes_nothing(
     finished: tuple[Path, Summary], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +240,7 @@ def test_a_policy_that_changes_the_set_by_the_step_is_counted_step_by_step(
     flops = [line["flops"] for line in steps_of(tmp_path / "run")]
     assert len(set(flops)) > 1
     assert sum(flops) == summary.predicted_flops == summary.counted_flops <= 0.6 * summary.full_flops
+    assert "proven" not in str(inspect_run(tmp_path / "run").selection)
 
 
 @pytest.mark.slow
@@ -469,10 +478,10 @@ def test_a_configuration_is_read_from_yaml_and_from_a_run(
     assert settings_from(read_config(finished[0] / "run.json")) == settings
     config = tmp_path / "run.yaml"
     config.write_text("model: demo\ndataset: demo\nlearning_rate: 1e-3\nwarmup_steps: 10\nnum_beams: 2\n")
-    read = settings_from({**read_config(config), **dict([parse_assignment("bf16=true")])})
-    assert read == Settings(
-        model="demo", dataset="demo", lr=1e-3, num_beams=2, args={"warmup_steps": 10, "bf16": True}
-    )
+    given = dict(map(parse_assignment, ["bf16=true", "run_name=2024"]))
+    read = settings_from({**read_config(config), "args": None, **given})
+    args = {"warmup_steps": 10, "bf16": True, "run_name": "2024"}
+    assert read == Settings(model="demo", dataset="demo", lr=1e-3, num_beams=2, args=args)
 
 
 @pytest.mark.parametrize(
@@ -484,6 +493,7 @@ def test_a_configuration_is_read_from_yaml_and_from_a_run(
         ({"adam_beta1": True}, "adam_beta1: expected a value of type float, got True"),
         ({"output_dir": "x"}, "'output_dir' is neither an option"),
         ({"model": None}, "model: expected a value of type str, got None"),
+        ({"args": 3}, "args: expected names of TrainingArguments with their values, got 3"),
     ],
 )
 def test_settings_of_a_wrong_name_or_type_are_refused(values: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gtcompile.tools.data.formats import END, FORMATS, Example
+from gtcompile.tools.data.formats import END, FORMATS, Example, read_chat
 from gtcompile.tools.data.tasks import (
     Source,
     Task,
@@ -141,6 +141,14 @@ def test_splits_that_share_records_are_refused(write: Write) -> None:
     folder = write("scitldr/train.jsonl", SCITLDR)
     with pytest.raises(ValueError, match="would share records"):
         load_task("scitldr", data_dir=folder, splits=("train[:60%]", "train[50%:]"))
+    with pytest.raises(ValueError, match="would share records"):
+        load_task("some/data", splits=("all[:50%]", "validation"))
+
+
+def test_a_file_has_no_split_but_all(write: Write) -> None:
+    folder = write("own.jsonl", [{"source": "a", "target": "b"}] * 20)
+    with pytest.raises(ValueError, match=r"own.jsonl has one split, all, .* got 'train'"):
+        load_task(str(folder / "own.jsonl"), splits=("train[:90%]", "train[90%:]"))
 
 
 def test_a_json_lines_file_is_split_nine_to_one(write: Write) -> None:
@@ -331,6 +339,14 @@ def test_a_chat_ends_with_the_answer(write: Write) -> None:
     folder = write("own.jsonl", [{"messages": CHAT[:1]}] * 2)
     with pytest.raises(ValueError, match="record 1: expected at least two messages"):
         load_task(str(folder / "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "message", ["Who?", {"role": "user"}, {"role": "user", "content": [{"type": "text"}]}]
+)
+def test_messages_that_are_no_text_are_refused(message: object) -> None:
+    with pytest.raises(ValueError, match="expected messages, each with role and content as text"):
+        read_chat({"messages": [message, *CHAT]})
 
 
 def test_texts_that_are_evaluated_and_trained_on_are_counted() -> None:

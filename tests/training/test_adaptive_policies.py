@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +20,7 @@ from gtcompile import (
     policies,
     trained_parameters,
 )
+from tests.support.launching import run_on_ranks
 from tests.support.models import WIDTH, ResidualMLP, Stack, captures
 
 BUDGET = 0.7
@@ -272,7 +271,4 @@ def test_selection_works_with_a_loss_of_the_users_own():
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("policy", ["sampled", "own"])
 def test_two_ranks_agree_on_the_set_at_every_step(policy):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.ranks.policies_run", policy]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    run_on_ranks("policies_run", policy)

@@ -5,8 +5,8 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,13 @@ from torch import nn
 
 from gtcompile import AdaptiveBackprop, load_training, save_training
 from tests.ranks.training_state_run import POINTS, Training, assert_equal
+from tests.support.launching import run_on_ranks, torchrun
 from tests.support.models import Regression, make_batch
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
-def command(*arguments: object, ranks: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "tests.ranks.training_state_run", *map(str, arguments)]
-
-
-def run(*arguments: object, ranks: int = 2) -> str:
-    launched = command(*arguments, ranks=ranks)
-    result = subprocess.run(launched, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+run = partial(run_on_ranks, "training_state_run")
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -81,7 +73,7 @@ def test_a_kill_at_any_moment_leaves_a_state_that_can_be_continued(tmp_path):
 def kill_while_saving(folder: Path, delay: float) -> None:
     """Start two ranks, kill both at once so many seconds after the first save."""
     launched = subprocess.Popen(
-        command("sharded", "save", folder, ranks=2),
+        torchrun("-m", "tests.ranks.training_state_run", "sharded", "save", folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import AdaptiveBackprop, train_only
 from gtcompile.distributed.ranks import Ranks
+from tests.support import launching
+from tests.support.launching import run_on_ranks, torchrun
 from tests.support.models import Regression
 from tests.support.trainer import Replay, losses, train, weights
 
@@ -22,9 +24,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 def run(*cases: str) -> subprocess.CompletedProcess[str]:
     """Run cases one after the other on two ranks: to start these takes longer than most cases."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.ranks.data_parallel_run", *cases]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return launching.run(torchrun("-m", "tests.ranks.data_parallel_run", *cases))
 
 
 @pytest.mark.parametrize("case", ["eager-1-copies", "plain-2-copies", "plain-1-views", "inductor-1-copies"])
@@ -119,10 +119,7 @@ def test_a_parameter_frozen_before_wrapping_is_refused():
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.parametrize("case", ["replicated", pytest.param("sharded", marks=pytest.mark.long)])
 def test_the_trainer_trains_on_two_ranks_what_one_process_trains_and_goes_on(case, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.ranks.trainer_run", case, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    run_on_ranks("trainer_run", case, tmp_path)
     outcome = torch.load(tmp_path / "outcome")
     assert len(set(map(frozenset, outcome["sets"]))) > 3
     replay = Replay(outcome["sets"])
@@ -136,6 +133,6 @@ def test_a_plain_loop_that_accelerate_launches_trains_what_is_selected():
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["-m", "tests.ranks.accelerate_run"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = launching.run(command)
     assert result.returncode == 0, result.stderr
     assert "2 processes, 4 selections: the same sets and weights" in result.stdout

@@ -85,12 +85,19 @@ def read_fields(record: Record, source: str, target: str) -> Example:
 def read_chat(record: Record) -> Example:
     """Make an example of a chat in the field `messages`: the answer is its last message."""
     messages = value_of(record, "messages")
-    if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise ValueError(f"expected messages, each with role and content as text, got {messages!r}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
             f"expected at least two messages, the last one with the role assistant, got {messages!r}"
         )
-    *before, answer = [(str(value_of(m, "role")), str(value_of(m, "content"))) for m in messages]
+    *before, answer = [(message["role"], message["content"]) for message in messages]
     return Example(tuple(before), _texts(answer[1], "messages"))
+
+
+def _is_message(message: Any) -> bool:
+    """Parts of several kinds, as of images, and calls of tools are no text that a tokenizer could take."""
+    return isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
 
 
 def _read_scitldr(record: Record) -> Example:

@@ -84,7 +84,8 @@ def find_source(
     known, defaults, read = _origin(dataset, data_dir, fields)
     train, evaluation = (given or usual for given, usual in zip(splits, defaults, strict=True))
     (name, start, stop), (other, begin, end) = map(parse_split, (train, evaluation))
-    if name == other and start < end and begin < stop:
+    apart = name == other and (end <= start or stop <= begin)
+    if not apart and (name == other or "all" in (name, other)):  # all is every split of a dataset together
         raise ValueError(
             f"training on {train} and evaluation on {evaluation} would share records. "
             f"Choose --train-split and --eval-split apart, or shares such as valid[:80%] and valid[80%:]."
@@ -154,7 +155,7 @@ def _origin(
     path, hub = Path(dataset), _ON_THE_HUB.fullmatch(dataset)
     if dataset not in FORMATS and path.suffix in BUILDERS and path.is_file():
         own = format_of_fields(path.name, *fields)
-        return own, ("all[:90%]", "all[90%:]"), lambda split: (str(path), read_file(path, split))
+        return own, ("all[:90%]", "all[90%:]"), partial(_read_own, path)
     if dataset not in FORMATS and path.suffix not in BUILDERS and hub:
         where = {key: value for key, value in hub.groupdict().items() if value}
         own = format_of_fields(dataset, *fields, hub=where)
@@ -195,14 +196,16 @@ def _generate(split: str) -> tuple[str, list[Record]]:
     return f"the demo's {split} split", list(summarisation_examples(split, DEMO_COUNTS[split]))  # type: ignore[arg-type]
 
 
-def read_file(path: Path, split: str = "all") -> list[Record]:
+def _read_own(path: Path, split: str) -> tuple[str, list[Record]]:
+    if split != "all":
+        raise ValueError(f"{path.name} has one split, all, and shares of it such as all[:80%]; got {split!r}")
+    return str(path), read_file(path)
+
+
+def read_file(path: Path) -> list[Record]:
     """Read the records of a file with `datasets`, which decides by the suffix how.
 
     Fields of a `.csv` file are texts, whatever they look like. No cache is kept.
-
-    Args:
-        path: of the file.
-        split: `all`; to `datasets`, a file is a split named train, and all splits are `all`.
 
     Raises:
         ValueError: the file cannot be read, or holds no record; names the file.
@@ -213,7 +216,7 @@ def read_file(path: Path, split: str = "all") -> list[Record]:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors reach the user by their exception
     builder = BUILDERS[path.suffix]
     # a bracket in the path would be taken for a pattern
-    where: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": split}
+    where: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "all"}
     if path.stat().st_size == 0:
         raise ValueError(f"{path} holds no record")
     try:

@@ -207,10 +207,12 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
     settings = recorder.prepared.settings
     batches = steps * int(settings.args.get("gradient_accumulation_steps", 1))
-    selections = math.ceil(steps / recorder.prepared.steps_per_epoch / settings.reselect_every)
+    epochs = steps / recorder.prepared.steps_per_epoch
+    selections = 1 if settings.selects_once else math.ceil(epochs / settings.reselect_every)
+    which = "the only selection" if selections == 1 else f"{selections} selections, the first of which"
     yield (
-        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s, and {selections} selections, of "
-        f"which the first took {selection['seconds']:.1f} s; nothing was trained or written"
+        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s, and {which} took "
+        f"{selection['seconds']:.1f} s; nothing was trained or written"
     )
 
 

@@ -97,12 +97,12 @@ def training_arguments(settings: Settings, output: Path) -> Seq2SeqTrainingArgum
 def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
     """The callback that selects what is trained, as the settings say."""
     settings, every = prepared.settings, prepared.settings.reselect_every
-    full, fixed = settings.policy == "full", settings.policy in ("full", "last_layers")
+    full = settings.policy == "full"
     later: Any = "epoch" if every == 1 else every * prepared.steps_per_epoch
     return AdaptiveBackpropCallback(
         1.0 if full else settings.budget,
         policy="last_layers" if full else settings.policy,
-        every=sys.maxsize if fixed else later,
+        every=sys.maxsize if settings.selects_once else later,
         batches=MEASURED_BATCHES,
         compiler=settings.compiler,
         activation_memory_budget=settings.activation_memory_budget,
@@ -252,7 +252,8 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Compare steps while the blocks are still compiled."""
-        if not self.stopping and self.prepared.settings.policy != "full":
+        cut_short = self.stopping and state.global_step < state.max_steps
+        if not cut_short and self.prepared.settings.policy != "full":
             self.compare(self.prepared.sample())
 
     def compare(self, batch: Batch) -> None:

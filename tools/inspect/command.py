@@ -186,7 +186,6 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
         )
     importance = dict(last["importance"])
     total = math.fsum(importance.get(fqn, 0.0) for fqn in sorted(trained))
-    bound = last["importance_bound"]
     selection = Selection(
         trained=trained,
         selectable=last["selectable"],
@@ -194,7 +193,7 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
         budget_flops=last["budget_flops"],
         full_flops=last["full_flops"],
         importance=total,
-        importance_bound=total if bound is None else bound,
+        importance_bound=last["importance_bound"],
     )
     measured = f"measured in epoch {last['epoch'] + 1}, where plans within the budget reach"
     origin = measured if importance else "not measured by this run"

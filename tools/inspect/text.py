@@ -51,10 +51,8 @@ def show(
     say(console, headline(inspection))
     console.print(_costs(inspection))
     say(console, f"this plan: {inspection.selection}")
-    say(
-        console,
-        f"no set within the budget has more importance than {inspection.selection.importance_bound:.4g}\n",
-    )
+    bound = inspection.selection.importance_bound
+    say(console, "" if bound is None else f"no set within the budget has more importance than {bound:.4g}\n")
     if blocks:
         shown = {row["block"] for row in rows}
         chosen = [block for block in inspection.blocks() if block["block"] in shown]

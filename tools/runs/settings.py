@@ -128,6 +128,11 @@ class Settings:
         return base + (", labelled logits" if self.labelled_logits else "") + cached
 
     @property
+    def selects_once(self) -> bool:
+        """Whether the first selection stays: nothing is measured, so a later one would be the same."""
+        return self.policy in ("full", "last_layers")
+
+    @property
     def short_name(self) -> str:
         """Model, data and policy in a name for a folder."""
         return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
@@ -145,15 +150,18 @@ class Settings:
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """The differences from the settings of a saved run, one phrase per setting.
 
-        More epochs are none, and neither is another place for the prefix cache, which changes no result.
+        More epochs are none, except for `progressive`, whose sets depend on the number of steps. Another
+        place for the prefix cache is none, because it changes no result.
         """
-        own, absent = self.as_dict(), {"labelled_logits": False}
-        former = {**absent, **saved, "prefix_cache": self.prefix_cache}
+        former = {**saved, "prefix_cache": self.prefix_cache}
         return [
             f"{_phrase(name)} was {former.get(name)!r} and is now {value!r}"
-            for name, value in own.items()
-            if former.get(name) != value and not (name == "epochs" and value > former.get(name, value))
+            for name, value in self.as_dict().items()
+            if former.get(name) != value and not (name == "epochs" and self._extends(former[name]))
         ]
+
+    def _extends(self, former_epochs: int) -> bool:
+        return self.policy != "progressive" and self.epochs > former_epochs
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -164,7 +172,10 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     """
     kinds = {s.name: getattr(s.type, "__name__", str(s.type)) for s in fields(Settings)}
     own: dict[str, Any] = {"args": {}}
-    for key, value in {**values.get("args", {}), **values}.items():
+    args = values.get("args") or {}
+    if not isinstance(args, Mapping):
+        raise ValueError(f"args: expected names of TrainingArguments with their values, got {args!r}")
+    for key, value in {**args, **values}.items():
         name = OURS.get(key, key)
         kind = kinds.get(name) or known_arguments().get(name)
         if kind is None:
@@ -173,8 +184,9 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
                 f"{key!r} is neither an option of finetune nor of transformers' TrainingArguments; {near}"
             )
         if name != "args":
-            check_type(name, value, kind)
-            (own if name in kinds else own["args"])[name] = value
+            read = parse_value(value, kind) if isinstance(value, str) else value
+            check_type(name, read, kind)
+            (own if name in kinds else own["args"])[name] = read
     for needed in ("model", "dataset"):
         if needed not in own:
             raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
@@ -193,9 +205,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected one setting a line, such as epochs: 3, got {values!r}")
-    # YAML takes 1e-4 for text
-    read = {key: parse_value(value) if isinstance(value, str) else value for key, value in values.items()}
-    return {key: value for key, value in read.items() if key not in RECORDED}
+    return {key: value for key, value in values.items() if key not in RECORDED}
 
 
 def source_of(settings: Settings) -> Source:

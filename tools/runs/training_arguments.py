@@ -13,7 +13,13 @@ OURS = {
     "learning_rate": "lr",
 }
 """The settings of a run that transformers knows by another name."""
-DECIDED = ("output_dir", "resume_from_checkpoint", "remove_unused_columns", "disable_tqdm")
+DECIDED = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "remove_unused_columns",
+    "disable_tqdm",
+    "dataloader_drop_last",
+)
 """Arguments that a run decides itself."""
 _PLAIN = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
 
@@ -54,24 +60,31 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         raise ValueError(f"{name}: expected a value of type {annotation}, got {value!r}")
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, str]:
     """Read the name and the value of `name=value`.
 
     Raises:
-        ValueError: there is no name or no value.
-
-    >>> parse_assignment("warmup_ratio=1e-1"), parse_assignment("bf16=true"), parse_assignment("optim=sgd")
-    (('warmup_ratio', 0.1), ('bf16', True), ('optim', 'sgd'))
+        ValueError: there is no name or no equals sign.
     """
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise ValueError(f"--args: expected name=value, such as warmup_steps=100, got {text!r}")
-    return name, parse_value(value)
+    return name, value
 
 
-def parse_value(text: str) -> Any:
-    """A number, a truth value, None, a list or a dictionary as JSON or Python writes it; else the text."""
+def parse_value(text: str, annotation: str) -> Any:
+    """Read a value that was given as text, as JSON or Python writes it.
+
+    Args:
+        text: a number, a truth value, None, a list or a dictionary; else it is the value itself.
+        annotation: such as `int | None`. Where it allows text, numbers and truth values stay text.
+
+    >>> parse_value("1e-1", "float"), parse_value("True", "bool"), parse_value("2024", "str | None")
+    (0.1, True, '2024')
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    stays = "str" in annotation.split(" | ") and isinstance(value, (bool, int, float))
+    return text if stays else value
