@@ -317,6 +317,23 @@ def test_blocks_may_write_into_their_input(way, kind):
         model.zero_grad()
 
 
+@AS_A_WHOLE
+def test_what_a_compiled_model_returns_may_be_written_into(way):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)),
+        torch.randn(2, 3, WIDTH),
+    )
+    run, outputs = way(model), []
+    for call in (run, model):
+        model.zero_grad()
+        output = call(x)
+        output += 1
+        output.square().mean().backward()
+        outputs.append((output, model[0].weight.grad.clone()))
+    assert all(map(torch.equal, *outputs))
+
+
 class SizedByData(nn.Module):
     """A tensor of one number is a size in a graph that Dynamo captures and AOTAutograd cannot trace."""
 
