@@ -122,12 +122,17 @@ def test_finished_runs_are_kept_and_a_line_that_was_cut_off_is_run_again(tmp_pat
 
 
 def test_at_equal_flops_a_method_runs_for_more_steps_and_spends_what_full_fine_tuning_spends(tmp_path):
-    rows = tiny(tmp_path, "--arms", "full,last_layers", "--budgets", "0.5", "--purposes", "flops")
+    arms = ["--arms", "full,last_layers", "--budgets", "0.5", "--purposes", "flops"]
+    before = compare(tmp_path, *arms, "--dry-run").output
+    rows = tiny(tmp_path, *arms)
     (full,) = (row for row in rows.values() if row["arm"] == "full")
     (longer,) = (row for row in rows.values() if row["arm"] == "last_layers")
     assert (full["steps"], longer["steps"]) == (2, 4)
     assert 0.9 * full["flops"] < longer["flops"] <= full["flops"]
     assert full["flops_fraction"] == 1.0
+    predicted = float(before.partition(" FLOPs of training steps")[0].rpartition(" ")[2])
+    assert 0.95 * predicted < full["flops"] + longer["flops"] <= 1.005 * predicted
+    assert "0 runs to do (2 are finished)" in compare(tmp_path, *arms, "--dry-run").output
 
 
 @pytest.mark.slow
@@ -271,7 +276,7 @@ def test_a_folder_that_lacks_files_is_refused(write):
 REFUSED = [
     (["--scored", "129"], "--scored: expected at most 128, the texts of test, got 129"),
     (["--held-out", "200"], "--held-out: expected at most 128, the texts of test, got 200"),
-    (["--length", "20"], "--length: expected at least 23, for answers of 16 tokens, got 20"),
+    (["--length", "20"], "--length: expected at least 22, for answers of 16 tokens, got 20"),
     (["--texts", "1"], "--batch-size: expected at most 1, the texts to train on, got 2"),
 ]
 
@@ -342,7 +347,11 @@ def test_scores_stand_beside_the_loss_in_runs_table_plots_and_page(tmp_path, mon
     assert (tmp_path / "scores_by_flops.png").stat().st_size > 1000
 
 
+FROM_PEFT = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings(FROM_PEFT)
 def test_a_model_with_compiled_blocks_and_labelled_logits_answers_at_the_end(tmp_path):
     arms = ["--arms", "full,lora_labelled", "--purposes", "steps", "--steps", "1", "--compiler", "eager"]
     for row in tiny(tmp_path, *arms, "--scored", "2").values():
@@ -362,17 +371,6 @@ def test_the_cost_is_printed_first_and_a_dry_run_stops_there(tmp_path, monkeypat
     assert "last_layers at 0.5: 2 runs of 4 steps" in output
     assert "on this machine, as given." in output
     assert not (tmp_path / "new").exists()
-
-
-def test_the_printed_flops_are_those_of_the_runs(tmp_path):
-    arms = ["--arms", "full,last_layers", "--budgets", "0.5"]
-    dry = compare(tmp_path, *arms, "--dry-run").output
-    rows = tiny(tmp_path, *arms)
-    taken = sum(row["flops"] for row in rows.values())
-    predicted = float(dry.split(" FLOPs of training steps")[0].rsplit(" ", 1)[1])
-    assert len(rows) == 3
-    assert 0.95 * predicted < taken <= 1.005 * predicted
-    assert "0 runs to do (3 are finished)" in compare(tmp_path, *arms, "--dry-run").output
 
 
 def test_the_speed_follows_from_finished_runs():
@@ -407,6 +405,7 @@ def test_the_speed_is_that_of_a_second_step(measured_speed, tmp_path):
     assert speed.scoring_seconds > 0
 
 
+@pytest.mark.filterwarnings(FROM_PEFT)
 def test_adapters_everywhere_and_weights_of_the_last_blocks_stay_within_one_budget(tmp_path):
     tiny = tiny_setting(tmp_path)
     chosen = Run(arm="lora_and_weights", budget=0.6, learning_rate=1e-3, seed=0, steps=4, purpose="steps")

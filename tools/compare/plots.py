@@ -48,7 +48,7 @@ def _course(rows: Sequence[Row], label: str, cost: Any) -> Any:
         xs, ys = np.mean(np.array(points), axis=0).T
         axes.plot(xs, ys, marker="o", markersize=3, label=f"{method} ({_seeds(len(longest))})")
     axes.set(xlabel=f"{label} of training", ylabel=_LOSS_LABEL)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper right")
     return figure
 
 
@@ -59,7 +59,7 @@ def _by_memory(rows: Sequence[Row]) -> Any:
         memory = max(row["peak_memory_bytes"] for row in own) / 2**30
         axes.plot(memory, np.mean([row["loss"] for row in own]), "o", label=method)
     axes.set(xlabel="peak memory, GiB", ylabel=_LOSS_LABEL)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper right")
     return figure
 
 

@@ -38,9 +38,8 @@ class Batches:
     ) -> None:
         self.tokenizer, self.size = tokenizer, size
         self.answer_length = answer_length
-        self._length = length
-        self._prompt = self._ids(format.cue + format.joint)
-        least = len(self._prompt) + answer_length + 2  # a token of the source and the end of the answer
+        self._length, self._joint, self._cue = length, format.joint, self._ids(format.cue)
+        least = len(self._cue) + answer_length + 2  # a token of the source and the end of the answer
         if length < least:
             raise ValueError(
                 f"--length: expected at least {least}, for answers of {answer_length} tokens, got {length}; "
@@ -79,15 +78,13 @@ class Batches:
         These answers are cut only where a row has no room for them.
         """
         answers = (*text.references, *text.wrong)
-        most = self._length - len(self._prompt) - 2
+        most = self._length - len(self._cue) - 2
         return answers, self._stacked([self._row(text, answer, most) for answer in answers])
 
     def prompt(self, text: Example) -> Encoded:
         """A text to be answered; it is cut so that the longest answer ends within the length."""
-        source = self._ids(self._source(text))
-        return Encoded(
-            (*source[: self._length - len(self._prompt) - self.answer_length - 1], *self._prompt), ()
-        )
+        room = self._length - len(self._cue) - self.answer_length - 1
+        return Encoded((*self._source(text)[:room], *self._cue), ())
 
     def _stacked(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
         padding = self.tokenizer.pad_token_id
@@ -100,15 +97,15 @@ class Batches:
         }
 
     def _row(self, text: Example, answer: str, most: int) -> tuple[list[int], list[int]]:
-        target = [*self._ids(answer)[:most], self.tokenizer.eos_token_id]
-        source = self._ids(self._source(text))
-        return [*source[: self._length - len(self._prompt) - len(target)], *self._prompt], target
+        target = [*self._ids(self._joint + answer)[:most], self.tokenizer.eos_token_id]
+        return [*self._source(text)[: self._length - len(self._cue) - len(target)], *self._cue], target
 
-    @staticmethod
-    def _source(text: Example) -> str:
+    def _source(self, text: Example) -> list[int]:
+        """The ids of the text, begun as the tokenizer begins a text."""
         if not isinstance(text.source, str):
             raise TypeError(f"expected a text, got the chat {text.source!r}")
-        return text.source
+        ids: list[int] = list(self.tokenizer(text.source)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _ids(self, text: str) -> list[int]:
         marked = text.replace(END, self.tokenizer.eos_token)
