@@ -85,17 +85,16 @@ class Work:
     def __str__(self) -> str:
         there = f" ({self.finished} are finished)" if self.finished else ""
         return (
-            f"{len(self.runs)} runs to do{there}: {self.training_flops:.3g} FLOPs of training steps and "
-            f"{self.evaluation_flops:.3g} of measuring losses"
+            f"{_counted(len(self.runs), 'run')} to do{there}: {self.training_flops:.3g} FLOPs of training "
+            f"steps and {self.evaluation_flops:.3g} of measuring losses"
         )
 
     def methods(self) -> Iterator[str]:
         """Each method with its length and the number of its runs."""
         counts = Counter((_name(run), run.steps, run.purpose == "search") for run in self.runs)
         for (name, steps, searching), count in counts.items():
-            runs = f"{count} runs" if count > 1 else "1 run"
             why = " to choose the learning rate" if searching else ""
-            yield f"  {name}: {runs} of {steps} steps{why}"
+            yield f"  {name}: {_counted(count, 'run')} of {_counted(steps, 'step')}{why}"
 
 
 def missing_work(
@@ -202,6 +201,10 @@ def in_words(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _name(run: Run) -> str:
