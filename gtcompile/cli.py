@@ -22,6 +22,7 @@ from gtcompile.tools.bench.options import BenchOptions
 from gtcompile.tools.common.options import BatchShape, check_model, is_run, parse_list
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.compare.arms import ARMS
+from gtcompile.tools.compare.datasets import FILES
 from gtcompile.tools.compare.options import CompareOptions, CompilerOrNone
 from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
 from gtcompile.tools.onnx.options import ExportOptions
@@ -375,11 +376,11 @@ def bench(
 def compare(
     model: Annotated[str, typer.Argument(help="Hub id, directory with weights, demo, or smollm2.")],
     output: Annotated[
-        Path, _option("Folder for runs, table and plots; with runs in it, they are continued.")
+        Path, _option("Folder for runs, table, plots and page; with runs in it, they are continued.")
     ],
-    dataset: Annotated[str, _option("scitldr or demo.")] = "scitldr",
+    dataset: Annotated[str, _option(f"{', '.join(FILES)}.")] = "scitldr",
     data_dir: Annotated[
-        Path | None, _option("Folder with train.jsonl, dev.jsonl and test.jsonl of SciTLDR.")
+        Path | None, _option("Folder with the dataset's files. Default: from the hub.")
     ] = None,
     arms: Annotated[str, _option("Methods, separated by commas.")] = ",".join(ARMS),
     budgets: Annotated[str, _option("Shares of a full step's FLOPs, separated by commas.")] = "0.5",
@@ -388,9 +389,17 @@ def compare(
     purposes: Annotated[str, _option("Compare at equal steps, at equal flops, or both.")] = "steps,flops",
     search: Annotated[bool, _option("Choose learning rates at a quarter of the steps.", "--search")] = False,
     batch_size: BatchSize = 8,
-    length: Annotated[int, _option("Tokens per text.")] = 160,
+    length: Annotated[int, _option("Tokens per text, its answer included.")] = 160,
+    answer_length: Annotated[int, _option("Most tokens of an answer; longer ones are cut.")] = 40,
     texts: Annotated[int | None, _option("Texts to train on, in every epoch. Default: all.")] = None,
     held_out: Annotated[int, _option("Held-out texts on which the loss is measured.")] = 64,
+    scored: Annotated[
+        int,
+        _option(
+            "Held-out texts that are also answered and scored at the end of a run: by ROUGE, for "
+            "webquestions by exact match, for piqa by accuracy."
+        ),
+    ] = 0,
     evaluations: Annotated[int, _option("How often a run measures this loss.")] = 4,
     selections: Annotated[int, _option("Selections in a run that measures importance.")] = 2,
     measured: Annotated[int, _option("Batches on which each selection measures importance.")] = 4,
@@ -399,13 +408,16 @@ def compare(
         CompilerOrNone, _option("Compiler of the blocks; none runs them eagerly.")
     ] = "inductor",
     float32: Annotated[bool, _option("Run without bf16 autocast.", "--float32")] = False,
+    dry_run: Annotated[
+        bool, _option("Print how many runs are missing, what they cost, and train nothing.", "--dry-run")
+    ] = False,
     plots: Annotated[
         bool, _option("Draw plots; without, matplotlib is not needed.", "--plots/--no-plots")
     ] = True,
     device: Annotated[str | None, _option("torch device. Default: a GPU if there is one.")] = None,
     threads: Annotated[int | None, _option("Threads on the CPU. Default: chosen by torch.")] = None,
 ) -> None:
-    """Compare methods of fine-tuning by held-out loss, at equal steps and at equal FLOPs."""
+    """Compare methods of fine-tuning by held-out loss and scores, at equal steps and at equal FLOPs."""
     arguments = dict(locals())
     with _errors_in_one_line("--budgets"):
         lists: dict[str, Any] = {

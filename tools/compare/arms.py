@@ -1,5 +1,6 @@
 """The methods that are compared. This module imports no torch, so that their names can be checked at once."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -8,6 +9,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LORA_RANK = 16
+_WITH_WEIGHTS = 1 / 6
+"""Share of the blocks, those nearest the output, whose weights are trained beside adapters."""
+_SLOWER = 0.2
+"""Learning rate of weights beside adapters, as a share of that of the adapters: as far apart as those of
+`last_layers` and `lora`."""
 Prepare: TypeAlias = "Callable[[nn.Module], nn.Module]"
 
 
@@ -15,6 +21,8 @@ Prepare: TypeAlias = "Callable[[nn.Module], nn.Module]"
 class Arm:
     """A method of fine-tuning."""
 
+    about: str
+    """What it trains, in words."""
     prepare: Prepare
     """Changes the model before training: adds adapters, freezes parameters."""
     policy: str
@@ -27,6 +35,28 @@ class Arm:
     """Whether logits are computed at labelled positions alone, see `only_labelled_logits`."""
     cached: bool = False
     """Whether the frozen prefix is computed once per text, see `PrefixCache`."""
+
+    def __str__(self) -> str:
+        savings = {
+            "logits are computed at labelled positions alone": self.labelled,
+            "the frozen prefix is computed once per text": self.cached,
+        }
+        return "; ".join([self.about, *(saving for saving, used in savings.items() if used)])
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model gets adapters, which need peft."""
+        return self.prepare in (with_lora, with_lora_and_weights)
+
+    def parameter_groups(self, model: "nn.Module", learning_rate: float) -> list[dict[str, Any]]:
+        """What the optimizer updates, by learning rate: weights beside adapters learn slower."""
+        adapters: list[nn.Parameter] = []
+        weights: list[nn.Parameter] = []
+        for fqn, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (weights if self.adapted and "lora_" not in fqn else adapters).append(parameter)
+        groups = [{"params": adapters, "lr": learning_rate}]
+        return [*groups, {"params": weights, "lr": _SLOWER * learning_rate}] if weights else groups
 
 
 def unchanged(model: "nn.Module") -> "nn.Module":
@@ -43,6 +73,19 @@ def with_lora(model: "nn.Module") -> "nn.Module":
     return adapted
 
 
+def with_lora_and_weights(model: "nn.Module") -> "nn.Module":
+    """Add adapters in all blocks, and train the weights of the last blocks as well."""
+    from gtcompile.selection.blocks import blocks_of
+
+    adapted = with_lora(model)
+    parameters = dict(adapted.named_parameters())
+    blocks = list(blocks_of(parameters).values())
+    for block in blocks[-math.ceil(_WITH_WEIGHTS * len(blocks)) :]:
+        for fqn in block:
+            parameters[fqn].requires_grad_(True)
+    return adapted
+
+
 def biases_and_norms(model: "nn.Module") -> "nn.Module":
     """BitFit: train only biases. Scales of norms count as biases, since Llama has none."""
     for _, parameter in model.named_parameters():
@@ -50,36 +93,64 @@ def biases_and_norms(model: "nn.Module") -> "nn.Module":
     return model
 
 
-def _whole(learning_rate: float, prepare: Prepare = unchanged) -> Arm:
-    return Arm(prepare=prepare, policy="last_layers", budgeted=False, learning_rate=learning_rate)
+def _whole(about: str, learning_rate: float, prepare: Prepare = unchanged) -> Arm:
+    return Arm(
+        about=about, prepare=prepare, policy="last_layers", budgeted=False, learning_rate=learning_rate
+    )
 
 
-def _policy(name: str) -> Arm:
-    return Arm(prepare=unchanged, policy=name, budgeted=True, learning_rate=2e-4)
+def _policy(name: str, about: str) -> Arm:
+    return Arm(about=about, prepare=unchanged, policy=name, budgeted=True, learning_rate=2e-4)
 
 
-def _saving(policy: Arm, **changes: Any) -> Arm:
-    return replace(policy, labelled=True, **changes)
+def _saving(arm: Arm, about: str, **changes: Any) -> Arm:
+    return replace(arm, about=about, labelled=True, **changes)
 
+
+_FULL = _whole("all weights", 1e-4)
+_LORA = _whole(f"adapters of rank {_LORA_RANK} in all linear layers of all blocks (LoRA)", 1e-3, with_lora)
+_LAST = _policy(
+    "last_layers", "all weights of the last blocks that fit the budget, as by requires_grad_(False)"
+)
+_BEST = _policy("best", "the most important weights that fit the budget, selected anew during the training")
+_PROGRESSIVE = _policy(
+    "progressive", "all weights at first, then those of fewer and fewer of the last blocks"
+)
+_OCCASIONALLY = _policy("occasionally_full", "the last blocks at most steps, all weights at random steps")
+_ADAPTERS = {"prepare": with_lora, "learning_rate": _LORA.learning_rate}
 
 ARMS: Mapping[str, Arm] = {
-    "full": _whole(1e-4),
-    "lora": _whole(1e-3, with_lora),
-    "lora_labelled": _saving(_whole(1e-3, with_lora)),
-    "last_layers": _policy("last_layers"),
-    "last_layers_cached": _saving(_policy("last_layers"), cached=True),
-    "best_cached": _saving(_policy("best"), cached=True),
-    "lora_cached": _saving(_policy("last_layers"), cached=True, prepare=with_lora, learning_rate=1e-3),
-    "lora_progressive": _saving(_policy("progressive"), prepare=with_lora, learning_rate=1e-3),
-    "lora_occasionally_full": _saving(_policy("occasionally_full"), prepare=with_lora, learning_rate=1e-3),
-    "occasionally_full": _policy("occasionally_full"),
-    "progressive": _policy("progressive"),
-    "best": _policy("best"),
-    "sampled": _policy("sampled"),
-    "rotating": _policy("rotating"),
-    "lisa": _policy("lisa"),
-    "random": _policy("random"),
-    "paper": _policy("paper"),
-    "bitfit": _whole(2e-3, biases_and_norms),
+    "full": _FULL,
+    "lora": _LORA,
+    "lora_labelled": _saving(_LORA, "as lora"),
+    "last_layers": _LAST,
+    "last_layers_cached": _saving(_LAST, "as last_layers", cached=True),
+    "best_cached": _saving(_BEST, "as best", cached=True),
+    "lora_cached": _saving(
+        _LAST, "adapters of the last blocks that fit the budget", cached=True, **_ADAPTERS
+    ),
+    "lora_progressive": _saving(
+        _PROGRESSIVE,
+        "adapters of all blocks at first, then of fewer and fewer of the last blocks",
+        **_ADAPTERS,
+    ),
+    "lora_and_weights": _saving(
+        _PROGRESSIVE,
+        "as lora_progressive, and with the adapters of the last sixth of the blocks their weights as well",
+        prepare=with_lora_and_weights,
+        learning_rate=_LORA.learning_rate,
+    ),
+    "lora_occasionally_full": _saving(
+        _OCCASIONALLY, "adapters of the last blocks at most steps, all adapters at random steps", **_ADAPTERS
+    ),
+    "occasionally_full": _OCCASIONALLY,
+    "progressive": _PROGRESSIVE,
+    "best": _BEST,
+    "sampled": _policy("sampled", "weights drawn by their importance, others at every step"),
+    "rotating": _policy("rotating", "one block at a time, in turn, as BAdam does"),
+    "lisa": _policy("lisa", "two random blocks and all weights outside of blocks, as LISA does"),
+    "random": _policy("random", "random weights within the budget, others at every step"),
+    "paper": _policy("paper", "what GreenTrainer's estimator and dynamic programme choose"),
+    "bitfit": _whole("biases and the scales of norms alone (BitFit)", 2e-3, biases_and_norms),
 }
 """Methods by name, in the order in which they are run."""

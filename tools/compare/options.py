@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from gtcompile.tools.common.options import check_counts, expect
-from gtcompile.tools.compare.arms import ARMS, with_lora
+from gtcompile.tools.common.options import DEMO, check_counts, expect
+from gtcompile.tools.compare.arms import ARMS
+from gtcompile.tools.compare.datasets import FILES, find_data
 
-DATASETS = ("scitldr", "demo")
 PURPOSES = ("steps", "flops")
 CompilerOrNone = Literal["inductor", "eager", "none"]
 
@@ -17,6 +17,7 @@ _COUNTS = (
     "steps",
     "batch_size",
     "length",
+    "answer_length",
     "held_out",
     "evaluations",
     "selections",
@@ -29,7 +30,9 @@ _FIXED = (
     "texts",
     "batch_size",
     "length",
+    "answer_length",
     "held_out",
+    "scored",
     "float32",
     "selections",
     "measured",
@@ -46,9 +49,9 @@ class CompareOptions:
     output: Path
     """Folder of the runs, the table and the plots."""
     dataset: str = "scitldr"
-    """One of `DATASETS`."""
+    """A name in `FILES`."""
     data_dir: Path | None = None
-    """Folder with `train.jsonl`, `dev.jsonl` and `test.jsonl` of SciTLDR; None for `demo`."""
+    """Folder with the authors' files of the data set; None for the hub, and for `demo`."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Methods, by their names in `ARMS`."""
     budgets: tuple[float, ...] = (0.5,)
@@ -64,11 +67,15 @@ class CompareOptions:
     batch_size: int = 8
     """Texts per step."""
     length: int = 160
-    """Tokens per text."""
+    """Tokens per text, its answer included."""
+    answer_length: int = 40
+    """Most tokens of an answer; longer ones are cut."""
     texts: int | None = None
     """How many texts to train on; None trains on all. Steps beyond one pass repeat them in another order."""
     held_out: int = 64
     """Held-out texts on which the loss is measured."""
+    scored: int = 0
+    """Held-out texts on which the metric of the data set is measured at the end of a run."""
     evaluations: int = 4
     """How often a run measures this loss."""
     selections: int = 2
@@ -81,6 +88,8 @@ class CompareOptions:
     """Compiler of the blocks; `none` runs them eagerly."""
     float32: bool = False
     """Whether forwards run without bf16 autocast."""
+    dry_run: bool = False
+    """Whether to stop after the cost is printed."""
     plots: bool = True
     """Whether plots are drawn, with matplotlib."""
     device: str | None = None
@@ -99,7 +108,8 @@ class CompareOptions:
         check_counts({name: value for name, value in optional.items() if value is not None})
         _check_each("arms", self.arms, tuple(ARMS))
         _check_each("purposes", self.purposes, PURPOSES)
-        _check_each("dataset", (self.dataset,), DATASETS)
+        _check_each("dataset", (self.dataset,), tuple(FILES))
+        expect(self.scored >= 0, "scored", "at least 0", self.scored)
         in_range = all(0 < budget <= 1 for budget in self.budgets)
         expect(bool(self.budgets) and in_range, "budgets", "shares in (0, 1]", self.budgets)
         valid_seeds = all(seed >= 0 for seed in self.seeds)
@@ -107,17 +117,9 @@ class CompareOptions:
         self._check_data()
 
     def _check_data(self) -> None:
-        if self.dataset == "demo":
+        if self.dataset == DEMO:
             expect(self.data_dir is None, "data_dir", "none with --dataset demo", str(self.data_dir))
-            return
-        if self.data_dir is None:
-            raise ValueError(
-                "--data-dir: expected the folder with train.jsonl, dev.jsonl and test.jsonl of SciTLDR; "
-                "--dataset demo needs none"
-            )
-        for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
-            if not (self.data_dir / name).is_file():
-                raise ValueError(f"--data-dir: there is no file {self.data_dir / name}")
+        find_data(self.dataset, self.data_dir)
 
     def check_packages(self) -> None:
         """Refuse to start without the optional packages that these methods need.
@@ -125,7 +127,7 @@ class CompareOptions:
         Raises:
             ImportError: names what is missing and how to install it.
         """
-        with_adapters = any(ARMS[arm].prepare is with_lora for arm in self.arms)
+        with_adapters = any(ARMS[arm].adapted for arm in self.arms)
         needed = {"matplotlib": self.plots, "peft": with_adapters}
         missing = [name for name in needed if needed[name] and importlib.util.find_spec(name) is None]
         if missing:
@@ -145,7 +147,8 @@ class CompareOptions:
         if not self.setting_file.is_file():
             return
         found, own = json.loads(self.setting_file.read_text("utf-8")), self.setting()
-        differing = [name for name in own if found.get(name) != own[name]]
+        defaults = {field.name: field.default for field in fields(self)}  # of options newer than the folder
+        differing = [name for name in own if found.get(name, defaults[name]) != own[name]]
         if differing:
             raise ValueError(
                 f"--output: {self.output} holds runs with other {', '.join(differing)}; choose another folder"

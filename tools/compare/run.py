@@ -1,10 +1,9 @@
 """One run: a method, a budget, a learning rate, a seed and a number of steps; saved as it goes."""
 
-import contextlib
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,21 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs
-from gtcompile.huggingface.labelled_logits import add_labelled_positions, only_labelled_logits
+from gtcompile.compiler.blocks import compile_blocks, uncompile_blocks
 from gtcompile.selection.policies import find_policy, for_training
 from gtcompile.state.trained_set import trained_parameters
-from gtcompile.tools.compare.arms import ARMS, unchanged
-from gtcompile.tools.compare.text_batches import Batch, Batches, Data, Text
+from gtcompile.tools.compare.arms import ARMS
+from gtcompile.tools.compare.scores import scores_of
+from gtcompile.tools.compare.setting import Costs, Setting, prepared
+from gtcompile.tools.compare.text_batches import Batch
+from gtcompile.tools.data.formats import Example
 from gtcompile.training.adaptive import AdaptiveBackprop
 from gtcompile.training.checkpoint import load_training, save_training
-from gtcompile.training.prefix_cache import PrefixCache
 
 _CLIPPED_TO = 1.0
 _WEIGHT_DECAY = 0.01
-_POSITIONS = 64
-"""Labelled positions are rounded up to a multiple of this, so that nearly all batches have one shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,56 +51,30 @@ class Run:
         return f"{self.arm}-{budget}-{self.learning_rate:g}-{self.seed}-{self.steps}-{data}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What all runs of a comparison have in common."""
-
-    load: Callable[[], nn.Module]
-    """Returns the pretrained model, a new copy at every call."""
-    batches: Batches
-    data: Data
-    held_out: int
-    """Number of held-out texts on which the loss is measured."""
-    evaluations: int
-    """How often a run measures this loss."""
-    selections: int
-    """How often a run selects, if its policy measures importance."""
-    measured: int
-    """Batches on which each selection measures importance."""
-    bf16: bool
-    """Whether forwards run under bf16 autocast."""
-    compiler: str | None
-    """The compiler of the blocks; None runs them eagerly."""
-    save_every: int
-    """Steps between two saves of an unfinished run."""
-    device: torch.device
-
-
-def run(chosen: Run, setting: Setting, full: BackwardCosts, unfinished: Path) -> dict[str, Any]:
+def run(chosen: Run, setting: Setting, costs: Costs, unfinished: Path) -> dict[str, Any]:
     """Train and evaluate; continues from the last save in `unfinished`, if there is one.
 
     Args:
         chosen: what to run.
         setting: of the comparison.
-        full: costs of full fine-tuning.
+        costs: of the methods.
         unfinished: a folder of this run's own; removed at the end.
 
     Returns:
-        The run, its losses and FLOPs as JSON types.
+        The run, its losses, scores and FLOPs as JSON types.
     """
-    training = _Training(chosen, setting, full)
+    training = Training(chosen, setting, costs)
     training.resume(unfinished)
     while training.step < chosen.steps:
         training.advance()
+        if training.step * setting.evaluations % chosen.steps < setting.evaluations:
+            training.evaluate()
         if training.step % setting.save_every == 0 and training.step < chosen.steps:
             training.save(unfinished)
+    if chosen.purpose != "search":
+        training.score(setting.scored)
     shutil.rmtree(unfinished, ignore_errors=True)
     return training.result()
-
-
-def full_costs(setting: Setting) -> BackwardCosts:
-    """Costs of full fine-tuning of the model at the comparison's batches."""
-    return backward_costs(setting.load(), _example(setting))
 
 
 def loss_on(model: nn.Module, batches: Sequence[Batch], setting: Setting) -> float:
@@ -119,37 +90,44 @@ def loss_on(model: nn.Module, batches: Sequence[Batch], setting: Setting) -> flo
     return total / count
 
 
-class _Training:
+class Training:
     """An unfinished run."""
 
-    def __init__(self, chosen: Run, setting: Setting, full: BackwardCosts) -> None:
+    def __init__(self, chosen: Run, setting: Setting, costs: Costs) -> None:
+        began = time.perf_counter()
         torch.manual_seed(chosen.seed)
-        self._run, self._setting, self._full = chosen, setting, full
-        arm = ARMS[chosen.arm]
-        self._model = arm.prepare(setting.load()).to(setting.device)
-        self._labelled = arm.labelled
-        if arm.labelled:
-            only_labelled_logits(self._model)
-        example = self._prepared(_example(setting))
-        plain = arm.prepare is unchanged and not arm.labelled
-        own = full if plain else backward_costs(self._model, example)
+        if setting.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(setting.device)
+        self._run, self._setting, self._costs = chosen, setting, costs
+        self._arm = arm = ARMS[chosen.arm]
+        self._model = setting.model_for(arm)
+        self._own_costs = own = costs.of(arm, setting.example(arm), self._model)
         if setting.compiler is not None:
             compile_blocks(self._model, compiler=setting.compiler)
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trainable, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
+        groups = arm.parameter_groups(self._model, chosen.learning_rate)
+        self._optimizer = torch.optim.AdamW(groups, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
         self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.0, chosen.steps)
-        budget = 1.0 if chosen.budget is None else chosen.budget * full.full_flops / own.full_flops
-        policy = for_training(find_policy(arm.policy), chosen.steps)
+        budget = 1.0 if chosen.budget is None else chosen.budget * costs.full.full_flops / own.full_flops
         self._adaptive = AdaptiveBackprop(
-            self._model, self._optimizer, min(budget, 1.0), policy=policy, seed=chosen.seed
+            self._model,
+            self._optimizer,
+            min(budget, 1.0),
+            policy=for_training(find_policy(arm.policy), chosen.steps),
+            seed=chosen.seed,
+            prefix_cache=arm.cached,
         )
-        self._own_costs, self._costs_of = own, {(_shape(example), 0): own}
-        self._cache = PrefixCache(self._model) if arm.cached else None
         self.step = self._flops = self._measuring_flops = 0
-        self._seconds = 0.0
+        self._seconds = self._scoring_seconds = 0.0
+        self._scores: dict[str, float] = {}
         self._evaluations: list[dict[str, float]] = []
         self._train_losses: list[float] = []
         self._data = self._batches()
+        self._starting_seconds = time.perf_counter() - began
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the steps so far."""
+        return self._flops
 
     def resume(self, folder: Path) -> None:
         """Continue from what `save` wrote, if there is any."""
@@ -176,12 +154,12 @@ class _Training:
         save_training(folder, self._model, self._optimizer, self._adaptive, progress)
 
     def advance(self) -> None:
-        """One optimizer step, with a selection before it and an evaluation after it when they are due."""
+        """One optimizer step, with a selection before it when that is due."""
         began = time.perf_counter()
         if self._selects():
             self._select()
         batch = next(self._data)
-        loss, skipped = self._forward(batch)
+        loss, saved_flops = self._forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _CLIPPED_TO)
         self._optimizer.step()
@@ -192,9 +170,8 @@ class _Training:
         self._train_losses.append(loss.item())
         self.step += 1
         self._seconds += time.perf_counter() - began
-        self._flops += self._costs(batch, skipped, trained)
-        if self.step * self._setting.evaluations % self._run.steps < self._setting.evaluations:
-            self._evaluate()
+        own = self._costs.of(self._arm, batch, self._model)
+        self._flops += own.step_flops(trained) - saved_flops
 
     def result(self) -> dict[str, Any]:
         """The finished run as JSON types."""
@@ -202,11 +179,14 @@ class _Training:
             **asdict(self._run),
             "key": self._run.key,
             "loss": self._evaluations[-1]["loss"],
+            "scores": self._scores,
             "flops": self._flops,
             "measuring_flops": self._measuring_flops,
-            "full_step_flops": self._full.full_flops,
-            "flops_fraction": self._flops / (self._full.full_flops * self._run.steps),
+            "full_step_flops": self._costs.full.full_flops,
+            "flops_fraction": self._flops / (self._costs.full.full_flops * self._run.steps),
             "seconds": self._seconds,
+            "starting_seconds": self._starting_seconds,
+            "scoring_seconds": self._scoring_seconds,
             "peak_memory_bytes": _peak_memory(self._setting.device),
             "evaluations": self._evaluations,
             "train_losses": self._train_losses,
@@ -223,17 +203,17 @@ class _Training:
     def _select(self) -> None:
         texts, seed = self._setting.data.train, self._run.seed
         spare = self._setting.batches.training(texts, seed=1_000_003 * (seed + 1) + self.step)
-        batches = [self._prepared(next(spare)) for _ in range(self._setting.measured)]
-        with _autocast(self._setting):
+        batches = [prepared(next(spare), self._arm) for _ in range(self._setting.measured)]
+        with self._setting.autocast():
             self._adaptive.reselect(batches, max_batches=None)
         if self._adaptive.importance:
             passes = 2 if self._adaptive.policy.two_pass else 1
             flops = self._own_costs.step_flops(self._adaptive.importance)
             self._measuring_flops += passes * len(batches) * flops
 
-    def _evaluate(self) -> None:
-        texts = self._held_out()
-        batches = self._setting.batches.held_out(texts, self._setting.held_out)
+    def evaluate(self) -> None:
+        """Measure the loss on held-out texts."""
+        batches = self._setting.batches.held_out(self._held_out()[: self._setting.held_out])
         self._evaluations.append(
             {
                 "step": self.step,
@@ -243,52 +223,44 @@ class _Training:
             }
         )
 
-    def _held_out(self) -> tuple[Text, ...]:
+    def score(self, count: int) -> None:
+        """Measure the metric of the data set on so many held-out texts; the model is compiled no longer."""
+        if not count:
+            return
+        began = time.perf_counter()
+        uncompile_blocks(self._model)
+        self._scores = scores_of(
+            self._model,
+            self._held_out()[:count],
+            self._setting.batches,
+            self._setting.data.format.metric,
+            self._setting.autocast(),
+        )
+        self._scoring_seconds = time.perf_counter() - began
+
+    def _held_out(self) -> tuple[Example, ...]:
         data = self._setting.data
         return data.search if self._run.purpose == "search" else data.test
 
     def _batches(self) -> Iterator[Batch]:
-        return map(self._prepared, self._setting.batches.training(self._setting.data.train, self._run.seed))
-
-    def _prepared(self, batch: Batch) -> Batch:
-        return add_labelled_positions(batch, multiple=_POSITIONS) if self._labelled else batch
+        batches = self._setting.batches.training(self._setting.data.train, self._run.seed)
+        return (prepared(batch, self._arm) for batch in batches)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The loss, and how many blocks of the forward came from the cache."""
-        if self._cache is None:
-            return _loss(self._model, batch, self._setting), 0
-        hits = self._cache.stats.hits
+        """The loss, and the FLOPs of what came from the cache of the frozen prefix."""
+        cache = self._adaptive.prefix_cache
+        hits = cache.stats.hits if cache else 0
         loss = _loss(self._model, batch, self._setting)
-        return loss, self._cache.stats.depth if self._cache.stats.hits > hits else 0
-
-    def _costs(self, batch: Batch, skipped: int, trained: frozenset[str]) -> int:
-        """FLOPs of a step; captured once for each number of labelled positions and of skipped blocks."""
-        key = (_shape(batch), skipped)
-        if key not in self._costs_of:
-            hit = self._cache.pretend_hit() if self._cache and skipped else contextlib.nullcontext()
-            with hit:
-                self._costs_of[key] = backward_costs(self._model, batch)
-        return self._costs_of[key].step_flops(trained)
-
-
-def _shape(batch: Batch) -> tuple[torch.Size, ...]:
-    return tuple(tensor.shape for tensor in batch.values())
-
-
-def _example(setting: Setting) -> Batch:
-    """Any batch: all have one shape, except for labelled positions."""
-    return setting.batches.batch(setting.data.train[: setting.batches.size])
+        if cache is None or cache.stats.hits == hits:
+            return loss, 0
+        return loss, self._adaptive.step_flops - self._adaptive.cached_step_flops
 
 
 def _loss(model: nn.Module, batch: Batch, setting: Setting) -> torch.Tensor:
     moved = {name: tensor.to(setting.device) for name, tensor in batch.items()}
-    with _autocast(setting):
+    with setting.autocast():
         loss: torch.Tensor = model(**moved).loss
     return loss
-
-
-def _autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.bf16)
 
 
 def _peak_memory(device: torch.device) -> int | None:

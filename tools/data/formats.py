@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Record = Mapping[str, Any]
-Metric = Literal["rouge", "exact match"]
+Metric = Literal["rouge", "exact match", "accuracy"]
 
 END = "</s>"
 """Stands for the tokenizer's end-of-sequence token in prompts."""
@@ -24,6 +24,8 @@ class Example:
     every message before the answer."""
     references: tuple[str, ...]
     """Accepted answers, at least one."""
+    wrong: tuple[str, ...] = ()
+    """Wrong answers to choose the right one from; empty where an answer is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,8 @@ class TaskFormat:
     joint: str
     """Text between cue and answer."""
     metric: Metric
-    """ROUGE-1/2/L with the best reference, or equality with any reference."""
+    """ROUGE-1/2/L with the best reference, equality with any reference, or how often the right one of given
+    answers is chosen."""
     max_new_tokens: int
     """Most tokens of an answer."""
     file_splits: tuple[str, str] = ("train", "test")
@@ -121,13 +124,25 @@ def _read_webquestions(record: Record) -> Example:
     return Example(f"question:{question}", _texts(value_of(record, "answers"), "answers"))
 
 
-def _read_piqa(record: Record) -> Example:
+def _piqa_fields(record: Record) -> tuple[str, tuple[str, str], int]:
+    """The goal, the two solutions, and which of them is right."""
     goal, first, second, label = (value_of(record, name) for name in ("goal", "sol1", "sol2", "label"))
     if label not in (0, 1):
         raise ValueError(
             f"label {label!r}: the answers of this split are hidden, so it can be neither learned nor scored"
         )
+    return goal, (first, second), label
+
+
+def _read_piqa(record: Record) -> Example:
+    goal, (first, second), label = _piqa_fields(record)
     return Example(f"goal:{goal}{END}sol1:{first}{END}sol2:{second}", (str(label),))
+
+
+def _read_piqa_solution(record: Record) -> Example:
+    goal, solutions, label = _piqa_fields(record)
+    right, wrong = solutions[label].strip(), solutions[1 - label].strip()
+    return Example(f"Question: {goal.strip()}", (right,), (wrong,))
 
 
 def summarisation(
@@ -211,3 +226,14 @@ FORMATS: dict[str, TaskFormat] = {
     )
 }
 """The datasets known by name."""
+
+PIQA_SOLUTIONS = replace(
+    FORMATS["piqa"],
+    read=_read_piqa_solution,
+    cue="\nAnswer:",
+    joint=" ",
+    metric="accuracy",
+    max_new_tokens=64,
+)
+"""PIQA as text: the right solution is learned, and the likelier one is the answer. The paper's format, above,
+learns the label."""

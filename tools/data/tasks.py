@@ -16,7 +16,7 @@ from gtcompile.tools.models.demo_data import summarisation_examples
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The builder of `datasets` that reads files with a suffix."""
-DEMO_COUNTS = {"train": 1024, "test": 128}
+DEMO_COUNTS = {"train": 1024, "validation": 128, "test": 128}
 """Number of examples that are generated for each of the demo's splits."""
 Reader = Callable[[str], tuple[str, Sequence[Record]]]
 """Reads a split by its name: returns the name of the file (or of the split) for messages, and the records."""
@@ -124,7 +124,7 @@ def load_task(source: Source, limits: tuple[int | None, int | None] = (None, Non
     Raises:
         ValueError: the data cannot be read, is empty, or lacks a field; names the file and the record.
     """
-    train, evaluation = (_examples(source, split) for split in source.splits)
+    train, evaluation = (examples_of(source, share) for share in source.splits)
     origin = f"{source.dataset} ({source.splits[0]}, {source.splits[1]})"
     return Task(
         format=source.format,
@@ -134,7 +134,12 @@ def load_task(source: Source, limits: tuple[int | None, int | None] = (None, Non
     )
 
 
-def _examples(source: Source, share: str) -> tuple[Example, ...]:
+def examples_of(source: Source, share: str) -> tuple[Example, ...]:
+    """Read the examples of one split, or of a share of one such as `valid[:80%]`.
+
+    Raises:
+        ValueError: the data cannot be read, are empty, or lack a field; names the file and the record.
+    """
     split, start, stop = parse_split(share)
     name, records = source.read(split)
     examples = []
@@ -174,11 +179,25 @@ def _origin(
         return known, known.file_splits, _generate
     if data_dir is None and not known.package_folder:
         return known, known.hub_splits, partial(read_hub, known)
-    data_dir = data_dir or _folder_of_package(known.package_folder)
+    folder = folder_of(dataset, data_dir or _folder_of_package(known.package_folder))
+    return known, known.file_splits, partial(read_folder, folder, dataset)
+
+
+def folder_of(dataset: str, data_dir: Path) -> Path:
+    """The folder of a data set's files: `data_dir`, or the one with the data set's name in it.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
     folder = data_dir / dataset if (data_dir / dataset).is_dir() else data_dir
     if not folder.is_dir():
         raise ValueError(f"--data-dir: no folder {folder}")
-    return known, known.file_splits, partial(read_folder, folder, dataset)
+    return folder
+
+
+def splits_in(folder: Path) -> dict[str, Path]:
+    """The file of each split in a folder, by the split's name."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS}
 
 
 def _folder_of_package(path: str) -> Path:
@@ -243,7 +262,7 @@ def read_folder(folder: Path, dataset: str, split: str) -> tuple[str, list[Recor
     Raises:
         ValueError: the split is not there; the message lists the splits that are.
     """
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS}
+    found = splits_in(folder)
     if split not in found:
         raise ValueError(
             f"{dataset} in {folder} has no {split!r} split; it has {', '.join(found) or 'none'}. "
@@ -281,10 +300,13 @@ def read_hub(known: TaskFormat, split: str) -> tuple[str, Sequence[Record]]:
 def merge_references(examples: Sequence[Example]) -> tuple[Example, ...]:
     """Merge examples with the same source into one with all their references, in order of appearance.
 
-    >>> merge_references([Example("a", ("x",)), Example("b", ("y",)), Example("a", ("z",))])
-    (Example(source='a', references=('x', 'z')), Example(source='b', references=('y',)))
+    Examples with different wrong answers stay apart.
+
+    >>> merge_references([Example("a", ("x",)), Example("a", ("z",))])
+    (Example(source='a', references=('x', 'z'), wrong=()),)
     """
     merged: dict[Any, dict[str, None]] = {}
     for example in examples:
-        merged.setdefault(example.source, {}).update(dict.fromkeys(example.references))
-    return tuple(Example(source, tuple(references)) for source, references in merged.items())
+        key = example.source, example.wrong
+        merged.setdefault(key, {}).update(dict.fromkeys(example.references))
+    return tuple(Example(source, tuple(references), wrong) for (source, wrong), references in merged.items())

@@ -15,7 +15,7 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.state.restore import restored
-from gtcompile.tools.finetune.evaluation import generate_answers, score
+from gtcompile.tools.data.answers import generate_answers, score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.summary import Summary, summarise, summary_from
 from gtcompile.tools.finetune.training import (

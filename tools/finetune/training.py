@@ -29,7 +29,7 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
 from gtcompile.huggingface.callback import AdaptiveBackpropCallback
 from gtcompile.selection.selection import Selection
-from gtcompile.tools.finetune.evaluation import score
+from gtcompile.tools.data.answers import score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
 from gtcompile.tools.finetune.step_counts import cache_paused, completed, measure_steps

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
+from gtcompile.tools.data.answers import generate_answers, matches, score
 from gtcompile.tools.data.batches import Encoded
-from gtcompile.tools.finetune.evaluation import generate_answers, matches, score
 from gtcompile.tools.models.byte_tokenizer import byte_tokenizer
 
 

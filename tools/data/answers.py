@@ -93,7 +93,8 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
     """Score answers, each against its best reference.
 
     Args:
-        metric: `rouge` for ROUGE-1, ROUGE-2 and ROUGE-L (F-measure, stemmed), or `exact match`.
+        metric: `rouge` for ROUGE-1, ROUGE-2 and ROUGE-L (F-measure, stemmed), `exact match`, or `accuracy`
+            for answers that were chosen among given ones.
         answers: one per example.
         references: the accepted answers of each example.
 
@@ -106,6 +107,8 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
     pairs = list(zip(answers, references, strict=True))
     if metric == "exact match":
         return {metric: 100 * fmean(matches(answer, accepted) for answer, accepted in pairs)}
+    if metric == "accuracy":
+        return {metric: 100 * fmean(answer in accepted for answer, accepted in pairs)}
     scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
     results = [scorer.score_multi(list(accepted), answer) for answer, accepted in pairs]
     return {name: 100 * fmean(result[name].fmeasure for result in results) for name in ROUGE_TYPES}
