@@ -33,6 +33,8 @@ _FIXED = (
     "answer_length",
     "held_out",
     "scored",
+    "steps",
+    "evaluations",
     "float32",
     "selections",
     "measured",

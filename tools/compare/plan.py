@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from gtcompile.tools.compare.arms import ARMS
@@ -26,25 +27,23 @@ def planned(options: CompareOptions, finish: Callable[[Run], Row]) -> Iterator[R
         options: of the comparison.
         finish: returns the result of a run on which later ones depend.
     """
-    for seed in options.seeds:
-        for purpose in options.purposes:
-            for name in options.arms:
-                for budget in options.budgets if ARMS[name].budgeted else [None]:
-                    first = Run(
-                        arm=name,
-                        budget=budget,
-                        learning_rate=_learning_rate(name, budget, options, finish),
-                        seed=seed,
-                        steps=options.steps,
-                        purpose="steps",
-                    )
-                    if purpose == "steps":
-                        yield first
-                    else:  # as many steps as the FLOPs of full fine-tuning pay for
-                        known = None if ARMS[name].cached else budget
-                        alike = replace(first, seed=options.seeds[0])  # all seeds run for as many steps
-                        fraction = known or finish(alike)["flops_fraction"]
-                        yield replace(first, steps=round(options.steps / fraction), purpose="flops")
+    for seed, purpose, name in product(options.seeds, options.purposes, options.arms):
+        for budget in options.budgets if ARMS[name].budgeted else [None]:
+            run = Run(
+                arm=name,
+                budget=budget,
+                learning_rate=_learning_rate(name, budget, options, finish),
+                seed=seed,
+                steps=options.steps,
+                purpose="steps",
+            )
+            yield run if purpose == "steps" else _with_equal_flops(run, options, finish)
+
+
+def _with_equal_flops(run: Run, options: CompareOptions, finish: Callable[[Run], Row]) -> Run:
+    """The run with as many steps as the FLOPs of full fine-tuning pay for; all seeds have as many."""
+    fraction = finish(replace(run, seed=options.seeds[0]))["flops_fraction"]
+    return replace(run, steps=round(options.steps / fraction), purpose="flops")
 
 
 def _learning_rate(

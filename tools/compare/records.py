@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gtcompile.tools.common.files import write_lines
 from gtcompile.tools.common.terminal import say
 
 Row = dict[str, Any]
@@ -30,8 +31,8 @@ class Records:
                 say(console, f"{path}: dropped an incomplete line")
                 continue
             self.rows[row["key"]] = row
-        if path.is_file():
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), "utf-8")
+        if path.is_file():  # nothing is added to a line that was cut off
+            write_lines(path, list(self.rows.values()))
 
     def add(self, row: Row) -> None:
         """Keep a run, on disk before this returns."""
