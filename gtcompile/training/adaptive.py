@@ -250,8 +250,7 @@ class AdaptiveBackprop:
             raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
-        not_counted = self._prefix.paused() if self._prefix else contextlib.nullcontext()
-        with not_counted, restored(unwrap(self._model)):
+        with self._not_counted(), restored(unwrap(self._model)):
             chosen = first_batches(batches, max_batches)
             checked, known = ranks.together(lambda: self._prepare(chosen, like))
             limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
@@ -301,7 +300,8 @@ class AdaptiveBackprop:
             raise GTCompileError("costs are those of a trained set; call reselect(batches) first")
         if not self._costs.may_learn(batch):
             return self._pass_costs(self._mean_costs(self._schedule))
-        return self._pass_costs(self._costs.of(batch, self.budget_of))
+        with self._not_counted():
+            return self._pass_costs(self._costs.of(batch, self.budget_of))
 
     def count(self, batch: Any) -> PassCosts:
         """Count a forward and backward with the present set, at this batch's shapes.
@@ -326,6 +326,10 @@ class AdaptiveBackprop:
         if self._prefix:
             self._prefix.count(took.step_flops, took.whole_flops, took.block_flops)
         return took
+
+    def _not_counted(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which forwards are no training."""
+        return self._prefix.paused() if self._prefix else contextlib.nullcontext()
 
     def _mean_costs(self, schedule: Schedule) -> StepCosts:
         """The costs of a mean step, as the latest selection knows them."""

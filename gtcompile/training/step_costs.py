@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtcompile.capture.model_io import LossFunction
+from gtcompile.capture.model_io import LossFunction, unwrap
 from gtcompile.costs.backward_costs import BackwardCosts, SharedWork, backward_costs, costs_of
 from gtcompile.costs.batch_shapes import BatchShapes, batch_shapes, combination
 from gtcompile.costs.block_costs import forward_flops_inside
@@ -19,6 +19,7 @@ from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.full_finetuning import full_finetuning_flops
 from gtcompile.errors import CaptureError
 from gtcompile.importance.gradient_stream import batch_loss, on_device
+from gtcompile.state.restore import restored
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,8 @@ class CostsByShape:
 
     def _checked_capture(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
         try:
-            return self._capture(self._moved(batch), budget_of)
+            with restored(unwrap(self._model)):
+                return self._capture(self._moved(batch), budget_of)
         except CaptureError:
             with torch.no_grad():  # the model's own error about a wrong batch says more
                 self.run(batch)
