@@ -301,12 +301,13 @@ class AdaptiveBackprop:
         if not self._costs.may_learn(batch):
             return self._pass_costs(self._mean_costs(self._schedule))
         with self._not_counted():
-            return self._pass_costs(self._costs.of(batch, self.budget_of))
+            known = self._costs.of(batch, self.budget_of)
+        return self._pass_costs(known)
 
     def count(self, batch: Any) -> PassCosts:
         """Count a forward and backward with the present set, at this batch's shapes.
 
-        To be called once after each backward, where batches differ in shape; then `counted_fraction` is exact.
+        To be called once after each backward where batches differ in shape: `counted_fraction` is then exact.
         A shape whose costs cannot be captured counts as a mean step, with a log message.
 
         Returns:
@@ -446,7 +447,7 @@ class AdaptiveBackprop:
     def _prepare(
         self, batches: Iterable[Any], like: Iterable[Any] | None
     ) -> tuple[tuple[Any, ...], StepCosts]:
-        """Check the batches; return them with the mean of the costs at their shapes, or at those of `like`."""
+        """Check the batches; return them with the mean costs at their shapes, or at those of `like`."""
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn

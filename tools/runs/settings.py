@@ -128,6 +128,11 @@ class Settings:
         return base + (", labelled logits" if self.labelled_logits else "") + cached
 
     @property
+    def grouped(self) -> bool:
+        """Whether batches hold examples of similar length, and are padded to the longest of them alone."""
+        return self.args.get("train_sampling_strategy") == "group_by_length"
+
+    @property
     def short_name(self) -> str:
         """Model, data and policy in a name for a folder."""
         return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
