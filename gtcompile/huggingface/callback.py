@@ -79,7 +79,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ends, the model is as it was before: not compiled, all parameters trainable that were.
 
     Args:
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
+            differ in shape it is that of the mean step of an epoch.
         budget_of: what the budget, and every share that is logged, is a share of: "step" for a full step of
             the model with its adapters, or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.

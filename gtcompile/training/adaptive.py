@@ -58,7 +58,8 @@ class AdaptiveBackprop:
     Args:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
+            differ in shape it is that of the mean step.
         budget_of: what the budget is a share of. "step": a full step of the model as it is. With adapters,
             which alone are trained, that is a step that trains all adapters. "full_finetuning": a step that
             trains every floating-point parameter of the model, frozen or not, with PEFT's adapters switched
