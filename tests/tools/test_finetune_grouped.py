@@ -33,7 +33,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    records = [{"source": "x" * (n * 5 % 37), "target": "y" * (1 + n % 5)} for n in range(20)]
+    records = [{"source": "x" * (1 + n * 5 % 37), "target": "y" * (1 + n % 5)} for n in range(20)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     return Settings(
         model=str(folder / "model"),
