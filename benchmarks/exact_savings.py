@@ -65,7 +65,7 @@ class Steps:
         compiler: str = "inductor",
     ) -> None:
         self.device = device
-        self._model, plain = _model(layers, device), _model(layers, device)
+        self._model, plain = make_model(layers, device), make_model(layers, device)
         ids = torch.randint(3, VOCABULARY, (rows, length), device=device)
         labels = ids.clone()
         labels[:, : length - LABELLED] = -100
@@ -103,7 +103,8 @@ class Steps:
         return costs.step_flops(gtcompile.trained_parameters(self._model)) / self._full_flops
 
 
-def _model(layers: int, device: torch.device) -> nn.Module:
+def make_model(layers: int, device: torch.device) -> nn.Module:
+    """A model of SmolLM2-135M's shape with so many blocks and random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=576,

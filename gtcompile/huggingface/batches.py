@@ -41,6 +41,32 @@ def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]
         yield batch
 
 
+def batches_of_an_epoch(loader: Any, most: int, seed: str) -> Iterator[dict[str, Any]]:
+    """Collate some batches of an epoch, spread evenly over it, as the loader's sampler groups the examples.
+
+    It may be another epoch than the one to come: a sampler that groups examples by length does so anew each
+    time. The random state changes.
+
+    Args:
+        loader: a `DataLoader` of the trainer.
+        most: how many batches, if the epoch has so many.
+        seed: decides how a random sampler groups.
+
+    Yields:
+        Keyword dictionaries; nothing for data without a length, or if the collator makes something else.
+    """
+    if loader.batch_sampler is None:
+        return
+    torch.manual_seed(random.Random(seed).getrandbits(63))  # samplers without a generator of their own
+    with _reseeded(loader.batch_sampler, seed):
+        groups = list(loader.batch_sampler)
+    for index in sorted({round(i * len(groups) / most) for i in range(most)} & set(range(len(groups)))):
+        batch = loader.collate_fn([loader.dataset[example] for example in groups[index]])
+        if not isinstance(batch, Mapping):
+            return
+        yield {**batch}
+
+
 def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield the batches that `compute_loss` takes, as the trainer makes them of those of its loader.
 

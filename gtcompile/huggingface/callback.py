@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.errors import CaptureError, GTCompileError
-from gtcompile.huggingface.batches import draw_batches, prepared
+from gtcompile.huggingface.batches import batches_of_an_epoch, draw_batches, prepared
 from gtcompile.huggingface.compatibility import (
     check_labels_stay,
     check_trainer,
@@ -32,6 +32,7 @@ from gtcompile.huggingface.compatibility import (
 from gtcompile.huggingface.trainer_loss import (
     TrainerLoss,
     adapters_switched_safely,
+    batches_noted,
     labelled_logits_only_in,
 )
 from gtcompile.selection.selection import Selection
@@ -45,6 +46,9 @@ from gtcompile.training.adaptive import AdaptiveBackprop
 from gtcompile.training.callback_options import CallbackOptions, Progress, takes
 
 logger = logging.getLogger(__name__)
+
+SHAPES_SEEN = 64
+"""Batches of an epoch whose shapes the costs of a selection are the mean of, where shapes differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ends, the model is as it was before: not compiled, all parameters trainable that were.
 
     Args:
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
+            differ in shape it is that of the mean step of an epoch.
         budget_of: what the budget, and every share that is logged, is a share of: "step" for a full step of
             the model with its adapters, or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
@@ -115,6 +120,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._trainer: weakref.ref[Trainer] | None = None
         self._training: _Training | None = None
         self._adaptive: AdaptiveBackprop | None = None
+        self._passed: list[dict[str, Any]] = []
+        """Batches of the step under way whose costs are not counted yet."""
 
     @property
     def adaptive(self) -> AdaptiveBackprop:
@@ -184,6 +191,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         )
         changes = self._training.trainer_changes
         changes.enter_context(adapters_switched_safely(trainer, model))
+        changes.enter_context(batches_noted(trainer, self._passed.append))
         if (cache := self._adaptive.prefix_cache) is not None:
             changes.callback(cache.remove)
         try:
@@ -214,11 +222,19 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
                 self._release()
                 raise
         self._change(due=False)
+        self._passed.clear()  # those of a selection or an evaluation
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what a forward and backward cost whose gradients are accumulated."""
+        self._count_passes()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count what the step cost; policies that change the set by the step choose the next one."""
+        self._count_passes()
         self._progress = self._progress.after_step(self.adaptive.step_fraction)
         self.adaptive.step()
 
@@ -229,6 +245,12 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         if self._training is not None and self._progress.steps:
             self._training.trainer.log(self._spent())
         self._release()
+
+    def _count_passes(self) -> None:
+        passed, self._passed[:] = tuple(self._passed), []
+        for batch in passed:
+            self.adaptive.count(batch)
+        self._passed.clear()  # a capture of costs computes losses, too
 
     def measured_batches(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[Any]:
         """Draw the examples on which a selection before the coming step measures importance.
@@ -254,7 +276,6 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             "torch": torch.__version__,
             "selected_at": self._progress.selected_at,
             "steps": self._progress.steps,
-            "spent": self._progress.spent,
             "adaptive": self.adaptive.state_dict() if selected else None,
             "with_state": self._parameters_with_state(),
         }
@@ -299,7 +320,9 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         try:
             # as many as the user asked for; a trainer may make several of one
             measured = itertools.islice(prepared(trainer, batches), self._options.batches)
-            selection = self.adaptive.reselect(measured, max_batches=None)
+            epoch = batches_of_an_epoch(loader, SHAPES_SEEN, f"{args.seed} {state.global_step}")
+            like = prepared(trainer, epoch)
+            selection = self.adaptive.reselect(measured, max_batches=None, like=like)
         except CaptureError as error:
             raise CaptureError(
                 f"costs are those of {type(trainer).__name__}.compute_loss: {error}"
@@ -319,8 +342,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         return numbers | self._spent()
 
     def _spent(self) -> dict[str, float]:
-        """Mean shares of FLOPs over the steps so far; with a prefix cache, also of what they computed."""
-        if (spent := self._progress.mean_fraction) is None:
+        """Shares of FLOPs of all steps so far; with a prefix cache, also of what they computed."""
+        if (spent := self.adaptive.counted_fraction) is None:
             return {}
         computed = self.adaptive.computed_fraction
         cached = {} if computed is None else {"adaptive/flops_fraction_computed": computed}
@@ -346,7 +369,6 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self.adaptive.load_state_dict(progress["adaptive"])
         self._progress = Progress(
             steps=progress["steps"],
-            spent=progress["spent"],
             selected_at=progress["selected_at"],
             due=False,
             mid_epoch=not float(state.epoch or 0).is_integer(),

@@ -37,11 +37,16 @@ def check_uncompiled(trainer: Trainer, callback: type[TrainerCallback]) -> None:
 
 
 def check_labels_stay(trainer: Trainer) -> None:
-    """Refuse `labelled_logits` for a trainer that takes the labels out of the batch for a loss of its own.
+    """Refuse `labelled_logits` for a trainer that does not leave the loss to the model.
 
     Raises:
-        ValueError: says which setting does so.
+        ValueError: says what computes the loss instead.
     """
+    if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+        raise ValueError(
+            f"labelled_logits=True needs a trainer that leaves the loss to the model, and "
+            f"{type(trainer).__name__} of TRL computes it from the head's weights by itself; leave it out"
+        )
     settings = {
         "label_smoothing_factor": trainer.args.label_smoothing_factor,
         "compute_loss_func": trainer.compute_loss_func,

@@ -90,6 +90,24 @@ def adapters_switched_safely(trainer: Trainer, model: nn.Module) -> Iterator[Non
 
 
 @contextlib.contextmanager
+def batches_noted(trainer: Trainer, note: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Within the block, `note` gets every batch that the trainer computes a loss of, but for evaluations."""
+    compute = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def noting(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            note({**inputs})  # a copy: trainers take labels out of the batch, and put settings in
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        trainer.compute_loss = compute  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def labelled_logits_only_in(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """Within the block, compute head and loss at labelled positions in a trainer's training steps.
 

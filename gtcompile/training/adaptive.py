@@ -12,9 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
+from gtcompile.costs.batch_shapes import batch_shapes
 from gtcompile.costs.budgets import WHOLE, BudgetOf
 from gtcompile.costs.full_finetuning import refuse_quantized
-from gtcompile.errors import GTCompileError
+from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.importance.estimators import check_batches, measure_importance
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
@@ -32,7 +33,7 @@ from gtcompile.training.ddp import ranks_of
 from gtcompile.training.measured_batches import first_batches
 from gtcompile.training.prefix_cache import PrefixCache
 from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
-from gtcompile.training.step_costs import CostsByShape, StepCosts
+from gtcompile.training.step_costs import CostsByShape, PassCosts, StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class AdaptiveBackprop:
     Args:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
+            differ in shape it is that of the mean step.
         budget_of: what the budget is a share of. "step": a full step of the model as it is. With adapters,
             which alone are trained, that is a step that trains all adapters. "full_finetuning": a step that
             trains every floating-point parameter of the model, frozen or not, with PEFT's adapters switched
@@ -118,6 +120,7 @@ class AdaptiveBackprop:
         self._costs = CostsByShape(model, loss_fn, cache.blocks if cache else ())
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
+        self._counted_flops = self._counted_whole = 0
 
     @property
     def budget_fraction(self) -> float:
@@ -164,7 +167,7 @@ class AdaptiveBackprop:
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step with the present set, at the shapes that were measured; 0 before `reselect`."""
+        """FLOPs of a mean step with the present set, at the shapes given to `reselect`; 0 before that."""
         return self._schedule.costs.step_flops(self._trained) if self._schedule else 0
 
     @property
@@ -184,13 +187,22 @@ class AdaptiveBackprop:
     def computed_fraction(self) -> float | None:
         """Mean share of FLOPs that the training steps so far really took; None without a prefix cache.
 
-        It counts each forward with its backward, at the shapes that were measured, and never exceeds the mean
-        of their costs without the cache.
+        It counts each forward with its backward, at the mean of the shapes given to `reselect`, or at its own
+        shapes if `count` is called. It never exceeds the share without the cache.
         """
         if self._prefix is None:
             return None
         self._count_forwards()
         return self._prefix.mean_fraction
+
+    @property
+    def counted_fraction(self) -> float | None:
+        """Share of FLOPs of all passes that `count` was told of, at their own shapes; None before the first.
+
+        It is the sum of what they cost over the sum of the FLOPs that `budget_of` names, at the same shapes,
+        if nothing comes from a prefix cache.
+        """
+        return self._counted_flops / self._counted_whole if self._counted_whole else None
 
     def __repr__(self) -> str:
         whole = WHOLE[self.budget_of]
@@ -198,11 +210,18 @@ class AdaptiveBackprop:
         budget = f"budget {self.budget_fraction!r} of {whole}"
         return f"<AdaptiveBackprop: {budget}, policy {self._policy!r}, {set_now}>"
 
-    def reselect(self, batches: Iterable[Any], *, max_batches: int | None = MOST_BATCHES) -> Selection:
+    def reselect(
+        self,
+        batches: Iterable[Any],
+        *,
+        max_batches: int | None = MOST_BATCHES,
+        like: Iterable[Any] | None = None,
+    ) -> Selection:
         """Select anew from these batches and train that from now on.
 
-        Costs are those of a batch with the shapes of the first one and, if the model branches on data, with
-        its branches. Importance is averaged over all batches, if the policy needs it.
+        Costs are the mean of those at the shapes of these batches; if the model branches on data, with the
+        branches of the first batch of each shape. So the budget is one of the mean step, not of each.
+        Importance is averaged over all batches, if the policy needs it.
         When nothing affordable is predicted to reduce the loss, the former selection stays, with a log
         message; if there is none yet, importance is measured within each batch as with `two_pass`. Nothing
         changes until the new trained set is applied, so a call that fails leaves everything as it was.
@@ -211,6 +230,8 @@ class AdaptiveBackprop:
             batches: keyword dictionaries with labels, or with `loss_fn` anything, on any device; at least
                 two, or one with `two_pass`. A whole loader will do.
             max_batches: take only so many, with a log message; None takes all.
+            like: batches whose shapes are those of the training, if those in `batches` are not. They are read
+                only if `batches` have several shapes.
 
         Returns:
             The selection for the next step, which prints as one line. If the policy changes the set at every
@@ -230,9 +251,9 @@ class AdaptiveBackprop:
             raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
         ranks.agree(self._common_ground())
-        not_counted = self._prefix.paused() if self._prefix else contextlib.nullcontext()
-        with not_counted, restored(unwrap(self._model)):
-            checked, known = ranks.together(lambda: self._prepare(first_batches(batches, max_batches)))
+        with self._not_counted(), restored(unwrap(self._model)):
+            chosen = first_batches(batches, max_batches)
+            checked, known = ranks.together(lambda: self._prepare(chosen, like))
             limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
@@ -267,6 +288,67 @@ class AdaptiveBackprop:
             self._train(trained)
         return trained
 
+    def costs_of(self, batch: Any) -> PassCosts:
+        """Return what a forward and backward with the present set cost at this batch's shapes.
+
+        Only the first few shapes are captured; the costs at others follow from those.
+
+        Raises:
+            GTCompileError: nothing was selected yet.
+            CaptureError: the model cannot be captured with this batch.
+        """
+        if self._schedule is None:
+            raise GTCompileError("costs are those of a trained set; call reselect(batches) first")
+        if not self._costs.may_learn(batch):
+            return self._pass_costs(self._mean_costs(self._schedule))
+        with self._not_counted():
+            known = self._costs.of(batch, self.budget_of)
+        return self._pass_costs(known)
+
+    def count(self, batch: Any) -> PassCosts:
+        """Count a forward and backward with the present set, at this batch's shapes.
+
+        To be called once after each backward where batches differ in shape: `counted_fraction` is then exact.
+        A shape whose costs cannot be captured counts as a mean step, with a log message.
+
+        Returns:
+            What it cost.
+
+        Raises:
+            GTCompileError: nothing was selected yet.
+        """
+        try:
+            took = self.costs_of(batch)
+        except CaptureError as error:
+            assert self._schedule is not None
+            logger.warning("a batch counts as a mean step, since its costs are not known: %s", error)
+            took = self._pass_costs(self._mean_costs(self._schedule))
+        self._counted_flops += took.step_flops
+        self._counted_whole += took.whole_flops
+        if self._prefix:
+            self._prefix.count(took.step_flops, took.whole_flops, took.block_flops)
+        return took
+
+    def _not_counted(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which forwards are no training."""
+        return self._prefix.paused() if self._prefix else contextlib.nullcontext()
+
+    def _mean_costs(self, schedule: Schedule) -> StepCosts:
+        """The costs of a mean step, as the latest selection knows them."""
+        blocks = self._prefix.block_flops if self._prefix else ()
+        return StepCosts(costs=schedule.costs, whole_flops=schedule.whole_flops, block_flops=blocks)
+
+    def _pass_costs(self, known: StepCosts) -> PassCosts:
+        step_flops = known.costs.step_flops(self._trained)
+        cached = self._prefix.cached_step_flops(step_flops, known.block_flops) if self._prefix else step_flops
+        return PassCosts(
+            step_flops=step_flops,
+            cached_step_flops=cached,
+            full_flops=known.costs.full_flops,
+            whole_flops=known.budget_whole,
+            block_flops=known.block_flops,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
         shapes, schedule = _shapes(self._model), self._schedule
@@ -283,6 +365,7 @@ class AdaptiveBackprop:
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
             "schedule": schedule_state(schedule, sorted(shapes)) if schedule else None,
+            "counted": [self._counted_flops, self._counted_whole],
             **self._prefix_state(),
         }
 
@@ -297,7 +380,7 @@ class AdaptiveBackprop:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - {"prefix"} - state.keys()):
+        if missing := sorted(self.state_dict().keys() - {"prefix", "counted"} - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
         check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         if state["policy"] != repr(self._policy):
@@ -320,6 +403,7 @@ class AdaptiveBackprop:
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
+        self._counted_flops, self._counted_whole = state.get("counted", (0, 0))
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
 
@@ -361,15 +445,20 @@ class AdaptiveBackprop:
             "the number of steps since the selection": self._schedule.progress.steps if self._schedule else 0,
         }
 
-    def _prepare(self, batches: Iterable[Any]) -> tuple[tuple[Any, ...], StepCosts]:
-        """Check the batches; return them with the costs at the shapes of the first."""
+    def _prepare(
+        self, batches: Iterable[Any], like: Iterable[Any] | None
+    ) -> tuple[tuple[Any, ...], StepCosts]:
+        """Check the batches; return them with the mean costs at their shapes, or at those of `like`."""
         one_is_enough = self._two_pass or self._policy.measured == "nothing"
         checked = check_batches(
             self._model, batches, minimum=1 if one_is_enough else 2, loss_fn=self._loss_fn
         )
         if self._prefix:
             self._prefix.survey(lambda: self._costs.run(checked[0]))
-        return checked, self._costs.of(checked[0], self.budget_of)
+        self._costs.forget_values()
+        several = len(set(map(batch_shapes, checked))) > 1
+        shaped = list(like) if several and like is not None else []
+        return checked, self._costs.mean(shaped or checked, self.budget_of)
 
     def _decide(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,17 @@ class PrefixCosts:
         """FLOPs of the forward of each block, in order; empty while they are unknown, and then a step that
         leaves blocks out counts in full."""
         self._seen = Counter(cache.stats.forwards)
-        self._forwards, self._shares = 0, 0.0
+        self._taken = self._whole = 0
 
-    def cached_step_flops(self, step_flops: int) -> int:
-        """FLOPs of a step that starts from cached values, if a whole one takes `step_flops`."""
-        return step_flops - sum(self.block_flops[: self.cache.reachable_depth])
+    def cached_step_flops(self, step_flops: int, block_flops: Sequence[int] | None = None) -> int:
+        """FLOPs of a step that starts from cached values.
+
+        Args:
+            step_flops: of a step that computes everything.
+            block_flops: of each block at the same shapes; None for those that are kept here.
+        """
+        blocks = self.block_flops if block_flops is None else block_flops
+        return step_flops - sum(blocks[: self.cache.reachable_depth])
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -73,28 +79,30 @@ class PrefixCosts:
             finally:
                 self.cache.enabled = enabled
 
-    def count(self, step_flops: int, whole_flops: int) -> None:
+    def count(self, step_flops: int, whole_flops: int, block_flops: Sequence[int] | None = None) -> None:
         """Count the forwards since the last call.
 
         Args:
             step_flops: FLOPs of a whole step with the set that all of them trained.
             whole_flops: FLOPs that the shares are of; 0 counts nothing.
+            block_flops: of each block at the shapes of these forwards; None for those that are kept here.
         """
+        blocks = self.block_flops if block_flops is None else block_flops
         new, self._seen = self.cache.stats.forwards - self._seen, Counter(self.cache.stats.forwards)
         for depth, forwards in new.items() if whole_flops else ():
-            self._forwards += forwards
-            self._shares += forwards * (step_flops - sum(self.block_flops[:depth])) / whole_flops
+            self._whole += forwards * whole_flops
+            self._taken += forwards * (step_flops - sum(blocks[:depth]))
 
     @property
     def mean_fraction(self) -> float:
-        """Mean share of FLOPs that the counted forwards took; 0.0 before the first."""
-        return self._shares / self._forwards if self._forwards else 0.0
+        """Share of FLOPs that the counted forwards took, of all of them together; 0.0 before the first."""
+        return self._taken / self._whole if self._whole else 0.0
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON types."""
-        return {"block_flops": list(self.block_flops), "forwards": self._forwards, "shares": self._shares}
+        return {"block_flops": list(self.block_flops), "taken": self._taken, "whole": self._whole}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.block_flops = tuple(state["block_flops"])
-        self._forwards, self._shares = state["forwards"], state["shares"]
+        self._taken, self._whole = state["taken"], state["whole"]

@@ -1,28 +1,37 @@
-"""Costs of training steps, captured once for each shape of batches."""
+"""Costs of training steps at the shapes of their batches, most of them without another capture."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from gtcompile.capture.model_io import LossFunction
-from gtcompile.costs.backward_costs import BackwardCosts, backward_costs, costs_of
+from gtcompile.capture.model_io import LossFunction, unwrap
+from gtcompile.costs.backward_costs import BackwardCosts, SharedWork, backward_costs, costs_of
+from gtcompile.costs.batch_shapes import BatchShapes, batch_shapes, combination
 from gtcompile.costs.block_costs import forward_flops_inside
 from gtcompile.costs.budgets import BudgetOf
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.full_finetuning import full_finetuning_flops
 from gtcompile.errors import CaptureError
 from gtcompile.importance.gradient_stream import batch_loss, on_device
+from gtcompile.state.restore import restored
 
 logger = logging.getLogger(__name__)
+
+MOST_CAPTURES = 32
+"""How many shapes are captured of a model whose FLOPs are no polynomial in the sizes of the batch."""
+MOST_DERIVED = 256
+"""How many shapes' derived costs are kept; to derive them again takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
-    """The costs of steps at the shapes of one batch."""
+    """The costs of steps at the shapes of one batch, or the mean of several."""
 
     costs: BackwardCosts
     """Of the model as it is."""
@@ -31,9 +40,84 @@ class StepCosts:
     block_flops: tuple[int, ...] = ()
     """FLOPs of the forward of each block that a prefix cache may leave out, in order."""
 
+    @property
+    def budget_whole(self) -> int:
+        """FLOPs that the budget is a share of."""
+        return self.costs.full_flops if self.whole_flops is None else self.whole_flops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCosts:
+    """FLOPs of a forward and backward on one batch, with the trained set of the moment."""
+
+    step_flops: int
+    """If everything is computed."""
+    cached_step_flops: int
+    """If it starts from a prefix cache; without one, `step_flops`."""
+    full_flops: int
+    """If everything is trained."""
+    whole_flops: int
+    """Those that the budget is a share of."""
+    block_flops: tuple[int, ...]
+    """Of the forward of each block that a prefix cache may leave out."""
+
+
+def combined(parts: Sequence[tuple[Fraction, StepCosts]]) -> StepCosts | None:
+    """Add up costs of one model, each times a factor, and round to whole FLOPs.
+
+    Returns:
+        The sum; None if the costs are not of the same parameters.
+    """
+    (_, first), *others = parts
+    if any(each.costs.parameters != first.costs.parameters for _, each in others):
+        return None
+    works = [{work.parameters: work.flops for work in each.costs.shared_work} for _, each in parts]
+
+    def total(flops_of: Callable[[int], int]) -> int:
+        return round(sum((factor * flops_of(i) for i, (factor, _) in enumerate(parts)), Fraction(0)))
+
+    together = {
+        needing: total(lambda i, needing=needing: works[i].get(needing, 0))  # type: ignore[misc]
+        for needing in sorted(frozenset().union(*works), key=lambda names: (len(names), sorted(names)))
+    }
+    return StepCosts(
+        costs=BackwardCosts(
+            parameters=first.costs.parameters,
+            forward_flops=total(lambda i: parts[i][1].costs.forward_flops),
+            shared_work=tuple(SharedWork(flops, needing) for needing, flops in together.items() if flops),
+            follows_values=any(each.costs.follows_values for _, each in parts),
+        ),
+        whole_flops=None if first.whole_flops is None else total(lambda i: parts[i][1].whole_flops or 0),
+        block_flops=tuple(
+            total(lambda i, block=block: parts[i][1].block_flops[block])  # type: ignore[misc]
+            for block in range(len(first.block_flops))
+        ),
+    )
+
+
+@dataclass(slots=True)
+class _Family:
+    """What is known of the costs at batches of one kind."""
+
+    captured: dict[BatchShapes, StepCosts] = field(default_factory=dict)
+    derived: dict[BatchShapes, StepCosts] = field(default_factory=dict)
+    """Computed from those that were captured."""
+    polynomial: bool = True
+    """Whether no capture has contradicted what was derived for its shape."""
+    confirmed: bool = False
+    """Whether a capture has confirmed what is derived from those that were captured before it."""
+
+    @property
+    def follows_values(self) -> bool:
+        return any(known.costs.follows_values for known in self.captured.values())
+
 
 class CostsByShape:
-    """Captures the costs of steps at a batch's shapes; keeps them until the shapes change.
+    """Knows the costs of steps at the shapes of any batch.
+
+    The first few shapes are captured. Costs at others are derived from these, since FLOPs are a polynomial in
+    the sizes of the batch (`costs/batch_shapes.py`). The first shape whose costs could be derived is captured
+    too. If the two differ, nothing is derived any more, and every shape is captured.
 
     Args:
         model: whose steps they are.
@@ -43,34 +127,117 @@ class CostsByShape:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None, blocks: Sequence[str] = ()) -> None:
         self._model, self._loss_fn, self._blocks = model, loss_fn, blocks
-        self._known: dict[object, StepCosts] = {}
+        self._families: dict[tuple[BudgetOf, Hashable], _Family] = {}
 
     def of(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
-        """Return the costs at this batch's shapes; capture again if these changed or costs follow values.
+        """Return the costs at this batch's shapes.
 
         Raises:
             CaptureError: the model cannot be captured.
         """
-        key = budget_of, _shapes_in(batch)
-        known = self._known.get(key)
-        if known is None or known.costs.follows_values:
-            try:
-                self._known = {key: self._capture(self._moved(batch), budget_of)}
-            except CaptureError:
-                with torch.no_grad():  # the model's own error about a wrong batch says more
-                    self.run(batch)
-                raise
-        return self._known[key]
+        shapes = batch_shapes(batch)
+        family = self._families.setdefault((budget_of, shapes.kind), _Family())
+        for known in (family.captured, family.derived):
+            if shapes in known:
+                return known[shapes]
+        derived = self._derived(family, shapes)
+        if derived is not None and family.confirmed:
+            if len(family.derived) >= MOST_DERIVED:
+                family.derived.clear()
+            family.derived[shapes] = derived
+            return derived
+        if len(family.captured) >= (1 if family.follows_values else MOST_CAPTURES) and not family.polynomial:
+            return self._mean_of_known(family, shapes)
+        captured = self._checked_capture(batch, budget_of)
+        if derived is not None:
+            family.confirmed = family.polynomial = captured == derived
+            if not family.polynomial:
+                family.derived.clear()
+        else:
+            family.confirmed = False
+        family.captured[shapes] = captured
+        return captured
+
+    def may_learn(self, batch: Any) -> bool:
+        """Whether costs of this kind of batch are known, or so few kinds that one more may be captured.
+
+        Texts and floating-point numbers in a batch make it one of its own kind.
+        """
+        kinds = {kind for _, kind in self._families}
+        return len(kinds) < MOST_CAPTURES or batch_shapes(batch).kind in kinds
+
+    def mean(self, batches: Iterable[Any], budget_of: BudgetOf) -> StepCosts:
+        """Return the mean of the costs at these batches' shapes, rounded to whole FLOPs.
+
+        Raises:
+            CaptureError: the model cannot be captured, or different parameters are used.
+        """
+        counts: Counter[BatchShapes] = Counter()
+        costs: dict[BatchShapes, StepCosts] = {}
+        for batch in batches:
+            shapes = batch_shapes(batch)
+            counts[shapes] += 1
+            if shapes not in costs:
+                costs[shapes] = self.of(batch, budget_of)
+        parts = [(Fraction(counts[shapes], counts.total()), known) for shapes, known in costs.items()]
+        if len(parts) == 1:
+            return parts[0][1]
+        if (mean := combined(parts)) is None:
+            raise CaptureError(
+                "batches of different shapes use different parameters, so their steps have no mean costs; "
+                "give batches of one shape"
+            )
+        return mean
+
+    def forget_values(self) -> None:
+        """Forget costs that hold for the values of some batch alone.
+
+        Costs of a model that branches on data are kept where they followed from the shapes all the same.
+        """
+        for family in self._families.values():
+            if family.follows_values and not (family.confirmed and family.polynomial):
+                family.captured.clear()
+                family.derived.clear()
 
     def run(self, batch: Any) -> torch.Tensor:
         """Run a forward, and return its loss."""
         return batch_loss(self._model, self._moved(batch), self._loss_fn)
 
+    def _derived(self, family: _Family, shapes: BatchShapes) -> StepCosts | None:
+        """The costs at a shape as they follow from those at captured shapes; None if they do not."""
+        if not (family.polynomial and family.captured):
+            return None
+        factors = combination(list(family.captured), shapes)
+        if factors is None:
+            return None
+        return combined([(factor, family.captured[known]) for known, factor in factors.items()])
+
+    def _mean_of_known(self, family: _Family, shapes: BatchShapes) -> StepCosts:
+        """The mean of the costs at captured shapes, with a warning; kept for this shape."""
+        logger.warning(
+            "the FLOPs of this model follow more than the sizes of a batch, and %d shapes of batches were "
+            "captured: a step at another shape counts as the mean of these; pad batches to fewer lengths",
+            len(family.captured),
+        )
+        share = Fraction(1, len(family.captured))
+        mean = combined([(share, known) for known in family.captured.values()])
+        family.derived[shapes] = mean or next(iter(family.captured.values()))
+        return family.derived[shapes]
+
+    def _checked_capture(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
+        try:
+            with restored(unwrap(self._model)):
+                return self._capture(self._moved(batch), budget_of)
+        except CaptureError:
+            with torch.no_grad():  # the model's own error about a wrong batch says more
+                self.run(batch)
+            raise
+
     def _moved(self, batch: Any) -> Any:
         return on_device(batch, next(self._model.parameters()).device)
 
     def _capture(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
-        logger.info("capturing one training step, for its costs; once for each shape of batches")
+        logger.info("capturing one training step, for its costs; once for each of a few shapes of batches")
         whole = None
         if budget_of == "full_finetuning":
             whole = full_finetuning_flops(self._model, batch, self._loss_fn)
@@ -80,14 +247,3 @@ class CostsByShape:
         joint = capture_everything(self._model, batch, self._loss_fn)
         inside = forward_flops_inside(joint, self._blocks)
         return StepCosts(costs=costs_of(joint), whole_flops=whole, block_flops=inside)
-
-
-def _shapes_in(value: Any) -> object:
-    """A key of what the costs of a batch depend on: shapes and dtypes of tensors, and every other value."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _shapes_in(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_shapes_in(item) for item in value)
-    return repr(value)

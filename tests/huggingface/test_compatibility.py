@@ -69,3 +69,14 @@ def test_hooks_that_make_inputs_require_gradients_are_taken_away(tmp_path):
     model.enable_input_require_grads()  # PEFT and TRL both do; the first handle is lost
     train(tmp_path, adaptive(), model=model, max_steps=1)
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_trainers_with_a_loss_of_their_own_are_refused_with_labelled_logits(tmp_path):
+    kind = type("FusedTrainer", (Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    with pytest.raises(ValueError, match="FusedTrainer of TRL computes it from the head's weights by itself"):
+        kind(
+            model=make_model(),
+            args=make_args(tmp_path),
+            train_dataset=make_data(4),
+            callbacks=[AdaptiveBackpropCallback(labelled_logits=True)],
+        )

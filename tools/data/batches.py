@@ -1,7 +1,8 @@
-"""Examples as token ids, and batches that all have one shape.
+"""Examples as token ids, and batches of them.
 
-One shape means one compilation and one cost. Every batch is padded to the longest training example of the
-run, rounded up to a multiple of 8; the last batch of an epoch is filled with copies without labels.
+Every batch is padded to the longest training example of the run, rounded up to a multiple of 8, so that all
+have one shape and one cost. With examples grouped by length, each is padded to its own longest example
+instead. The last batch of an epoch is filled with copies without labels.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collator:
-    """Stacks encoded examples into batches of one shape."""
+    """Stacks encoded examples into batches."""
 
     encoder_decoder: bool
     """Whether the model is an encoder-decoder, whose labels are a separate sequence."""
@@ -97,9 +98,12 @@ class Collator:
     batch_size: int
     """Rows of every batch."""
     input_length: int
-    """Columns of `input_ids`."""
+    """Columns of `input_ids`; with `grouped`, the most of them."""
     target_length: int
-    """Columns of `labels`; for a decoder the same as `input_length`."""
+    """Columns of `labels`, or the most of them; for a decoder the same as `input_length`."""
+    grouped: bool = False
+    """Whether examples are grouped by length, so that a batch needs no more columns than its longest one,
+    rounded up to a multiple of 8."""
     positions: int | None = None
     """Labelled positions that every batch names for `only_labelled_logits`; None names none."""
 
@@ -113,14 +117,23 @@ class Collator:
         targets = [self._labels(example) for example in examples]
         inputs += [inputs[0]] * missing
         targets += [()] * missing
-        length = max(self.input_length, *map(len, inputs))
-        columns = max(self.target_length if self.encoder_decoder else length, *map(len, targets))
+        length = self._columns(max(map(len, inputs)), self.input_length)
+        columns = (
+            self._columns(max(map(len, targets)), self.target_length) if self.encoder_decoder else length
+        )
         batch = {
             "input_ids": torch.tensor([_padded(ids, length, self.pad_token) for ids in inputs]),
             "attention_mask": torch.tensor([_padded([1] * len(ids), length, 0) for ids in inputs]),
             "labels": torch.tensor([_padded(ids, columns, IGNORED) for ids in targets]),
         }
         return batch if self.positions is None else add_labelled_positions(batch, multiple=self.positions)
+
+    def _columns(self, longest: int, usual: int) -> int:
+        return _round_up(longest, usual) if self.grouped else max(longest, usual)
+
+    def length_of(self, example: Encoded) -> int:
+        """Tokens of an example that become `input_ids`."""
+        return len(self._inputs(example))
 
     def _inputs(self, example: Encoded) -> tuple[int, ...]:
         return example.prompt if self.encoder_decoder else (*example.prompt, *example.answer)
@@ -132,10 +145,12 @@ class Collator:
 
     @property
     def shape(self) -> str:
-        """The shape of every batch, in words."""
-        decoder = f", {self.target_length} answer tokens" if self.encoder_decoder else ""
+        """The shape of every batch, in words; with `grouped`, of the largest."""
+        most = "up to " if self.grouped else ""
+        decoder = f", {most}{self.target_length} answer tokens" if self.encoder_decoder else ""
         logits = "" if self.positions is None else f", logits at {self.positions} of them"
-        return f"{self.batch_size} x {self.input_length} tokens{decoder}{logits}"
+        grouped = ", grouped by length" if self.grouped else ""
+        return f"{self.batch_size} x {most}{self.input_length} tokens{decoder}{logits}{grouped}"
 
 
 def _padded(ids: Sequence[int], length: int, fill: int) -> list[int]:
@@ -150,8 +165,11 @@ def collator_for(
     batch_size: int,
     limit: int,
     labelled: bool = False,
+    grouped: bool = False,
 ) -> Collator:
     """A collator for batches as long as the longest example, rounded up to multiples of 8 up to `limit`.
+
+    With `grouped`, that is the longest of the batch, else of all.
 
     With `labelled`, they name as many labelled positions as a batch of the longest answers has, rounded up to
     a multiple of 8.
@@ -167,6 +185,7 @@ def collator_for(
         batch_size=batch_size,
         input_length=input_length,
         target_length=_round_up(answer, limit) if encoder_decoder else input_length,
+        grouped=grouped,
         positions=_round_up(most, batch_size * input_length) if labelled else None,
     )
 

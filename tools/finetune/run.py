@@ -188,9 +188,9 @@ def _prepare(settings: Settings, reporter: Reporter) -> Prepared:
     reporter.say(f"data: {prepared.task}")
     if copies := prepared.task.duplicates:
         reporter.say(f"data: {copies} of the evaluation's texts are also trained on, in other records")
+    padding = "" if settings.grouped else f", {prepared.real_tokens:.0%} of them not padding"
     reporter.say(
-        f"every batch is {prepared.collate.shape}, {prepared.real_tokens:.0%} of them not padding; "
-        f"{prepared.steps_per_epoch} steps an epoch"
+        f"every batch is {prepared.collate.shape}{padding}; {prepared.steps_per_epoch} steps an epoch"
     )
     return prepared
 

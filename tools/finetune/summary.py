@@ -31,9 +31,9 @@ class Summary:
     data: str
     """Dataset, splits and number of examples."""
     batch: str
-    """The shape of every batch, for which FLOPs are quoted."""
+    """The shape of every batch, or of the largest."""
     real_tokens: float
-    """Share of a batch's input positions that is not padding."""
+    """Share of the batches' input positions that is not padding."""
     compiler: str
     """The compiler of the graphs."""
     device: str
@@ -43,9 +43,9 @@ class Summary:
     predicted_flops: int
     """FLOPs of all training steps, predicted from the graph."""
     counted_flops: int
-    """FLOPs of all training steps: one counted step of every selection, times its steps."""
+    """FLOPs of all training steps: one counted step of every selection and shape, times its steps."""
     full_flops: int
-    """FLOPs of as many full steps."""
+    """FLOPs of full steps on the same batches."""
     step_seconds: float
     """Median seconds of forward and backward."""
     training_seconds: float
@@ -95,7 +95,7 @@ def summarise(
         tokenizer=prepared.language.tokenizer_origin,
         data=str(prepared.task),
         batch=prepared.collate.shape,
-        real_tokens=prepared.real_tokens,
+        real_tokens=_real_tokens(prepared, steps),
         compiler=settings.compiler,
         device=str(prepared.device),
         steps=len(steps),
@@ -109,6 +109,13 @@ def summarise(
         **{total: sum(step[name] for step in steps) for total, name in flops},
         **scores,
     )
+
+
+def _real_tokens(prepared: Prepared, steps: Sequence[Mapping[str, Any]]) -> float:
+    """Share of input positions that is not padding: of the steps taken, if batches differ in shape."""
+    if not prepared.settings.grouped:
+        return prepared.real_tokens
+    return float(sum(step["tokens"] for step in steps) / sum(step["positions"] for step in steps))
 
 
 def summary_from(values: Mapping[str, Any]) -> Summary:
@@ -205,8 +212,9 @@ def notes(runs: Sequence[Summary]) -> list[str]:
     lines = [
         f"Batches of {run.batch}, {run.real_tokens:.0%} of the input tokens are not padding; "
         f"{run.steps} steps; {run.compiler} compiler on {_devices(run)}.",
-        "FLOPs are of forward and backward at this shape, 2 per multiply-add; predicted from the graph, "
-        "and counted by running one step of each selection operator by operator: "
+        "FLOPs are of forward and backward on these batches, 2 per multiply-add; predicted from the graph, "
+        "and counted by running one step of each selection, and of each length of batches, operator by "
+        "operator: "
         f"{_agreement(run)}.",
         "Seconds of a step are the median of forward and backward. In turn: steps of the last selection and "
         "full steps of plain eager PyTorch, taken alternately after training, so that other work on the "

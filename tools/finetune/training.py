@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     PrinterCallback,
     Seq2SeqTrainer,
@@ -23,8 +24,10 @@ from transformers import (
     TrainerState,
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gtcompile.compiler.blocks import find_blocks
+from gtcompile.costs.budgets import budget_flops
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
 from gtcompile.huggingface.callback import AdaptiveBackpropCallback
@@ -32,7 +35,7 @@ from gtcompile.selection.selection import Selection
 from gtcompile.tools.data.answers import score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
-from gtcompile.tools.finetune.step_counts import cache_paused, completed, measure_steps
+from gtcompile.tools.finetune.step_counts import PassCounter, cache_paused, completed, measure_steps
 from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.run_record import described_batch
@@ -142,6 +145,7 @@ class Recorder(TrainerCallback):
         self.model: nn.Module = prepared.language.model
         self.selections: list[dict[str, Any]] = []
         self.comparison: StepComparison | None = None
+        self._counter: PassCounter | None = None
         self.stop_requested = False
         """Whether Ctrl-C was pressed in this process."""
         self.stopping = False
@@ -164,62 +168,83 @@ class Recorder(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the record of the step, before a selection may be made for it."""
+        sums = ("passes", "cached", "flops", "counted_flops", "full_flops", "tokens", "positions")
         self._step = {
             "step": state.global_step + 1,
             "epoch": int(state.epoch or 0),
             "loss": 0.0,
             "lr": kwargs["lr_scheduler"].get_last_lr()[0],
             "seconds": -perf_counter(),
-            **dict.fromkeys(("passes", "cached", "flops", "counted_flops", "full_flops"), 0),
+            **dict.fromkeys(sums, 0),
         }
 
-    def selected(self) -> None:
-        """Record the selection of the step to come, if it is new."""
+    @property
+    def counter(self) -> PassCounter:
+        """Counts passes of the training under way."""
         adaptive = self.adaptive.adaptive
-        if len(adaptive.history) > len(self.selections):
-            trainer, began = self.trainer, self._step["seconds"]
-            loader = trainer.callback_handler.train_dataloader
-            batch = next(self.adaptive.measured_batches(trainer.args, trainer.state, loader))
-            batch = {name: value.to(self.prepared.device) for name, value in batch.items()}
-            self._record(adaptive.history[-1], batch, began)
-            self._step["seconds"] = -perf_counter()
+        if self._counter is None or self._counter.adaptive is not adaptive:
+            recomputes = self.prepared.settings.recomputes
+            self._counter = PassCounter(self.model, adaptive, recomputes=recomputes)
+        return self._counter
 
-    def passed(self, loss: float, seconds: float) -> None:
+    def about_to_pass(self, batch: Batch) -> None:
+        """Record the selection of the step to come, if it is new; count a pass at a new shape of batches."""
+        if len(self.adaptive.adaptive.history) > len(self.selections):
+            self._record(self.adaptive.adaptive.history[-1], self._step["seconds"])
+            self._step["seconds"] = -perf_counter()
+        if not self.counter.knows(batch):
+            began = perf_counter()
+            self.counter.count(self._on_device(batch) if self.prepared.collate.grouped else self._example())
+            spent = perf_counter() - began
+            self._step["seconds"] += spent
+            self.selections[-1]["seconds"] += spent
+            self.folder.write_selections(self.selections)
+
+    def passed(self, loss: float, seconds: float, batch: Batch) -> None:
         """Note a forward and backward.
 
         Args:
             loss: of this process, as a share of the step's loss.
             seconds: that it took.
+            batch: of this process.
 
         Raises:
             GTCompileError: the loss is not finite.
         """
-        step, last = self._step, self.selections[-1]
+        step = self._step
         loss = self.ranks.mean({"loss": loss})["loss"]
         if not math.isfinite(loss):
             raise GTCompileError(
                 f"the loss became {loss} in step {step['step']}, and nothing was updated with it. "
                 f"Lower --lr; the last checkpoint is in {self.folder.path}."
             )
-        adaptive, cached = self.adaptive.adaptive, self._processes_that_hit()
         step["loss"] += loss
         step["passes"] += seconds
-        step["cached"] += cached
-        for kind, processes, each in (
-            ("step_flops", self.ranks.count - cached, adaptive.step_flops),
-            ("cached_step_flops", cached, adaptive.cached_step_flops),
-        ):
-            step["flops"] += processes * each
-            step["counted_flops"] += processes * each * last[f"counted_{kind}"] // last[kind]
-        step["full_flops"] += last["plain_full_flops"] * self.ranks.count
+        hit, tokens = self._hit(), batch["attention_mask"]
+        own = {"cached": int(hit), "tokens": int(tokens.sum()), "positions": tokens.numel()}
+        own |= self.counter.taken(batch, hit=hit)
+        for each in self.ranks.gather(own):
+            for name, value in each.items():
+                step[name] += value
 
-    def _processes_that_hit(self) -> int:
-        """How many processes started their latest forward from the prefix cache."""
+    def _example(self) -> Batch:
+        """A batch whose costs are known: the run's sample, or one that the selection was made on."""
+        if self.prepared.collate.grouped:
+            return self.prepared.sample()
+        trainer = self.trainer
+        loader = trainer.callback_handler.train_dataloader
+        return self._on_device(next(self.adaptive.measured_batches(trainer.args, trainer.state, loader)))
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.prepared.device) for name, tensor in batch.items()}
+
+    def _hit(self) -> bool:
+        """Whether the latest forward of this process started from the prefix cache."""
         cache = self.adaptive.adaptive.prefix_cache
         if cache is None:
-            return 0
+            return False
         hit, self._hits = cache.stats.hits > self._hits, cache.stats.hits
-        return int(self.ranks.total({"hit": float(hit)})["hit"])
+        return hit
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step; stop after it if Ctrl-C was pressed in any process."""
@@ -269,31 +294,29 @@ class Recorder(TrainerCallback):
         self._spent += step["flops"]
         self._full += step["full_flops"]
 
-    def _record(self, selection: Selection, batch: Batch, began: float) -> None:
-        """Count and measure a step of a new selection, write both and show the selection."""
-        recomputes = self.prepared.settings.recomputes
-        measured = self.ranks.from_first(
-            lambda: measure_steps(
-                *(self.model, batch, self.adaptive.adaptive, selection, self.selections),
-                recomputes=recomputes,
-            )
-        )
-        importance = dict(self.adaptive.adaptive.importance)
-        epoch = self._step["epoch"]
+    def _record(self, selection: Selection, began: float) -> None:
+        """Count and measure a step of a new selection, write both and show the selection.
+
+        If batches differ in shape, FLOPs in the record are those of the run's sample batch.
+        """
+        adaptive, batch, epoch = self.adaptive.adaptive, self._example(), self._step["epoch"]
+        importance, costs = dict(adaptive.importance), adaptive.costs_of(batch)
         record = {
             "epoch": epoch,
             "step": self._step["step"] - 1,
             "trained": sorted(selection.trained),
             "selectable": selection.selectable,
-            "step_flops": selection.step_flops,
-            "budget_flops": selection.budget_flops,
-            "full_flops": selection.full_flops,
-            "cached_step_flops": self.adaptive.adaptive.cached_step_flops,
+            "step_flops": costs.step_flops,
+            "budget_flops": budget_flops(costs.whole_flops, adaptive.budget_fraction),
+            "full_flops": costs.full_flops,
+            "cached_step_flops": costs.cached_step_flops,
             "importance": importance,
             "importance_bound": selection.importance_bound if importance else None,
-            **measured,
-            "seconds": perf_counter() + began,
         }
+        record |= self.ranks.from_first(
+            lambda: measure_steps(self.model, batch, self.counter, self.selections, record)
+        )
+        record["seconds"] = perf_counter() + began
         self.selections.append(record)
         count = f"{len(selection.trained)} of {selection.selectable} parameters"
         share = f"{selection.step_fraction:.1%} of a full step's FLOPs"
@@ -308,6 +331,27 @@ class Recorder(TrainerCallback):
         self.folder.write_selections(self.selections)
 
 
+class SeededGroups(LengthGroupedSampler):
+    """Groups examples of similar length, in every epoch in another order, and after a resume in the same.
+
+    Without a generator of its own the order would depend on all random numbers drawn before.
+
+    Args:
+        batch_size: examples that are grouped.
+        lengths: of the examples.
+        seed: with the epoch, decides the order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Prepare the order of an epoch; the trainer calls it."""
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
+
+
 class RecordedTrainer(Trainer):
     """A trainer that tells the recorder of every forward and backward."""
 
@@ -315,11 +359,24 @@ class RecordedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward, and wait for the device."""
-        self.recorder.selected()
+        batch = dict(inputs)
+        self.recorder.about_to_pass(batch)
         started = perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.recorder.passed(loss.item(), perf_counter() - started)
+        self.recorder.passed(loss.item(), perf_counter() - started, batch)
         return loss
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """Group examples by their length in tokens, in an order that follows from seed and epoch alone."""
+        if not self.recorder.prepared.collate.grouped:
+            return super()._get_train_sampler(*args)
+        lengths = map(self.recorder.prepared.collate.length_of, self.recorder.prepared.examples)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return SeededGroups(together, list(lengths), self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Keep the order of the prompts, by which the answers are scored."""
+        return None if self.args.world_size > 1 else SequentialSampler(eval_dataset)
 
 
 class RecordedSeq2SeqTrainer(RecordedTrainer, Seq2SeqTrainer):

@@ -33,7 +33,7 @@ class Prepared:
     prompts: tuple[Encoded, ...]
     """The evaluation examples."""
     collate: Collator
-    """Makes batches of the run's one shape."""
+    """Makes batches, of one shape unless examples are grouped by length."""
     max_new_tokens: int
     """Most tokens of an answer."""
 
@@ -49,8 +49,16 @@ class Prepared:
         return -(-batches // int(self.settings.args.get("gradient_accumulation_steps", 1)))
 
     def sample(self) -> Batch:
-        """A batch of the first examples, on the model's device."""
-        batch = self.collate(self.examples[: self.settings.batch_size])
+        """A batch of the first examples, or of those of middle length if they are grouped by it.
+
+        It is on the model's device, and stands for all batches of the run.
+        """
+        examples, rows = self.examples, self.settings.batch_size
+        if self.collate.grouped:
+            ordered = sorted(examples, key=self.collate.length_of)
+            start = max(0, len(ordered) // 2 - rows // 2)
+            examples = tuple(ordered[start:])
+        batch = self.collate(examples[:rows])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
@@ -64,10 +72,8 @@ class Prepared:
 
     @property
     def real_tokens(self) -> float:
-        """Average share of a batch's positions that hold a token and not padding."""
-        lengths = [len(example.prompt) for example in self.examples]
-        if not self.collate.encoder_decoder:
-            lengths = [n + len(example.answer) for n, example in zip(lengths, self.examples, strict=True)]
+        """Average share of a batch's positions that hold a token and not padding, if all have one shape."""
+        lengths = [self.collate.length_of(example) for example in self.examples]
         return sum(lengths) / (len(lengths) * self.collate.input_length)
 
 
@@ -120,6 +126,7 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         batch_size=settings.batch_size,
         limit=encode.max_length,
         labelled=settings.labelled_logits,
+        grouped=settings.grouped,
     )
     if settings.labelled_logits:
         only_labelled_logits(language.model)

@@ -133,6 +133,11 @@ class Settings:
         return self.policy in ("full", "last_layers")
 
     @property
+    def grouped(self) -> bool:
+        """Whether batches hold examples of similar length, and are padded to the longest of them alone."""
+        return self.args.get("train_sampling_strategy") == "group_by_length"
+
+    @property
     def short_name(self) -> str:
         """Model, data and policy in a name for a folder."""
         return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
