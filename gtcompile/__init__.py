@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts as BackwardCosts
     from gtcompile.costs.backward_costs import backward_costs as backward_costs
     from gtcompile.costs.dependency_graph import dependency_graph as dependency_graph
+    from gtcompile.costs.prices import StepPrices as StepPrices
     from gtcompile.errors import BudgetError as BudgetError
     from gtcompile.errors import CaptureError as CaptureError
     from gtcompile.errors import GraphContractError as GraphContractError
@@ -53,6 +54,7 @@ _NAMES = {
     "GraphContractError": "gtcompile.errors",
     "PrefixCache": "gtcompile.training.prefix_cache",
     "Selection": "gtcompile.selection.selection",
+    "StepPrices": "gtcompile.costs.prices",
     "add_labelled_positions": "gtcompile.huggingface.labelled_logits",
     "backward_costs": "gtcompile.costs.backward_costs",
     "compile_blocks": "gtcompile.compiler.blocks",
