@@ -75,7 +75,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     ends, the model is as it was before: not compiled, all parameters trainable that were.
 
     Args:
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. None is 0.5,
+            or no limit if there is another budget.
+        budget_seconds: seconds that a step may take, as for `AdaptiveBackprop`.
+        budget_memory: bytes that training may take beside the weights, as for `AdaptiveBackprop`.
         budget_of: what the budget, and every share that is logged, is a share of: "step" for a full step of
             the model with its adapters, or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
@@ -109,7 +112,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     """
 
     @takes(CallbackOptions)
-    def __init__(self, budget_fraction: float = 0.5, **options: Any) -> None:
+    def __init__(self, budget_fraction: float | None = None, **options: Any) -> None:
         self._options = CallbackOptions(budget_fraction, **options)
         self._progress = Progress()
         self._trainer: weakref.ref[Trainer] | None = None
@@ -277,6 +280,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             wrapped if isinstance(wrapped, DistributedDataParallel) else model,
             optimizer,
             options.budget_fraction,
+            budget_seconds=options.budget_seconds,
+            budget_memory=options.budget_memory,
             budget_of=options.budget_of,
             policy=options.policy_for(trainer.state.max_steps),
             seed=trainer.args.seed,

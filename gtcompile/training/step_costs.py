@@ -14,8 +14,10 @@ from gtcompile.costs.block_costs import forward_flops_inside
 from gtcompile.costs.budgets import BudgetOf
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.full_finetuning import full_finetuning_flops
+from gtcompile.costs.prices import SharedAmount
 from gtcompile.errors import CaptureError
 from gtcompile.importance.gradient_stream import batch_loss, on_device
+from gtcompile.training.saved_values import compiled_parts, saved_values
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ class StepCosts:
     """FLOPs that the budget is a share of; None for those of a full step."""
     block_flops: tuple[int, ...] = ()
     """FLOPs of the forward of each block that a prefix cache may leave out, in order."""
+    saved: tuple[SharedAmount, ...] = ()
+    """Bytes saved for the backward; empty unless there is a budget of bytes."""
 
 
 class CostsByShape:
@@ -39,10 +43,18 @@ class CostsByShape:
         model: whose steps they are.
         loss_fn: as for `backward_costs`.
         blocks: FQNs of the blocks that a prefix cache may leave out.
+        memory: whether to compute the bytes saved for the backward.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction | None, blocks: Sequence[str] = ()) -> None:
-        self._model, self._loss_fn, self._blocks = model, loss_fn, blocks
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        blocks: Sequence[str] = (),
+        *,
+        memory: bool = False,
+    ) -> None:
+        self._model, self._loss_fn, self._blocks, self._memory = model, loss_fn, blocks, memory
         self._known: dict[object, StepCosts] = {}
 
     def of(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
@@ -74,12 +86,16 @@ class CostsByShape:
         whole = None
         if budget_of == "full_finetuning":
             whole = full_finetuning_flops(self._model, batch, self._loss_fn)
-        if not self._blocks:
+        if not self._blocks and not self._memory:
             costs = backward_costs(self._model, batch, loss_fn=self._loss_fn)
             return StepCosts(costs=costs, whole_flops=whole)
         joint = capture_everything(self._model, batch, self._loss_fn)
-        inside = forward_flops_inside(joint, self._blocks)
-        return StepCosts(costs=costs_of(joint), whole_flops=whole, block_flops=inside)
+        return StepCosts(
+            costs=costs_of(joint),
+            whole_flops=whole,
+            block_flops=forward_flops_inside(joint, self._blocks),
+            saved=saved_values(joint, compiled_parts(self._model)) if self._memory else (),
+        )
 
 
 def _shapes_in(value: Any) -> object:

@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,23 @@ class StepRates:
             if p.status == "selectable"
         )
         return make_price(_nanoseconds(self.fixed), [*works, *own])
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRates:
+    """Rates, and the FLOPs of a full step at the shapes that they were measured at."""
+
+    full_flops: int
+    rates: StepRates
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "MeasuredRates":
+        """Restore what `to_json` returned."""
+        return cls(values["full_flops"], StepRates(**values["rates"]))
 
 
 def measure_rates(
