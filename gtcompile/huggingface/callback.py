@@ -321,7 +321,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
         }
-        return numbers | self._spent()
+        return numbers | selection.further_numbers | self._spent()
 
     def _spent(self) -> dict[str, float]:
         """Mean shares of FLOPs over the steps so far; with a prefix cache, also of what they computed."""

@@ -230,6 +230,7 @@ class AdaptiveBackpropCallback(Callback):
             "adaptive/selectable_parameters": float(selection.selectable),
             "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
+            **selection.further_numbers,
         }
         if (spent := self._progress.mean_fraction) is not None:
             numbers["adaptive/flops_fraction_spent"] = spent

@@ -59,6 +59,12 @@ class Selection:
         return _share(self.step_flops, self.whole_flops)
 
     @property
+    def further_numbers(self) -> dict[str, float]:
+        """Predicted seconds and bytes under the names that loggers receive, as far as there are budgets."""
+        numbers = {"adaptive/step_seconds": self.step_seconds, "adaptive/step_bytes": self.step_bytes}
+        return {name: float(value) for name, value in numbers.items() if value is not None}
+
+    @property
     def gap(self) -> float | None:
         """Importance that a better selection may add, as a share of the bound; 0.0 when proven best.
 
