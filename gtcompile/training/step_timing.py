@@ -156,8 +156,7 @@ def _time_passes(
                 break
             for trained in order:
                 with temporarily_training(model, trained):
-                    if not done:
-                        run()  # compiles, and makes the plan for this set
+                    run()  # the first one compiles; and the one after a change of sets is slower
                     _forget_gradients(model)
                     times[trained].append(_seconds(run, device, clock))
                     _forget_gradients(model)

@@ -49,8 +49,8 @@ def check_energy_known(grid_intensity: float | None, watts: float | None, device
     """
     if grid_intensity is not None and watts is None and joules_counter(device) is None:
         raise ValueError(
-            f"--grid-intensity: {device} has no energy counter that can be read (a GPU of NVIDIA has one; install "
-            f"nvidia-ml-py for it); give --watts, what the machine draws while it trains"
+            f"--grid-intensity: {device} has no energy counter that can be read (a GPU of NVIDIA has one; "
+            f"nvidia-ml-py reads it); give --watts, what the machine draws while it trains"
         )
 
 
