@@ -228,10 +228,10 @@ def describe(
         importance_bound=None if missed is None else total + missed,
         budget_of=limits.budget_of,
         full_finetuning_flops=None if limits.budget_of == "step" else limits.whole_flops,
-        step_seconds=seconds and seconds.price.of(trained) / NANOSECONDS,
-        budget_seconds=seconds and seconds.budget / NANOSECONDS,
-        step_bytes=memory and memory.price.of(trained),
-        budget_memory=memory and memory.budget,
+        step_seconds=None if seconds is None else seconds.price.of(trained) / NANOSECONDS,
+        budget_seconds=None if seconds is None else seconds.budget / NANOSECONDS,
+        step_bytes=None if memory is None else memory.price.of(trained),
+        budget_memory=None if memory is None else memory.budget,
     )
 
 

@@ -136,9 +136,7 @@ class AdaptiveBackprop:
         cache = prefix_cache_of(model, prefix_cache)
         self._prefix = None if cache is None else PrefixCosts(cache)
         self._rates: MeasuredRates | None = None
-        self._costs = CostsByShape(
-            model, loss_fn, cache.blocks if cache else (), memory=self._terms.budget_memory is not None
-        )
+        self._costs = self._new_costs()
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
@@ -367,8 +365,15 @@ class AdaptiveBackprop:
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule, self._rates = importance, schedule, rates
+        self._costs = self._new_costs()
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
+
+    def _new_costs(self) -> CostsByShape:
+        """Costs that are not captured yet; with saved bytes if there is a budget of them."""
+        blocks = self._prefix.cache.blocks if self._prefix else ()
+        memory = self._terms.budget_memory is not None
+        return CostsByShape(self._model, self._loss_fn, blocks, memory=memory)
 
     def _further_budgets(self) -> dict[str, Any]:
         """The budgets in seconds and bytes, with what was measured for them; empty without any."""

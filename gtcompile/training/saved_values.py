@@ -45,7 +45,7 @@ def saved_values(
         memory_budget: the `activation_memory_budget` that they are compiled with.
     """
     inside = _inside(joint, compiled)
-    saved = {key: value for key, value in _read_by_backward(joint, inside).items() if key is not None}
+    saved = _read_by_backward(joint, inside)
     if compiled:
         for key, (size, parameters) in _saved_by_partitioner(joint, inside, memory_budget).items():
             before = saved.get(key, (size, frozenset()))[1]

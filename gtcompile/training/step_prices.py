@@ -61,7 +61,7 @@ def step_prices(
     rates = measure_rates(model, optimizer, batch, costs, loss_fn) if seconds else None
     saved = saved_values(joint, compiled_parts(model)) if memory else ()
     return StepPrices(
-        nanoseconds=rates and rates.price(costs),
+        nanoseconds=None if rates is None else rates.price(costs),
         memory=memory_price(model, optimizer, saved, frozen_state) if memory else None,
     )
 

@@ -176,6 +176,16 @@ def test_a_resumed_training_does_not_measure_again(rates_known):
     assert len(rates_known) == 1
 
 
+def test_a_resumed_training_keeps_the_budget_of_bytes_that_it_was_saved_with():
+    first = make_adaptive(budget_memory=40_000)
+    selection = first.reselect(make_batches(2))
+    second = make_adaptive(budget_fraction=0.5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert (second.budget_fraction, second.budget_memory) == (1.0, 40_000)
+    again = second.reselect(make_batches(2))
+    assert (again.trained, again.step_bytes) == (selection.trained, selection.step_bytes)
+
+
 def test_a_prefix_cache_in_the_models_memory_counts():
     model = make_llama()
     cache = gtcompile.PrefixCache(model, max_bytes=10_000)
