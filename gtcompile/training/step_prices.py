@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
+from gtcompile.capture.model_io import LossFunction, unwrap, without_replicas
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.prices import Price, SharedAmount, StepPrices, make_price
 from gtcompile.distributed import fsdp
 from gtcompile.state.optimizer_state import Setting, check_setting
+from gtcompile.state.parameter_records import was_trainable
 from gtcompile.state.shadow_optimizer import ShadowOptimizer, innermost
 from gtcompile.training.saved_values import compiled_parts, saved_values
 from gtcompile.training.step_timing import measure_rates
@@ -120,9 +121,8 @@ def _stays(parameter: nn.Parameter, frozen_state: Setting) -> bool:
 
 
 def _selectable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    inner = unwrap(model)
-    selectable = {each.fqn for each in list_parameters(inner) if each.status == "selectable"}
-    return ((fqn, parameter) for fqn, parameter in inner.named_parameters() if fqn in selectable)
+    """The parameters that can be trained, frozen now or not, by FQN."""
+    return (pair for pair in unwrap(model).named_parameters() if was_trainable(pair[1]))
 
 
 def _new_state_bytes(shadow: ShadowOptimizer, parameter: nn.Parameter, sizes: dict[object, int]) -> int:
