@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts as BackwardCosts
     from gtcompile.costs.backward_costs import backward_costs as backward_costs
     from gtcompile.costs.dependency_graph import dependency_graph as dependency_graph
+    from gtcompile.costs.prices import StepPrices as StepPrices
     from gtcompile.errors import BudgetError as BudgetError
     from gtcompile.errors import CaptureError as CaptureError
     from gtcompile.errors import GraphContractError as GraphContractError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from gtcompile.training.checkpoint import load_training as load_training
     from gtcompile.training.checkpoint import save_training as save_training
     from gtcompile.training.prefix_cache import PrefixCache as PrefixCache
+    from gtcompile.training.step_prices import step_prices as step_prices
     from gtcompile.training.trained_weights import load_trained as load_trained
     from gtcompile.training.trained_weights import save_trained as save_trained
 
@@ -53,6 +55,7 @@ _NAMES = {
     "GraphContractError": "gtcompile.errors",
     "PrefixCache": "gtcompile.training.prefix_cache",
     "Selection": "gtcompile.selection.selection",
+    "StepPrices": "gtcompile.costs.prices",
     "add_labelled_positions": "gtcompile.huggingface.labelled_logits",
     "backward_costs": "gtcompile.costs.backward_costs",
     "compile_blocks": "gtcompile.compiler.blocks",
@@ -66,6 +69,7 @@ _NAMES = {
     "save_trained": "gtcompile.training.trained_weights",
     "save_training": "gtcompile.training.checkpoint",
     "select_parameters": "gtcompile.selection.selection",
+    "step_prices": "gtcompile.training.step_prices",
     "train_only": "gtcompile.state.trained_set",
     "trained_parameters": "gtcompile.state.trained_set",
     "uncompile_blocks": "gtcompile.compiler.blocks",

@@ -87,6 +87,13 @@ def finetune(
     model: Annotated[str | None, _option(MODEL_HELP)] = None,
     dataset: Annotated[str | None, _option(DATASET_HELP)] = None,
     budget: Budget = 0.5,
+    budget_seconds: Annotated[
+        float | None, _option("Seconds a step may take, by steps timed on this machine; needs policy best.")
+    ] = None,
+    budget_memory: Annotated[
+        int | None,
+        _option("Bytes for saved values, gradients and optimizer state together; needs policy best."),
+    ] = None,
     policy: Annotated[
         Policy, _option("How what is trained is selected within the budget; full trains everything.")
     ] = "best",
@@ -133,6 +140,12 @@ def finetune(
     labelled_logits: Annotated[
         bool, _option("Compute the head and the loss at labelled positions alone.", "--labelled-logits")
     ] = False,
+    grid_intensity: Annotated[
+        float | None, _option("Grams of CO2 equivalent per kWh of your grid: prints the run's carbon.")
+    ] = None,
+    watts: Annotated[
+        float | None, _option("What the machine draws, to estimate energy where no counter measures it.")
+    ] = None,
     seed: Annotated[int, _option("Seed of dropout and of the order of examples.")] = 0,
 ) -> None:
     """Fine-tune a model within a FLOPs budget and compare with full fine-tuning."""
@@ -451,7 +464,10 @@ def _errors_in_one_line(budget: str = "--budget") -> Iterator[None]:
     try:
         yield
     except BudgetError as error:
-        say(Console(stderr=True), f"error: {str(error).replace('budget_fraction', budget)}")
+        text = str(error).replace("budget_fraction", budget)
+        for name in ("budget_seconds", "budget_memory"):
+            text = text.replace(name, f"--{name.replace('_', '-')}")
+        say(Console(stderr=True), f"error: {text}")
         raise typer.Exit(2) from error
     except (GTCompileError, ValueError, ImportError) as error:
         say(Console(stderr=True), f"error: {error}")

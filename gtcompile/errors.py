@@ -25,15 +25,28 @@ class GraphContractError(GTCompileError):
 
 
 class BudgetError(GTCompileError):
-    """The budget is smaller than any step that trains something.
+    """A budget is smaller than any step that trains something.
 
     Attributes:
-        minimum_budget_fraction: the smallest budget that works, in (0, 1].
+        minimum_budget_fraction: the smallest budget that works, in (0, 1]; None if another budget is too
+            small.
+        minimum_budget_seconds: the smallest `budget_seconds` that works; None if that is not too small.
+        minimum_budget_memory: the smallest `budget_memory` that works, in bytes; None if that is not too
+            small.
     """
 
-    def __init__(self, message: str, minimum_budget_fraction: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        minimum_budget_fraction: float | None = None,
+        *,
+        minimum_budget_seconds: float | None = None,
+        minimum_budget_memory: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.minimum_budget_fraction = minimum_budget_fraction
+        self.minimum_budget_seconds = minimum_budget_seconds
+        self.minimum_budget_memory = minimum_budget_memory
 
 
 def some(texts: Sequence[str], between: str = ", ", most: int = 3) -> str:

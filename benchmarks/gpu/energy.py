@@ -12,6 +12,7 @@ from benchmarks.gpu.setting import MAIN, Setting
 from benchmarks.gpu.sheet import Sheet
 from gtcompile.tools.bench.measurement import spread, wait_for
 from gtcompile.tools.bench.steady_state import SteadyState
+from gtcompile.tools.common.energy import joules_counter
 
 WAYS = (OURS, EAGER, PLAIN, LORA_COMPILED)
 BUDGETS = (1.0, 0.5)
@@ -60,21 +61,6 @@ def _joules_of_a_step(step: Callable[[], object], read: Callable[[], float], dev
         wait_for(device)
         steps += 1
     return (read() - before) / steps
-
-
-def joules_counter(device: str) -> Callable[[], float] | None:
-    """The energy that the device has used, in joules since the driver was loaded; None without a counter."""
-    if not device.startswith("cuda"):
-        return None
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    try:
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError_NotSupported:
-        return None
-    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 
 
 def sheet(saved: Saved) -> Sheet:

@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 BudgetOf = Literal["step", "full_finetuning"]
@@ -54,6 +54,69 @@ def check_budget(budget_fraction: float) -> None:
         raise TypeError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
     if not 0 < budget_fraction <= 1:
         raise ValueError(f"expected a budget_fraction in (0, 1], got {budget_fraction!r}")
+
+
+def resolved_budget(
+    budget_fraction: float | None,
+    budget_seconds: float | None,
+    budget_memory: int | None,
+    default: float | None = None,
+) -> float:
+    """Check the three budgets, of which at least one must be given, and return the share of FLOPs.
+
+    Args:
+        budget_fraction: share of FLOPs in (0, 1]; None if not given.
+        budget_seconds: seconds of a step; None if not given.
+        budget_memory: bytes beside the weights; None if not given.
+        default: share of FLOPs if no budget is given; None if one must be.
+
+    Returns:
+        The given share; 1.0, which is no limit, if only other budgets are given.
+
+    Raises:
+        TypeError: a budget is of the wrong type, or none is given.
+        ValueError: a budget is out of range.
+    """
+    if budget_seconds is not None:
+        check_budget_seconds(budget_seconds)
+    if budget_memory is not None:
+        check_budget_memory(budget_memory)
+    if budget_fraction is None:
+        if budget_seconds is not None or budget_memory is not None:
+            return 1.0
+        if default is None:
+            raise TypeError("expected a budget: budget_fraction, budget_seconds or budget_memory")
+        return default
+    check_budget(budget_fraction)
+    return budget_fraction
+
+
+def check_budget_seconds(budget_seconds: float) -> None:
+    """Refuse an invalid budget of seconds.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not positive and finite.
+    """
+    expected = f"expected budget_seconds, the seconds of one training step, got {budget_seconds!r}"
+    if isinstance(budget_seconds, bool) or not isinstance(budget_seconds, Real):
+        raise TypeError(expected)
+    if not 0 < budget_seconds < math.inf:
+        raise ValueError(f"{expected}; it must be positive and finite")
+
+
+def check_budget_memory(budget_memory: int) -> None:
+    """Refuse an invalid budget of bytes.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is not positive.
+    """
+    expected = f"expected budget_memory as a number of bytes, such as 8 * 2**30, got {budget_memory!r}"
+    if isinstance(budget_memory, bool) or not isinstance(budget_memory, Integral):
+        raise TypeError(expected)
+    if budget_memory <= 0:
+        raise ValueError(f"{expected}; it must be positive")
 
 
 def smallest_budget(full_flops: int, step_flops: int) -> float:

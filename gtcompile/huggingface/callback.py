@@ -80,7 +80,10 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     Args:
         budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
-            differ in shape it is that of the mean step of an epoch.
+            differ in shape it is that of the mean step of an epoch. None is 0.5, or no limit if there is
+            another budget.
+        budget_seconds: seconds that a step may take, as for `AdaptiveBackprop`.
+        budget_memory: bytes that training may take beside the weights, as for `AdaptiveBackprop`.
         budget_of: what the budget, and every share that is logged, is a share of: "step" for a full step of
             the model with its adapters, or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
@@ -114,7 +117,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     """
 
     @takes(CallbackOptions)
-    def __init__(self, budget_fraction: float = 0.5, **options: Any) -> None:
+    def __init__(self, budget_fraction: float | None = None, **options: Any) -> None:
         self._options = CallbackOptions(budget_fraction, **options)
         self._progress = Progress()
         self._trainer: weakref.ref[Trainer] | None = None
@@ -298,6 +301,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             wrapped if isinstance(wrapped, DistributedDataParallel) else model,
             optimizer,
             options.budget_fraction,
+            budget_seconds=options.budget_seconds,
+            budget_memory=options.budget_memory,
             budget_of=options.budget_of,
             policy=options.policy_for(trainer.state.max_steps),
             seed=trainer.args.seed,
@@ -339,7 +344,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
         }
-        return numbers | self._spent()
+        return numbers | selection.further_numbers | self._spent()
 
     def _spent(self) -> dict[str, float]:
         """Shares of FLOPs of all steps so far; with a prefix cache, also of what they computed."""

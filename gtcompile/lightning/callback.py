@@ -78,7 +78,10 @@ class AdaptiveBackpropCallback(Callback):
     were.
 
     Args:
-        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. None is 0.5,
+            or no limit if there is another budget.
+        budget_seconds: seconds that a step may take, as for `AdaptiveBackprop`.
+        budget_memory: bytes that training may take beside the weights, as for `AdaptiveBackprop`.
         budget_of: what the budget is a share of, "step" or "full_finetuning", as for `AdaptiveBackprop`.
         policy: how the set is selected, as for `AdaptiveBackprop`.
         every: select at each "epoch", or after this many optimizer steps.
@@ -106,7 +109,7 @@ class AdaptiveBackpropCallback(Callback):
     """
 
     @takes(_Options)
-    def __init__(self, budget_fraction: float = 0.5, **options: Any) -> None:
+    def __init__(self, budget_fraction: float | None = None, **options: Any) -> None:
         self._options = _Options(budget_fraction, **options)
         self._progress = _Progress()
         self._training: _Training | None = None
@@ -146,6 +149,8 @@ class AdaptiveBackpropCallback(Callback):
             trainer.model,  # type: ignore[arg-type] # no module only before the strategy is set up
             trainer.optimizers[0],
             options.budget_fraction,
+            budget_seconds=options.budget_seconds,
+            budget_memory=options.budget_memory,
             budget_of=options.budget_of,
             policy=options.policy_for(_steps(trainer)),
             loss_fn=loss,
@@ -225,6 +230,7 @@ class AdaptiveBackpropCallback(Callback):
             "adaptive/selectable_parameters": float(selection.selectable),
             "adaptive/flops_fraction": selection.step_fraction,
             "adaptive/importance": selection.importance,
+            **selection.further_numbers,
         }
         if (spent := self._progress.mean_fraction) is not None:
             numbers["adaptive/flops_fraction_spent"] = spent

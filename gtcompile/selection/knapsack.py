@@ -2,13 +2,14 @@
 
 Items have values. A piece of work has a cost, and is done once if any item that needs it is taken. If every
 item that needs work A needs work B too, A is never done without B. So set inclusion is a precedence graph on
-the works, and the best items within a budget are the optimum of a precedence-constrained knapsack. Sets of
-items are integers here: bit i stands for item i.
+the works, and the best items within a budget are the optimum of a precedence-constrained knapsack. With
+several budgets, a work has a cost in each (FLOPs, seconds, bytes), and each budget is one more constraint of
+the same integer programme. Sets of items are integers here: bit i stands for item i.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -28,14 +29,27 @@ _MOST_COVERS = 200
 """How many answers that rounding put over budget are excluded before the search gives up."""
 
 
+class Capacity(NamedTuple):
+    """One budget, and what the works cost of it."""
+
+    works: Mapping[int, int]
+    """Cost (an integer, not negative) of each set of items; a set may be missing."""
+    budget: int
+    """What the works may cost together, not negative."""
+
+
+Costs = tuple[int, ...]
+"""Cost of a work in each budget."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Node:
     """One decision: do a work, and take the items that cost nothing more once it is done."""
 
     items: int
     """The items that need this work; a node whose items include these runs whenever this one does."""
-    cost: int
-    """Cost of the work itself, without the works it depends on."""
+    costs: Costs
+    """Costs of the work itself, without the works it depends on."""
     value: float
     """Sum of the values gained, as a share in [0, 1] of all values."""
 
@@ -49,21 +63,19 @@ class _Row(NamedTuple):
 
 def solve_knapsack(
     values: Sequence[float],
-    works: Mapping[int, int],
-    budget: int,
+    capacities: Sequence[Capacity],
     *,
     time_limit_s: float | None = None,
 ) -> tuple[frozenset[int], float]:
-    """Find the items of greatest total value whose works fit the budget.
+    """Find the items of greatest total value whose works fit every budget.
 
-    The answer of HiGHS is checked in exact integers, so the budget always holds. Items that cost nothing more
+    The answer of HiGHS is checked in exact integers, so the budgets always hold. Items that cost nothing more
     are always taken, even those of value 0. The answer depends on the arguments alone, unless a time limit
     ends the search.
 
     Args:
         values: finite, not negative; one per item.
-        works: cost (an integer, not negative) of each set of items.
-        budget: what the works may cost together, not negative.
+        capacities: at least one.
         time_limit_s: stop searching after this many seconds and return the best answer found.
 
     Returns:
@@ -74,11 +86,27 @@ def solve_knapsack(
         GTCompileError: the solver failed.
     """
     total = math.fsum(values)
-    nodes = _affordable(_decisions([value / total for value in values] if total else [], works), budget)
-    done, bound = _solve_exactly(nodes, budget, time_limit_s)
-    taken = _take(values, works, budget, {nodes[index].items for index in done})
+    works, budgets = _joined(capacities), [capacity.budget for capacity in capacities]
+    nodes = _affordable(_decisions([value / total for value in values] if total else [], works), budgets)
+    done, bound = _solve_exactly(nodes, budgets, time_limit_s)
+    taken = _take(values, works, budgets, {nodes[index].items for index in done})
     missed = bound - math.fsum(values[item] / total for item in taken) if total else 0.0
     return taken, missed * total if missed > _TOLERANCE else 0.0
+
+
+def _joined(capacities: Sequence[Capacity]) -> dict[int, Costs]:
+    """The costs of each work that costs anything, in the order in which the capacities name them."""
+    sets = dict.fromkeys(items for capacity in capacities for items, cost in capacity.works.items() if cost)
+    return {items: tuple(capacity.works.get(items, 0) for capacity in capacities) for items in sets}
+
+
+def _total(costs: Iterable[Costs], budgets: Sequence[int]) -> Costs:
+    """The sum of costs, in each budget."""
+    return tuple(map(sum, zip(*costs, strict=True))) or (0,) * len(budgets)
+
+
+def _fits(costs: Costs, budgets: Sequence[int]) -> bool:
+    return all(cost <= budget for cost, budget in zip(costs, budgets, strict=True))
 
 
 def inclusion_pairs(sets: Sequence[int]) -> list[tuple[int, int]]:
@@ -101,51 +129,59 @@ def inclusion_pairs(sets: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(nx.transitive_reduction(inclusion).edges)
 
 
-def _decisions(values: Sequence[float], works: Mapping[int, int]) -> list[_Node]:
+def _decisions(values: Sequence[float], works: Mapping[int, Costs]) -> list[_Node]:
     """The works that cost something, and nodes without cost for items that need several unrelated works.
 
     An item's node is the intersection of the works it needs: exactly those works include it.
     """
-    cost = {items: cost for items, cost in works.items() if cost}
-    gained: dict[int, list[float]] = {items: [] for items in cost}
+    gained: dict[int, list[float]] = {items: [] for items in works}
     for item, value in enumerate(values):
-        needed = [items for items in cost if items >> item & 1]
+        needed = [items for items in works if items >> item & 1]
         if value and needed:
             gained.setdefault(reduce(and_, needed), []).append(value)
     ordered = sorted(gained, key=lambda items: (items.bit_count(), items))
-    return [_Node(items, cost.get(items, 0), math.fsum(gained[items])) for items in ordered]
+    free = tuple(0 for _ in next(iter(works.values()), ()))
+    return [_Node(items, works.get(items, free), math.fsum(gained[items])) for items in ordered]
 
 
-def _affordable(nodes: Sequence[_Node], budget: int) -> list[_Node]:
-    """The nodes that fit the budget together with everything they need."""
-    return [
-        node
-        for node in nodes
-        if sum(other.cost for other in nodes if node.items & other.items == node.items) <= budget
-    ]
+def _affordable(nodes: Sequence[_Node], budgets: Sequence[int]) -> list[_Node]:
+    """The nodes that fit the budgets together with everything they need."""
+
+    def needs(node: _Node) -> Costs:
+        needed = (other.costs for other in nodes if node.items & other.items == node.items)
+        return _total(needed, budgets)
+
+    return [node for node in nodes if _fits(needs(node), budgets)]
 
 
 def _solve_exactly(
-    nodes: Sequence[_Node], budget: int, time_limit_s: float | None
+    nodes: Sequence[_Node], budgets: Sequence[int], time_limit_s: float | None
 ) -> tuple[list[int], float]:
-    """The best nodes that fit the budget, and an upper bound of their value.
+    """The best nodes that fit the budgets, and an upper bound of their value.
 
-    The solver adds costs as doubles, so its answer may be over budget by the last few units. Such an answer
+    The solver adds costs as doubles, so its answer may be over a budget by the last few units. Such an answer
     contains a cover: nodes of which at least one must be left out. Excluding the cover and solving again
     removes no affordable answer. If the covers run out, no node is returned; the bound still holds.
     """
     bound = math.fsum(node.value for node in nodes)
-    costs = [node.cost for node in nodes]
-    if sum(costs) <= budget:
+    totals = _total([node.costs for node in nodes], budgets)
+    if _fits(totals, budgets):
         return list(range(len(nodes))), bound
+    columns = [[node.costs[row] for node in nodes] for row in range(len(budgets))]
+    tight = [(columns[row], budgets[row]) for row, total in enumerate(totals) if total > budgets[row]]
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-    rows = [*_precedence_rows(nodes), _budget_row(costs, budget)]
+    rows = [*_precedence_rows(nodes), *(_budget_row(costs, budget) for costs, budget in tight)]
     for _ in range(_MOST_COVERS):
         done, solved_bound = _maximise([node.value for node in nodes], rows, deadline)
         bound = min(bound, solved_bound)
-        if sum(costs[index] for index in done) <= budget:
+        covers = [
+            _cover_row(costs, done, budget)
+            for costs, budget in tight
+            if sum(costs[index] for index in done) > budget
+        ]
+        if not covers:
             return done, bound
-        rows.append(_cover_row(costs, done, budget))
+        rows += covers
     return [], bound
 
 
@@ -209,17 +245,18 @@ def _stack(rows: Sequence[_Row], variables: int) -> tuple[csr_array, list[float]
     return csr_array((data, tuple(zip(*where, strict=True))), shape=shape), [row.limit for row in rows]
 
 
-def _take(values: Sequence[float], works: Mapping[int, int], budget: int, done: Set[int]) -> frozenset[int]:
-    """The items whose works are all in `done`, then those that still fit the budget, then those now free."""
-    costly = {items: cost for items, cost in works.items() if cost}
-    needs = [[items for items in costly if items >> item & 1] for item in range(len(values))]
+def _take(
+    values: Sequence[float], works: Mapping[int, Costs], budgets: Sequence[int], done: Set[int]
+) -> frozenset[int]:
+    """The items whose works are all in `done`, then those that still fit the budgets, then those now free."""
+    needs = [[items for items in works if items >> item & 1] for item in range(len(values))]
     taken = sum(1 << item for item, value in enumerate(values) if value and done >= set(needs[item]))
 
-    def further_cost(item: int) -> int:
-        return sum(costly[items] for items in needs[item] if not items & taken)
+    def further_costs(item: int) -> Costs:
+        return _total((works[items] for items in needs[item] if not items & taken), budgets)
 
-    spent = sum(cost for items, cost in costly.items() if items & taken)
+    spent = _total((costs for items, costs in works.items() if items & taken), budgets)
     for item in sorted(range(len(values)), key=lambda item: -values[item]):
-        if values[item] and spent + (cost := further_cost(item)) <= budget:
-            spent, taken = spent + cost, taken | 1 << item
-    return frozenset(item for item in range(len(values)) if not further_cost(item))
+        if values[item] and _fits(costs := _total((spent, further_costs(item)), budgets), budgets):
+            spent, taken = costs, taken | 1 << item
+    return frozenset(item for item in range(len(values)) if not any(further_costs(item)))

@@ -23,7 +23,7 @@ from gtcompile.selection.blocks import (
     last_layers,
     weighted_order,
 )
-from gtcompile.selection.limits import Limits
+from gtcompile.selection.limits import Limits, Terms
 from gtcompile.selection.paper import chain_costs, select_by_paper
 from gtcompile.selection.schedule import Plan, steps_of_falling_cost
 from gtcompile.selection.selection import select_within
@@ -44,6 +44,7 @@ __all__ = [
     "Random",
     "Rotating",
     "Sampled",
+    "check_holds",
     "find_policy",
     "for_training",
 ]
@@ -350,6 +351,23 @@ def find_policy(policy: "str | Policy | Choose") -> Policy:
         f"expected the name of a policy ({', '.join(NAMES)}), one of gtcompile.policies, or a function "
         f"(costs, importance, budget_fraction, generator) -> FQNs; got {policy!r}"
     )
+
+
+def check_holds(policy: Policy, terms: Terms) -> None:
+    """Refuse a policy that cannot hold a budget in seconds or bytes.
+
+    Only `Best` solves for several budgets. The other policies keep a mean of FLOPs, and a mean of bytes would
+    not fit a memory.
+
+    Raises:
+        ValueError: there is such a budget, and another policy.
+    """
+    if terms.needs_prices and not isinstance(policy, Best):
+        name = next((name for name, known in NAMES.items() if known == policy), repr(policy))
+        raise ValueError(
+            f'budget_seconds and budget_memory hold with policy="best" alone, got the policy {name!r}; leave '
+            f"them out, or use that policy"
+        )
 
 
 def for_training(policy: Policy, steps: int | None) -> Policy:

@@ -1,14 +1,15 @@
 """Select the most important parameters that fit the budget, with a bound that proves the optimum."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtcompile.costs.budgets import WHOLE, BudgetOf
+from gtcompile.costs.budgets import WHOLE, BudgetOf, resolved_budget
+from gtcompile.costs.prices import NANOSECONDS, StepPrices
 from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names
-from gtcompile.selection.knapsack import solve_knapsack
+from gtcompile.selection.knapsack import Capacity, solve_knapsack
 from gtcompile.selection.limits import Limits, apply_terms, make_terms, quoted
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class Selection:
     """What the budget, and every share, is a share of."""
     full_finetuning_flops: int | None = None
     """FLOPs of one step of full fine-tuning, where the budget is a share of these."""
+    step_seconds: float | None = None
+    """Predicted seconds of one training step with this selection; None without `budget_seconds`."""
+    budget_seconds: float | None = None
+    """Seconds one training step may take; None without such a budget."""
+    step_bytes: int | None = None
+    """Predicted bytes of training with this selection, beside the weights; None without `budget_memory`."""
+    budget_memory: int | None = None
+    """Bytes that training may take beside the weights; None without such a budget."""
 
     @property
     def whole_flops(self) -> int:
@@ -48,6 +57,12 @@ class Selection:
     def step_fraction(self) -> float:
         """Share of the FLOPs that `budget_of` names that a step takes, in (0, 1]."""
         return _share(self.step_flops, self.whole_flops)
+
+    @property
+    def further_numbers(self) -> dict[str, float]:
+        """Predicted seconds and bytes under the names that loggers receive, as far as there are budgets."""
+        numbers = {"adaptive/step_seconds": self.step_seconds, "adaptive/step_bytes": self.step_bytes}
+        return {name: float(value) for name, value in numbers.items() if value is not None}
 
     @property
     def gap(self) -> float | None:
@@ -69,6 +84,10 @@ class Selection:
             f"{len(self.trained)} of {self.selectable} parameters, {self.step_fraction:.1%} of "
             f"{WHOLE[self.budget_of]} (budget {budget:.1%})"
         )
+        if self.step_seconds is not None:
+            text += f", {self.step_seconds:.4g} s (budget {self.budget_seconds:.4g} s)"
+        if self.step_bytes is not None and self.budget_memory is not None:
+            text += f", {self.step_bytes / 1e6:,.1f} MB (budget {self.budget_memory / 1e6:,.1f} MB)"
         if self.gap is None:
             return text
         proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"
@@ -78,13 +97,16 @@ class Selection:
 def select_parameters(
     costs: "BackwardCosts",
     importance: Mapping[str, float],
-    budget_fraction: float,
+    budget_fraction: float | None = None,
     *,
+    budget_seconds: float | None = None,
+    budget_memory: int | None = None,
+    prices: StepPrices | None = None,
     always: Iterable[str] = (),
     never: Iterable[str] = (),
     time_limit_s: float | None = None,
 ) -> Selection:
-    """Select the parameters of greatest total importance whose training step fits the budget.
+    """Select the parameters of greatest total importance whose training step fits every budget.
 
     This is the optimum over all sets, not an approximation: costs are exact integers, and HiGHS searches
     until no better set can exist. A parameter of negative importance is not trained unless `always` names it.
@@ -97,38 +119,48 @@ def select_parameters(
         importance: FQN -> predicted loss reduction from training it. Parameters that no selection within the
             budget can train may be left out (`parameters_to_measure` lists those that may not), and so may
             those in `always` and `never`.
-        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1].
+        budget_fraction: share of a full step's FLOPs, forward and backward, that a step may take, in (0, 1];
+            None for no limit, if there is another budget.
+        budget_seconds: seconds that a step may take, by the prices.
+        budget_memory: bytes that training may take beside the weights, by the prices.
+        prices: from `step_prices`; needed for a budget in seconds or bytes.
         always: FQNs or shell-style patterns of parameters to train in any case.
         never: FQNs or shell-style patterns of parameters not to train.
         time_limit_s: seconds after which the best selection found is returned with the bound proven so far;
             equal arguments may then give different selections.
 
     Raises:
-        BudgetError: the budget is too small to train anything, or to train `always`; names the smallest that
+        BudgetError: a budget is too small to train anything, or to train `always`; names the smallest that
             works.
-        ValueError: a budget outside (0, 1]; an importance missing, not finite, or of no selectable parameter;
-            a pattern that matches nothing; a parameter in both `always` and `never`, or every parameter in
-            `never`.
+        TypeError: no budget, or one of the wrong type.
+        ValueError: a budget out of range, or without its prices; an importance missing, not finite, or of no
+            selectable parameter; a pattern that matches nothing; a parameter in both `always` and `never`, or
+            every parameter in `never`.
     """
-    limits = apply_terms(costs, make_terms(budget_fraction, always, never))
+    share = resolved_budget(budget_fraction, budget_seconds, budget_memory)
+    terms = make_terms(share, always, never, budget_seconds=budget_seconds, budget_memory=budget_memory)
+    limits = apply_terms(costs, terms, prices=prices)
     return select_within(limits, importance, time_limit_s=time_limit_s)
 
 
 def parameters_to_measure(
-    costs: "BackwardCosts", budget_fraction: float, *, always: Iterable[str] = (), never: Iterable[str] = ()
+    costs: "BackwardCosts",
+    budget_fraction: float | None = None,
+    *,
+    budget_seconds: float | None = None,
+    budget_memory: int | None = None,
+    prices: StepPrices | None = None,
+    always: Iterable[str] = (),
+    never: Iterable[str] = (),
 ) -> frozenset[str]:
     """The parameters whose importance decides: affordable, and in neither `always` nor `never`.
 
-    Args:
-        costs: what each set of parameters costs.
-        budget_fraction: as for `select_parameters`, which needs the importance of exactly these parameters.
-        always: as for `select_parameters`.
-        never: as for `select_parameters`.
-
-    Raises:
-        BudgetError, ValueError: as for `select_parameters`.
+    Arguments and errors are those of `select_parameters`, which needs the importance of exactly these
+    parameters.
     """
-    return apply_terms(costs, make_terms(budget_fraction, always, never)).undecided
+    share = resolved_budget(budget_fraction, budget_seconds, budget_memory)
+    terms = make_terms(share, always, never, budget_seconds=budget_seconds, budget_memory=budget_memory)
+    return apply_terms(costs, terms, prices=prices).undecided
 
 
 def select_within(
@@ -142,21 +174,34 @@ def select_within(
     _check_importance(limits, importance)
     if not any(importance[fqn] for fqn in limits.undecided):
         importance = {**importance, **dict.fromkeys(limits.undecided, 1.0)}
-    if limits.budget_flops >= limits.costs.full_flops and not limits.never:
+    if not limits.never and _everything_fits(limits):
         return describe(limits, importance, limits.costs.fqns, 0.0)
     names = sorted(fqn for fqn in limits.undecided if importance[fqn] >= 0)
     chosen, missed = solve_knapsack(
-        [importance[fqn] for fqn in names],
-        _works(limits, names),
-        limits.budget_flops - limits.costs.step_flops(limits.always),
-        time_limit_s=time_limit_s,
+        [importance[fqn] for fqn in names], _capacities(limits, names), time_limit_s=time_limit_s
     )
-    selection = describe(limits, importance, limits.always | {names[index] for index in chosen}, missed)
-    if selection.step_flops > limits.budget_flops:
-        raise GTCompileError(
-            f"a selection of {selection.step_flops} FLOPs for a budget of {limits.budget_flops}"
-        )
-    return selection
+    trained = limits.always | {names[index] for index in chosen}
+    _check_within(limits, trained)
+    return describe(limits, importance, trained, missed)
+
+
+def _everything_fits(limits: Limits) -> bool:
+    fqns = limits.costs.fqns
+    bounded = all(bound.price.of(fqns) <= bound.budget for bound in limits.bounds)
+    return bounded and limits.budget_flops >= limits.costs.full_flops
+
+
+def _check_within(limits: Limits, trained: frozenset[str]) -> None:
+    """Check what the solver returned.
+
+    Raises:
+        GTCompileError: a selection is over a budget, which is a bug.
+    """
+    if (flops := limits.costs.step_flops(trained)) > limits.budget_flops:
+        raise GTCompileError(f"a selection of {flops} FLOPs for a budget of {limits.budget_flops}")
+    for bound in limits.bounds:
+        if (amount := bound.price.of(trained)) > bound.budget:
+            raise GTCompileError(f"a selection that takes {amount} for a {bound.name} of {bound.budget}")
 
 
 def describe(
@@ -171,6 +216,8 @@ def describe(
         missed: importance that a better set could add at most; None if no better set was searched for.
     """
     total = math.fsum(importance.get(fqn, 0.0) for fqn in trained)
+    bounds = {bound.name: bound for bound in limits.bounds}
+    seconds, memory = bounds.get("budget_seconds"), bounds.get("budget_memory")
     return Selection(
         trained=trained,
         selectable=len(limits.costs.fqns),
@@ -181,6 +228,10 @@ def describe(
         importance_bound=None if missed is None else total + missed,
         budget_of=limits.budget_of,
         full_finetuning_flops=None if limits.budget_of == "step" else limits.whole_flops,
+        step_seconds=None if seconds is None else seconds.price.of(trained) / NANOSECONDS,
+        budget_seconds=None if seconds is None else seconds.budget / NANOSECONDS,
+        step_bytes=None if memory is None else memory.price.of(trained),
+        budget_memory=None if memory is None else memory.budget,
     )
 
 
@@ -196,14 +247,28 @@ def _check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
         raise ValueError(f"importance is missing {quoted(missing)}, which the budget could train")
 
 
-def _works(limits: Limits, names: Iterable[str]) -> dict[int, int]:
-    """FLOPs of shared work that `always` does not need, by the names that need it (bit i for name i)."""
+def _capacities(limits: Limits, names: Sequence[str]) -> list[Capacity]:
+    """What is left of each budget after `always`, and the shared costs by the names that need them."""
+    flops = [(work.flops, work.parameters) for work in limits.costs.shared_work]
+    left = limits.budget_flops - limits.costs.step_flops(limits.always)
+    capacities = [Capacity(_works(flops, limits.always, names), left)]
+    for bound in limits.bounds:
+        shared = [(each.amount, each.parameters) for each in bound.price.shared]
+        left = bound.budget - bound.price.of(limits.always)
+        capacities.append(Capacity(_works(shared, limits.always, names), left))
+    return capacities
+
+
+def _works(
+    shared: Iterable[tuple[int, frozenset[str]]], always: frozenset[str], names: Iterable[str]
+) -> dict[int, int]:
+    """Shared costs that `always` does not need, by the names that need them (bit i for name i)."""
     bit = {name: 1 << index for index, name in enumerate(names)}
     works: dict[int, int] = {}
-    for work in limits.costs.shared_work:
-        needed_by = sum(bit[name] for name in work.parameters & bit.keys())
-        if needed_by and work.parameters.isdisjoint(limits.always):
-            works[needed_by] = works.get(needed_by, 0) + work.flops
+    for cost, parameters in shared:
+        needed_by = sum(bit[name] for name in parameters & bit.keys())
+        if needed_by and parameters.isdisjoint(always):
+            works[needed_by] = works.get(needed_by, 0) + cost
     return works
 
 

@@ -41,6 +41,11 @@ class FrozenState:
         self._optimizer, self._setting = innermost(optimizer), setting
         self._moved = WeakIdKeyDictionary()  # parameter -> whether its state was moved to the host
 
+    @property
+    def setting(self) -> Setting:
+        """Where the state of frozen parameters goes."""
+        return self._setting
+
     def apply(self) -> None:
         """Move or drop state according to the current trained set. Call it after every change of the set."""
         devices = {

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class ShadowOptimizer:
         """Whether the optimizer updates this parameter."""
         return parameter in self._groups
 
+    def group_of(self, parameter: nn.Parameter) -> int:
+        """Return a number that parameters of one group share, and only they."""
+        return id(self._groups[parameter])
+
     def stepped(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         """Return the parameter's value after the optimizer's next step, as a new tensor.
 
@@ -58,6 +62,15 @@ class ShadowOptimizer:
         """Return the parameter's state after one step, as new tensors. Arguments as in `stepped`."""
         twins, shadow = self._step({parameter: gradient})
         return dict(shadow.state[twins[parameter]])
+
+    def stepper(self, parameters: Iterable[nn.Parameter]) -> Callable[[], object]:
+        """Return a function that steps copies of some parameters together, again and again, to be timed.
+
+        Args:
+            parameters: ones that the optimizer owns. The gradients of their copies are zero.
+        """
+        _, shadow = self._step({parameter: torch.zeros_like(parameter) for parameter in parameters})
+        return torch.no_grad()(shadow.step)
 
     @torch.no_grad()
     def updates(self, gradients: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, torch.Tensor]:

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, list_parameters, unwrap, without_replicas
 from gtcompile.costs.batch_shapes import batch_shapes
-from gtcompile.costs.budgets import WHOLE, BudgetOf
+from gtcompile.costs.budgets import WHOLE, BudgetOf, resolved_budget
 from gtcompile.costs.full_finetuning import refuse_quantized
+from gtcompile.costs.prices import StepPrices
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.importance.estimators import check_batches, measure_importance
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
-from gtcompile.selection.policies import Choose, Policy, find_policy, for_training
+from gtcompile.selection.policies import Choose, Policy, check_holds, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
@@ -34,15 +35,19 @@ from gtcompile.training.measured_batches import first_batches
 from gtcompile.training.prefix_cache import PrefixCache
 from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
 from gtcompile.training.step_costs import CostsByShape, PassCosts, StepCosts
+from gtcompile.training.step_prices import memory_price, refuse_sharded
+from gtcompile.training.step_timing import MeasuredRates, measure_rates
 
 logger = logging.getLogger(__name__)
 
 MOST_BATCHES = 16
 """How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
+_OPTIONAL = {"prefix", "counted", "budget_seconds", "budget_memory", "rates"}
+"""Parts of a state that only some trainings have."""
 
 
 class AdaptiveBackprop:
-    """Trains the parameters that most reduce the loss, within a FLOPs budget.
+    """Trains the parameters that most reduce the loss, within a budget of FLOPs, seconds or bytes.
 
     Call `reselect` with a few batches before the first epoch and then every epoch or so. In between train as
     always, and call `step` after every step of the optimizer: some policies change the trained set at every
@@ -59,7 +64,11 @@ class AdaptiveBackprop:
         model: returns its scalar loss or an output with `.loss`, unless `loss_fn` computes the loss.
         optimizer: the one that trains it.
         budget_fraction: share of FLOPs, forward and backward, that a step may take, in (0, 1]. Where batches
-            differ in shape it is that of the mean step.
+            differ in shape it is that of the mean step. None is 0.5, or no limit if there is another budget.
+        budget_seconds: seconds that a step may take: forward, backward and optimizer. The first `reselect`
+            times a few steps, see `step_prices`. With the policy "best" and in one process only.
+        budget_memory: bytes that training may take beside the weights: saved for backward, gradients,
+            optimizer state, and a prefix cache in the model's memory. With the policy "best" only.
         budget_of: what the budget is a share of. "step": a full step of the model as it is. With adapters,
             which alone are trained, that is a step that trains all adapters. "full_finetuning": a step that
             trains every floating-point parameter of the model, frozen or not, with PEFT's adapters switched
@@ -81,9 +90,10 @@ class AdaptiveBackprop:
             see `cached_step_flops` and `computed_fraction`.
 
     Raises:
-        ValueError: a budget outside (0, 1], a policy that does not exist, a pattern that matches nothing,
-            or a `DistributedDataParallel` or `FullyShardedDataParallel` that would train or send something
-            else; a `prefix_cache` of another model.
+        ValueError: a budget out of range, a policy that does not exist or cannot hold the budgets, a pattern
+            that matches nothing, or a `DistributedDataParallel` or `FullyShardedDataParallel` that would
+            train or send something else; a `prefix_cache` of another model; `budget_seconds` in several
+            processes, or a budget of seconds or bytes for a sharded model.
         GTCompileError: a `prefix_cache` for a model without repeated blocks, or compiled as a whole.
         TypeError: a single string where patterns are expected.
     """
@@ -92,8 +102,10 @@ class AdaptiveBackprop:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        budget_fraction: float = 0.5,
+        budget_fraction: float | None = None,
         *,
+        budget_seconds: float | None = None,
+        budget_memory: int | None = None,
         budget_of: BudgetOf = "step",
         policy: str | Policy | Choose = "best",
         loss_fn: LossFunction | None = None,
@@ -110,14 +122,22 @@ class AdaptiveBackprop:
         self._policy = for_training(find_policy(policy), None)
         self._two_pass = two_pass or self._policy.two_pass
         self._frozen_state = FrozenState(optimizer, frozen_state)
-        self._terms = self._checked_terms(budget_fraction, always, never, budget_of)
+        self._terms = self._checked_terms(
+            resolved_budget(budget_fraction, budget_seconds, budget_memory, default=0.5),
+            always,
+            never,
+            budget_of,
+            budget_seconds=budget_seconds,
+            budget_memory=budget_memory,
+        )
         if budget_of == "full_finetuning":
             refuse_quantized(unwrap(model))
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
         cache = prefix_cache_of(model, prefix_cache)
         self._prefix = None if cache is None else PrefixCosts(cache)
-        self._costs = CostsByShape(model, loss_fn, cache.blocks if cache else ())
+        self._rates: MeasuredRates | None = None
+        self._costs = self._new_costs()
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
         self._counted_flops = self._counted_whole = 0
@@ -126,6 +146,16 @@ class AdaptiveBackprop:
     def budget_fraction(self) -> float:
         """Share of the FLOPs that `budget_of` names that a step may take, in (0, 1]."""
         return self._terms.budget_fraction
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Seconds that a step may take; None without such a budget."""
+        return self._terms.budget_seconds
+
+    @property
+    def budget_memory(self) -> int | None:
+        """Bytes that training may take beside the weights; None without such a budget."""
+        return self._terms.budget_memory
 
     @property
     def budget_of(self) -> BudgetOf:
@@ -208,6 +238,10 @@ class AdaptiveBackprop:
         whole = WHOLE[self.budget_of]
         set_now = "nothing selected yet" if self.selection is None else f"selected: {self.selection}"
         budget = f"budget {self.budget_fraction!r} of {whole}"
+        if self.budget_seconds is not None:
+            budget += f", {self.budget_seconds!r} seconds"
+        if self.budget_memory is not None:
+            budget += f", {self.budget_memory!r} bytes"
         return f"<AdaptiveBackprop: {budget}, policy {self._policy!r}, {set_now}>"
 
     def reselect(
@@ -254,7 +288,10 @@ class AdaptiveBackprop:
         with self._not_counted(), restored(unwrap(self._model)):
             chosen = first_batches(batches, max_batches)
             checked, known = ranks.together(lambda: self._prepare(chosen, like))
-            limits = ranks.from_first(lambda: apply_terms(known.costs, self._terms, known.whole_flops))
+            prices = ranks.together(lambda: self._prices(checked[0], known))
+            limits = ranks.from_first(
+                lambda: apply_terms(known.costs, self._terms, known.whole_flops, prices)
+            )
             importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
             if _trains_nothing(plan) and self.selection is None and not self._two_pass:
                 logger.warning("%s: measured within each batch instead", _reason(limits))
@@ -367,6 +404,7 @@ class AdaptiveBackprop:
             "schedule": schedule_state(schedule, sorted(shapes)) if schedule else None,
             "counted": [self._counted_flops, self._counted_whole],
             **self._prefix_state(),
+            **self._further_budgets(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -380,7 +418,7 @@ class AdaptiveBackprop:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - {"prefix", "counted"} - state.keys()):
+        if missing := sorted(self.state_dict().keys() - _OPTIONAL - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
         check_same_model(state["parameters"], _shapes(self._model), "this is the state")
         if state["policy"] != repr(self._policy):
@@ -392,8 +430,14 @@ class AdaptiveBackprop:
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
         terms = self._checked_terms(
-            state["budget_fraction"], state["always"], state["never"], state["budget_of"]
+            state["budget_fraction"],
+            state["always"],
+            state["never"],
+            state["budget_of"],
+            budget_seconds=state.get("budget_seconds"),
+            budget_memory=state.get("budget_memory"),
         )
+        rates = MeasuredRates.from_json(state["rates"]) if state.get("rates") else None
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
@@ -402,10 +446,51 @@ class AdaptiveBackprop:
         self._train(frozenset(state["trained"]))
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
-        self._importance, self._schedule = importance, schedule
+        self._importance, self._schedule, self._rates = importance, schedule, rates
         self._counted_flops, self._counted_whole = state.get("counted", (0, 0))
+        self._costs = self._new_costs()
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
+
+    def _new_costs(self) -> CostsByShape:
+        """Costs that are not captured yet; with saved bytes if there is a budget of them."""
+        blocks = self._prefix.cache.blocks if self._prefix else ()
+        memory = self._terms.budget_memory is not None
+        return CostsByShape(self._model, self._loss_fn, blocks, memory=memory)
+
+    def _further_budgets(self) -> dict[str, Any]:
+        """The budgets in seconds and bytes, with what was measured for them; empty without any."""
+        if not self._terms.needs_prices:
+            return {}
+        return {
+            "budget_seconds": self._terms.budget_seconds,
+            "budget_memory": self._terms.budget_memory,
+            "rates": self._rates and self._rates.to_json(),
+        }
+
+    def _prices(self, batch: Any, known: StepCosts) -> StepPrices:
+        """What steps take in seconds and bytes, as far as there is a budget of them.
+
+        Seconds are measured once for each full step's FLOPs.
+        """
+        nanoseconds, memory = None, None
+        if self._terms.budget_seconds is not None:
+            timed = self._costs.of(batch, self.budget_of).costs
+            if self._rates is None or self._rates.full_flops != timed.full_flops:
+                rates = measure_rates(self._model, self._optimizer, batch, timed, self._loss_fn)
+                self._rates = MeasuredRates(timed.full_flops, rates)
+            nanoseconds = self._rates.rates.price(known.costs)
+        if self._terms.budget_memory is not None:
+            memory = memory_price(
+                self._model, self._optimizer, known.saved, self._frozen_state.setting, self._cache_bytes()
+            )
+        return StepPrices(nanoseconds=nanoseconds, memory=memory)
+
+    def _cache_bytes(self) -> int:
+        """Bytes that a prefix cache may take of the memory in which the model is."""
+        cache = self.prefix_cache
+        here = next(self._model.parameters()).device.type
+        return cache.most_bytes if cache is not None and cache.device.type == here else 0
 
     def _prefix_state(self) -> dict[str, Any]:
         if self._prefix is None:
@@ -424,9 +509,31 @@ class AdaptiveBackprop:
         self._frozen_state.apply()
 
     def _checked_terms(
-        self, budget_fraction: float, always: Iterable[str], never: Iterable[str], budget_of: BudgetOf
+        self,
+        budget_fraction: float,
+        always: Iterable[str],
+        never: Iterable[str],
+        budget_of: BudgetOf,
+        *,
+        budget_seconds: float | None,
+        budget_memory: int | None,
     ) -> Terms:
-        terms = make_terms(budget_fraction, always, never, budget_of)
+        terms = make_terms(
+            budget_fraction,
+            always,
+            never,
+            budget_of,
+            budget_seconds=budget_seconds,
+            budget_memory=budget_memory,
+        )
+        check_holds(self._policy, terms)
+        if terms.needs_prices:
+            refuse_sharded(self._model)
+        if terms.budget_seconds is not None and self._ranks.count > 1:
+            raise ValueError(
+                "budget_seconds is measured in one process, without the time that gradients travel; with "
+                "several processes use budget_fraction or budget_memory"
+            )
         check_patterns(terms, names_of(list_parameters(unwrap(self._model))))
         return terms
 
@@ -434,6 +541,7 @@ class AdaptiveBackprop:
         """Values that must be equal on all ranks, by their name in messages."""
         return {
             "the budget": self._terms.budget_fraction,
+            "the budget of bytes": self._terms.budget_memory,
             "what the budget is a share of": self._terms.budget_of,
             "the patterns in always": self._terms.always,
             "the patterns in never": self._terms.never,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from gtcompile.compiler.options import parse_options
-from gtcompile.costs.budgets import BudgetOf, check_budget, check_budget_of
+from gtcompile.costs.budgets import BudgetOf, resolved_budget
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.selection import policies
+from gtcompile.selection.limits import make_terms
 from gtcompile.state.optimizer_state import Setting, check_setting
 
 Every = int | Literal["epoch"]
@@ -66,9 +67,14 @@ class CallbackOptions:
         TypeError: for a value of the wrong type.
     """
 
-    budget_fraction: float = 0.5
-    """Share of FLOPs that a step may take, in (0, 1]; `budget_of` says of which."""
+    budget_fraction: float | None = None
+    """Share of FLOPs that a step may take, in (0, 1]; `budget_of` says of which. None becomes 0.5, or 1.0 if
+    there is another budget."""
     _: KW_ONLY
+    budget_seconds: float | None = None
+    """Seconds that a step may take; None for no limit."""
+    budget_memory: int | None = None
+    """Bytes that training may take beside the weights; None for no limit."""
     budget_of: BudgetOf = "step"
     """What the budget is a share of: "step" or "full_finetuning"."""
     policy: Policy = "best"
@@ -98,9 +104,18 @@ class CallbackOptions:
     """Whether the head and the loss are computed at labelled positions alone."""
 
     def __post_init__(self) -> None:
-        check_budget(self.budget_fraction)
-        check_budget_of(self.budget_of)
-        policies.find_policy(self.policy)
+        given = self.budget_fraction, self.budget_seconds, self.budget_memory
+        share = resolved_budget(*given, default=0.5)
+        object.__setattr__(self, "budget_fraction", share)
+        terms = make_terms(
+            share,
+            (),
+            (),
+            self.budget_of,
+            budget_seconds=self.budget_seconds,
+            budget_memory=self.budget_memory,
+        )
+        policies.check_holds(policies.find_policy(self.policy), terms)
         if self.every != "epoch" and not _is_count(self.every, 1):
             raise ValueError(f'expected every="epoch" or a number of steps of at least 1, got {self.every!r}')
         for name in ("compiled", "two_pass", "labelled_logits"):

@@ -146,6 +146,16 @@ class PrefixCache:
         ]
 
     @property
+    def most_bytes(self) -> int:
+        """Size of the values that it may keep in memory."""
+        return self._max_bytes
+
+    @property
+    def device(self) -> torch.device:
+        """The memory that it keeps them in."""
+        return self._device
+
+    @property
     def blocks(self) -> tuple[str, ...]:
         """FQNs of the blocks that may be left out, in the order in which they run."""
         return self._blocks.names

@@ -1,9 +1,9 @@
 """Costs of training steps at the shapes of their batches, most of them without another capture."""
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,9 +17,11 @@ from gtcompile.costs.block_costs import forward_flops_inside
 from gtcompile.costs.budgets import BudgetOf
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.full_finetuning import full_finetuning_flops
+from gtcompile.costs.prices import SharedAmount
 from gtcompile.errors import CaptureError
 from gtcompile.importance.gradient_stream import batch_loss, on_device
 from gtcompile.state.restore import restored
+from gtcompile.training.saved_values import compiled_parts, saved_values
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class StepCosts:
     """FLOPs that the budget is a share of; None for those of a full step."""
     block_flops: tuple[int, ...] = ()
     """FLOPs of the forward of each block that a prefix cache may leave out, in order."""
+    saved: tuple[SharedAmount, ...] = ()
+    """Bytes saved for the backward; empty unless there is a budget of bytes."""
 
     @property
     def budget_whole(self) -> int:
@@ -92,7 +96,26 @@ def combined(parts: Sequence[tuple[Fraction, StepCosts]]) -> StepCosts | None:
             total(lambda i, block=block: parts[i][1].block_flops[block])  # type: ignore[misc]
             for block in range(len(first.block_flops))
         ),
+        saved=_combined_saved([(factor, each.saved) for factor, each in parts]),
     )
+
+
+def _combined_saved(parts: Sequence[tuple[Fraction, Sequence[SharedAmount]]]) -> tuple[SharedAmount, ...]:
+    """Add up saved bytes, each times a factor, by the parameters that need them."""
+    totals: defaultdict[frozenset[str], Fraction] = defaultdict(Fraction)
+    for factor, amounts in parts:
+        for each in amounts:
+            totals[each.parameters] += factor * each.amount
+    return tuple(SharedAmount(max(0, round(total)), names) for names, total in totals.items())
+
+
+def _greatest_saved(parts: Iterable[Sequence[SharedAmount]]) -> tuple[SharedAmount, ...]:
+    """The most saved bytes by the parameters that need them: a budget of bytes holds at every step."""
+    most: defaultdict[frozenset[str], int] = defaultdict(int)
+    for amounts in parts:
+        for each in _combined_saved([(Fraction(1), amounts)]):
+            most[each.parameters] = max(most[each.parameters], each.amount)
+    return tuple(SharedAmount(amount, names) for names, amount in most.items())
 
 
 @dataclass(slots=True)
@@ -123,10 +146,18 @@ class CostsByShape:
         model: whose steps they are.
         loss_fn: as for `backward_costs`.
         blocks: FQNs of the blocks that a prefix cache may leave out.
+        memory: whether to compute the bytes saved for the backward.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction | None, blocks: Sequence[str] = ()) -> None:
-        self._model, self._loss_fn, self._blocks = model, loss_fn, blocks
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        blocks: Sequence[str] = (),
+        *,
+        memory: bool = False,
+    ) -> None:
+        self._model, self._loss_fn, self._blocks, self._memory = model, loss_fn, blocks, memory
         self._families: dict[tuple[BudgetOf, Hashable], _Family] = {}
 
     def of(self, batch: Any, budget_of: BudgetOf) -> StepCosts:
@@ -150,7 +181,8 @@ class CostsByShape:
             return self._mean_of_known(family, shapes)
         captured = self._checked_capture(batch, budget_of)
         if derived is not None:
-            family.confirmed = family.polynomial = captured == derived
+            # saved bytes need not follow: the partitioner may decide otherwise at another shape
+            family.confirmed = family.polynomial = replace(captured, saved=derived.saved) == derived
             if not family.polynomial:
                 family.derived.clear()
         else:
@@ -168,6 +200,8 @@ class CostsByShape:
 
     def mean(self, batches: Iterable[Any], budget_of: BudgetOf) -> StepCosts:
         """Return the mean of the costs at these batches' shapes, rounded to whole FLOPs.
+
+        Saved bytes are the most at any of these shapes.
 
         Raises:
             CaptureError: the model cannot be captured, or different parameters are used.
@@ -187,7 +221,7 @@ class CostsByShape:
                 "batches of different shapes use different parameters, so their steps have no mean costs; "
                 "give batches of one shape"
             )
-        return mean
+        return replace(mean, saved=_greatest_saved(known.saved for known in costs.values()))
 
     def forget_values(self) -> None:
         """Forget costs that hold for the values of some batch alone.
@@ -241,9 +275,13 @@ class CostsByShape:
         whole = None
         if budget_of == "full_finetuning":
             whole = full_finetuning_flops(self._model, batch, self._loss_fn)
-        if not self._blocks:
+        if not self._blocks and not self._memory:
             costs = backward_costs(self._model, batch, loss_fn=self._loss_fn)
             return StepCosts(costs=costs, whole_flops=whole)
         joint = capture_everything(self._model, batch, self._loss_fn)
-        inside = forward_flops_inside(joint, self._blocks)
-        return StepCosts(costs=costs_of(joint), whole_flops=whole, block_flops=inside)
+        return StepCosts(
+            costs=costs_of(joint),
+            whole_flops=whole,
+            block_flops=forward_flops_inside(joint, self._blocks),
+            saved=saved_values(joint, compiled_parts(self._model)) if self._memory else (),
+        )

@@ -18,8 +18,15 @@ SIGNATURES = {
     "dependency_graph": (["model", "batch"], ["loss_fn"]),
     "register_flops": (["operator", "formula"], []),
     "measure_importance": (["model", "optimizer", "batches"], ["loss_fn"]),
-    "select_parameters": (["costs", "importance", "budget_fraction"], ["always", "never"]),
-    "AdaptiveBackprop": (["model", "optimizer", "budget_fraction"], ["policy", "loss_fn"]),
+    "select_parameters": (
+        ["costs", "importance", "budget_fraction"],
+        ["always", "never", "budget_seconds", "budget_memory", "prices"],
+    ),
+    "step_prices": (["model", "optimizer", "batch"], ["loss_fn", "seconds", "memory"]),
+    "AdaptiveBackprop": (
+        ["model", "optimizer", "budget_fraction"],
+        ["policy", "loss_fn", "budget_seconds", "budget_memory"],
+    ),
 }
 """Leading positional parameters, and keyword-only ones that must exist."""
 ATTRIBUTES = {

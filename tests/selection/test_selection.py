@@ -16,7 +16,7 @@ from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.costs.budgets import budget_flops, written_budget
 from gtcompile.graph.joint_graph import Parameter
 from gtcompile.selection import knapsack
-from gtcompile.selection.knapsack import inclusion_pairs, solve_knapsack
+from gtcompile.selection.knapsack import Capacity, inclusion_pairs, solve_knapsack
 from gtcompile.selection.selection import parameters_to_measure
 
 FLOPS = st.one_of(st.just(0), st.integers(1, 50), st.integers(1, 10**15), st.integers(10**14, 10**14 + 9))
@@ -213,7 +213,9 @@ def test_a_budget_is_the_exact_product_with_the_decimal_as_typed(flops, ten_thou
 @example([(10**15, 1.0), *[(1, 0.1)] * 9], 10**15 + 4)
 def test_costs_that_doubles_cannot_tell_apart_are_still_counted_exactly(items, budget):
     values = [value for _, value in items]
-    taken, gap = solve_knapsack(values, {1 << i: cost for i, (cost, _) in enumerate(items)}, budget)
+    taken, gap = solve_knapsack(
+        values, [Capacity({1 << i: cost for i, (cost, _) in enumerate(items)}, budget)]
+    )
     assert sum(items[index][0] for index in taken) <= budget
     fitting = (
         math.fsum(values[i] for i in chosen)
@@ -232,7 +234,7 @@ def test_a_solver_that_overspends_is_caught_and_the_budget_kept(monkeypatch):
         return list(range(len(values))), honest(values, rows, deadline)[1]
 
     monkeypatch.setattr(knapsack, "_maximise", overspend)
-    taken, gap = solve_knapsack([3.0, 2.0, 2.0], {0b001: 3, 0b010: 2, 0b100: 2}, budget=4)
+    taken, gap = solve_knapsack([3.0, 2.0, 2.0], [Capacity({0b001: 3, 0b010: 2, 0b100: 2}, 4)])
     assert taken == {0}
     assert gap == pytest.approx(1.0)
 
@@ -243,7 +245,7 @@ def test_a_solver_that_fails_is_reported(monkeypatch):
 
     monkeypatch.setattr(knapsack, "milp", lambda *_, **__: Failure())
     with pytest.raises(GTCompileError, match="numerical trouble"):
-        solve_knapsack([3.0, 2.0], {0b01: 3, 0b10: 2}, budget=4)
+        solve_knapsack([3.0, 2.0], [Capacity({0b01: 3, 0b10: 2}, 4)])
 
 
 @given(st.lists(st.integers(1, 63), unique=True, max_size=12))

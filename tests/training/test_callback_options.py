@@ -14,6 +14,7 @@ from gtcompile.training.callback_options import CallbackOptions, Progress
         *({"budget_fraction": 0}, {"budget_fraction": 50}, {"every": 0}, {"every": True}, {"every": "week"}),
         *({"batches": 1}, {"batches": 2.5}, {"batches": "4"}, {"compiler": "nvcc"}, {"frozen_state": "lose"}),
         {"activation_memory_budget": 2},
+        *({"budget_seconds": 0}, {"budget_seconds": -1.0}, {"budget_memory": 0}, {"budget_memory": -5}),
     ],
 )
 def test_values_out_of_range_are_refused(arguments):
@@ -26,6 +27,7 @@ def test_values_out_of_range_are_refused(arguments):
     [
         *({"budget_fraction": "half"}, {"always": "*"}, {"never": [1]}, {"policy": 3}),
         *({"compiled": "eager"}, {"two_pass": 1}),
+        *({"budget_seconds": "1 s"}, {"budget_memory": 1.5}, {"budget_memory": "8GB"}),
     ],
 )
 def test_values_of_another_type_are_refused(arguments):
@@ -36,6 +38,18 @@ def test_values_of_another_type_are_refused(arguments):
 def test_a_policy_that_does_not_exist_is_refused_with_the_nearest_names():
     with pytest.raises(ValueError, match="no policy 'sample'; near names: sampled"):
         AdaptiveBackpropCallback(policy="sample")
+
+
+def test_budgets_of_seconds_and_bytes_need_the_policy_that_keeps_them():
+    options = CallbackOptions(budget_seconds=0.5, budget_memory=10**9)
+    assert (options.budget_fraction, options.budget_seconds, options.budget_memory) == (1.0, 0.5, 10**9)
+    assert (CallbackOptions().budget_fraction, CallbackOptions(0.7).budget_fraction) == (0.5, 0.7)
+    for budget in ({"budget_seconds": 0.5}, {"budget_memory": 10**9}):
+        with pytest.raises(ValueError, match="hold with policy=\"best\" alone, got the policy 'lisa'"):
+            AdaptiveBackpropCallback(policy="lisa", **budget)
+    saved = json.loads(json.dumps(options.to_json()))
+    with pytest.raises(ValueError, match="trained with budget_memory=1000000000, this callback has 5"):
+        CallbackOptions(budget_seconds=0.5, budget_memory=5).check_resumed(saved)
 
 
 def test_one_batch_is_enough_within_each_batch():

@@ -15,6 +15,7 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.state.restore import restored
+from gtcompile.tools.common.energy import check_energy_known
 from gtcompile.tools.data.answers import generate_answers, score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.summary import Summary, summarise, summary_from
@@ -109,7 +110,14 @@ def compare_with_full(
         The two summaries, the full one last.
     """
     first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, ranks=ranks)
-    full = dataclasses.replace(settings, policy="full", prefix_cache=None, labelled_logits=False)
+    full = dataclasses.replace(
+        settings,
+        policy="full",
+        prefix_cache=None,
+        labelled_logits=False,
+        budget_seconds=None,
+        budget_memory=None,
+    )
     folder = output / "full"
     again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
     return first, finetune(full, folder, reporter, resume=again, ranks=ranks)
@@ -179,6 +187,8 @@ def _left_if_filled(output: Path) -> Iterator[None]:
 
 def _prepare(settings: Settings, reporter: Reporter) -> Prepared:
     """Load model and data, and say what was loaded."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_energy_known(settings.grid_intensity, settings.watts, device)
     prepared = prepare(settings)
     torch.compiler.reset()
     reporter.say(f"model: {settings.model}, {prepared.language.model.num_parameters():,} parameters")

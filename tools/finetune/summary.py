@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gtcompile.tools.common.energy import ESTIMATED, JOULES_PER_WATT_HOUR, MEASURED, carbon_grams
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.finetune.step_comparison import StepComparison
 from gtcompile.tools.runs.preparation import Prepared
@@ -64,6 +65,12 @@ class Summary:
     """A remark on the data."""
     cached: int | None = None
     """Forwards that started from the prefix cache, of all processes; None without one."""
+    joules: float | None = None
+    """Energy of training steps and selections, of all processes; None if nobody knows it."""
+    energy_source: str = ""
+    """How the energy is known: measured or estimated."""
+    grid_intensity: float | None = None
+    """Grams of CO2 equivalent per kilowatt hour, as the user gave them."""
     processes: int = 1
     """Processes that trained together; FLOPs are summed over them."""
 
@@ -105,6 +112,8 @@ def summarise(
         selecting_seconds=sum(selection["seconds"] for selection in selections),
         note=prepared.task.format.note,
         processes=settings.processes,
+        grid_intensity=settings.grid_intensity,
+        **_energy(settings.watts, steps, selections),
         cached=sum(step.get("cached", 0) for step in steps) if settings.prefix_cache else None,
         **{total: sum(step[name] for step in steps) for total, name in flops},
         **scores,
@@ -116,6 +125,18 @@ def _real_tokens(prepared: Prepared, steps: Sequence[Mapping[str, Any]]) -> floa
     if not prepared.settings.grouped:
         return prepared.real_tokens
     return float(sum(step["tokens"] for step in steps) / sum(step["positions"] for step in steps))
+
+
+def _energy(
+    watts: float | None, steps: Sequence[Mapping[str, Any]], selections: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The energy of a run, and how it is known: counted in every step, or estimated from watts."""
+    if all("joules" in step for step in steps):
+        return {"joules": math.fsum(step["joules"] for step in steps), "energy_source": MEASURED}
+    if watts is None:
+        return {}
+    seconds = math.fsum(part["seconds"] for part in (*steps, *selections))
+    return {"joules": watts * seconds, "energy_source": ESTIMATED}
 
 
 def summary_from(values: Mapping[str, Any]) -> Summary:
@@ -158,7 +179,17 @@ def _figures(run: Summary) -> dict[str, str]:
         "seconds of compiling": f"{run.compiling_seconds:.1f}",
         "seconds of selecting": f"{run.selecting_seconds:.1f}",
     }
-    return figures | {name: _score(run, name) for name in run.quality}
+    return figures | _energy_figures(run) | {name: _score(run, name) for name in run.quality}
+
+
+def _energy_figures(run: Summary) -> dict[str, str]:
+    if run.joules is None:
+        return {}
+    figures = {f"Wh, {run.energy_source}": f"{run.joules / JOULES_PER_WATT_HOUR:.4g}"}
+    if run.grid_intensity is not None:
+        grams = carbon_grams(run.joules, run.grid_intensity)
+        figures[f"g CO2e at {run.grid_intensity:g} g/kWh"] = f"{grams:.4g}"
+    return figures
 
 
 def _score(run: Summary, name: str) -> str:

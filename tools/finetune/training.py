@@ -32,6 +32,7 @@ from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
 from gtcompile.huggingface.callback import AdaptiveBackpropCallback
 from gtcompile.selection.selection import Selection
+from gtcompile.tools.common.energy import joules_counter
 from gtcompile.tools.data.answers import score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
@@ -104,6 +105,8 @@ def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
     later: Any = "epoch" if every == 1 else every * prepared.steps_per_epoch
     return AdaptiveBackpropCallback(
         1.0 if full else settings.budget,
+        budget_seconds=settings.budget_seconds,
+        budget_memory=settings.budget_memory,
         policy="last_layers" if full else settings.policy,
         every=sys.maxsize if settings.selects_once else later,
         batches=MEASURED_BATCHES,
@@ -152,6 +155,7 @@ class Recorder(TrainerCallback):
         """Whether it was pressed in any, so that all stop."""
         self._spent = self._full = self._hits = 0
         self._step: dict[str, Any] = {}
+        self._joules = joules_counter(prepared.device)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Continue the files of the run where the checkpoint was written, if there is one."""
@@ -177,6 +181,8 @@ class Recorder(TrainerCallback):
             "seconds": -perf_counter(),
             **dict.fromkeys(sums, 0),
         }
+        if self._joules is not None:
+            self._step["joules"] = -self._joules()
 
     @property
     def counter(self) -> PassCounter:
@@ -249,6 +255,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step; stop after it if Ctrl-C was pressed in any process."""
         self._step["seconds"] += perf_counter()
+        if self._joules is not None:
+            used = self._step["joules"] + self._joules()
+            self._step["joules"] = self.ranks.total({"joules": used})["joules"]
         self._add(self._step)
         self.folder.add_metrics(self._step)
         spent, note = self._spent / self._full, f"{len(self.selections[-1]['trained'])} parameters"
@@ -309,6 +318,8 @@ class Recorder(TrainerCallback):
             "step_flops": costs.step_flops,
             "budget_flops": budget_flops(costs.whole_flops, adaptive.budget_fraction),
             "full_flops": costs.full_flops,
+            "predicted_seconds": selection.step_seconds,
+            "predicted_bytes": selection.step_bytes,
             "cached_step_flops": costs.cached_step_flops,
             "importance": importance,
             "importance_bound": selection.importance_bound if importance else None,
@@ -320,6 +331,10 @@ class Recorder(TrainerCallback):
         self.selections.append(record)
         count = f"{len(selection.trained)} of {selection.selectable} parameters"
         share = f"{selection.step_fraction:.1%} of a full step's FLOPs"
+        if selection.step_seconds is not None:
+            share += f", {selection.step_seconds:.4f} s"
+        if selection.step_bytes is not None:
+            share += f", {selection.step_bytes / 1e6:,.1f} MB beside the weights"
         self.reporter.say(f"epoch {epoch + 1}: training {count}, {share}")
         if self._plan_only:
             self.compare(batch)

@@ -40,6 +40,7 @@ _AT_LEAST_ONE = (
     "max_new_tokens",
     "processes",
 )
+_CHANGE_NO_RESULT = ("prefix_cache", "grid_intensity", "watts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,10 @@ class Settings:
     """How the trained set is selected within the budget, or `full`."""
     budget: float = 0.5
     """Share of a full step's FLOPs that may be spent, in (0, 1]."""
+    budget_seconds: float | None = None
+    """Seconds that a step may take; None for no limit."""
+    budget_memory: int | None = None
+    """Bytes that training may take beside the weights; None for no limit."""
     reselect_every: int = 1
     """Epochs between selections."""
     epochs: int = 5
@@ -96,6 +101,10 @@ class Settings:
     """Where outputs of frozen blocks near the input are kept: `memory`, or a folder; None keeps none."""
     labelled_logits: bool = False
     """Whether the head and the loss are computed at labelled positions alone."""
+    grid_intensity: float | None = None
+    """Grams of CO2 equivalent per kilowatt hour, from which the run's carbon follows; None for none."""
+    watts: float | None = None
+    """What all devices of the run draw, for an estimate of its energy; None for no estimate."""
     processes: int = 1
     """Processes of torchrun that share the training examples, each with batches of `batch_size`."""
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +120,12 @@ class Settings:
             value = getattr(self, name)
             expect(value is None or value >= 1, name, "at least 1", value)
         check_budget(self.budget)
+        for name in ("budget_seconds", "budget_memory", "grid_intensity", "watts"):
+            value = getattr(self, name)
+            expect(value is None or 0 < value < math.inf, name, "greater than 0 and finite", value)
+        further = [name for name in ("budget_seconds", "budget_memory") if getattr(self, name) is not None]
+        if further:
+            expect(self.policy == "best", "policy", f"best, which {option(further[0])} needs", self.policy)
         check_model(self.model)
         share = self.activation_memory_budget
         expect(0 <= share <= 1, "activation_memory_budget", "in [0, 1]", share)
@@ -123,7 +138,7 @@ class Settings:
     @property
     def title(self) -> str:
         """Policy and budget in a few words."""
-        base = "full fine-tuning" if self.policy == "full" else f"{self.policy}, budget {self.budget:g}"
+        base = "full fine-tuning" if self.policy == "full" else f"{self.policy}, {self._budgets}"
         cached = ", prefix cache" if self.prefix_cache else ""
         return base + (", labelled logits" if self.labelled_logits else "") + cached
 
@@ -136,6 +151,15 @@ class Settings:
     def grouped(self) -> bool:
         """Whether batches hold examples of similar length, and are padded to the longest of them alone."""
         return self.args.get("train_sampling_strategy") == "group_by_length"
+
+    @property
+    def _budgets(self) -> str:
+        """The budgets in a few words."""
+        seconds, memory = self.budget_seconds, self.budget_memory
+        further = [f"{seconds:g} s a step"] if seconds is not None else []
+        further += [f"{memory / 1e6:,.1f} MB"] if memory is not None else []
+        share = [] if further and self.budget == 1 else [f"{self.budget:g}"]
+        return "budget " + ", ".join([*share, *further])
 
     @property
     def short_name(self) -> str:
@@ -156,9 +180,9 @@ class Settings:
         """The differences from the settings of a saved run, one phrase per setting.
 
         More epochs are none, except for `progressive`, whose sets depend on the number of steps. Another
-        place for the prefix cache is none, because it changes no result.
+        place for the prefix cache is none, or what energy is computed from: they change no result.
         """
-        former = {**saved, "prefix_cache": self.prefix_cache}
+        former = {**saved, **{name: getattr(self, name) for name in _CHANGE_NO_RESULT}}
         return [
             f"{_phrase(name)} was {former.get(name)!r} and is now {value!r}"
             for name, value in self.as_dict().items()
@@ -192,6 +216,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
             read = parse_value(value, kind) if isinstance(value, str) else value
             check_type(name, read, kind)
             (own if name in kinds else own["args"])[name] = read
+    if "budget" not in own and own.keys() & {"budget_seconds", "budget_memory"}:
+        own["budget"] = 1.0  # FLOPs are not limited unless the user says so
     for needed in ("model", "dataset"):
         if needed not in own:
             raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
