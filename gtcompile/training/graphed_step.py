@@ -134,7 +134,8 @@ class GraphedStep:
         self._refuse_autocast()
         tensors, rebuild = split_batch(batch)
         self._compare_circumstances()
-        shapes = Shapes(tuple((t.shape, t.dtype) for t in tensors.values()), rebuild({n: n for n in tensors}))
+        names: dict[str, Any] = {name: name for name in tensors}
+        shapes = Shapes(tuple((t.shape, t.dtype) for t in tensors.values()), rebuild(names))
         if self._recording is not None and self._recording.shapes.match(shapes):
             self._steps = 0
             return self._replay(self._recording, tensors)
@@ -150,7 +151,7 @@ class GraphedStep:
 
     def _train_on(self, batch: Any) -> Tensor:
         loss = batch_loss(self._model, batch, self._loss_fn)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
