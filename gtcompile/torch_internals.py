@@ -219,6 +219,9 @@ RECOMPUTE = "recompute"
 PARTITIONER_TAG, IN_BACKWARD = "partitioner_tag", "must_be_in_backward"
 """Key in a node's metadata, and its value, by which the partitioner never puts the node into the forward."""
 
+FREE_TO_SAVE = "static_lifetime_input_indices"
+"""Keyword argument of the partitioner: the inputs that exist anyway, so that saving them costs no memory."""
+
 SAVED_RANDOM_STATE = "rng_state_output"
 """Prefix of the nodes that the partitioner adds to save a random state for recomputation."""
 

@@ -14,12 +14,14 @@ from benchmarks.gpu.candidates import (
     MAKERS,
     OURS,
     PLAIN,
+    refusal,
     ways_of,
 )
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import BELOW_ONE_BILLION, Setting
 from benchmarks.gpu.sheet import Sheet, against
 from benchmarks.measurement import release_memory
+from gtcompile.errors import GTCompileError
 from gtcompile.graph.flops import count_flops
 from gtcompile.tools.bench.measurement import Spread, ratios, spread, wait_for
 from gtcompile.tools.bench.steady_state import SteadyState, Trial
@@ -52,11 +54,12 @@ def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
         deadline: by `time.monotonic()`; at least the fewest rounds are measured.
     """
     workload, subject = setting.workload(name), setting.subject(name)
-    candidates = {way: MAKERS[way](subject) for way in ways_of(name)}
+    refused = {way: reason for way in ways_of(name) if (reason := refusal(way, workload.device))}
+    candidates = {way: MAKERS[way](subject) for way in ways_of(name) if way not in refused}
     steady = SteadyState(candidates, setting.selections(name), full_only=FULL_ONLY)
     plan = setting.plan(name)
     found: Measured = {"tokens": workload.rows * workload.length, "full_flops": plan["full_flops"]}
-    found["trials"], trials = [], []
+    found["trials"], trials = [_row(way, 1.0, failure=reason) for way, reason in refused.items()], []
     for trial in steady.trials:
         row = _prepare(steady, trial, plan["full_flops"], workload.device)
         found["trials"].append(row)
@@ -79,12 +82,12 @@ def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
 def _prepare(steady: SteadyState, trial: Trial, full_flops: int, device: torch.device) -> Measured:
     """Compile what a trial needs, and measure the FLOPs and the peak of one step."""
     candidate = steady.candidates[trial.candidate]
-    row: Measured = {"candidate": trial.candidate, "budget": trial.budget, "host_s": [], "step_s": []}
+    row = _row(trial.candidate, trial.budget, failure="")
     chosen = steady.selections.get(trial.budget)
-    predicted = full_flops if chosen is None else chosen.step_flops
-    row |= {"failure": "", "peak_bytes": None, "counted_flops": None, "predicted_flops": predicted}
+    row["predicted_flops"] = full_flops if chosen is None else chosen.step_flops
     try:
         steady.prepare(trial.budget, trial.candidate)
+        candidate.forget_moments()  # and with them a recorded step, in which nothing is counted
         with count_flops() as counter:
             candidate.step()
         candidate.forget_moments()
@@ -92,8 +95,17 @@ def _prepare(steady: SteadyState, trial: Trial, full_flops: int, device: torch.d
     except torch.OutOfMemoryError:
         candidate.model.zero_grad()
         row["failure"] = "out of memory"
+    except GTCompileError as error:  # a step that cannot be recorded
+        row["failure"] = str(error)
     release_memory(device)
     return row
+
+
+def _row(candidate: str, budget: float, *, failure: str) -> Measured:
+    """What is known of a trial before it is measured."""
+    row: Measured = {"candidate": candidate, "budget": budget, "failure": failure}
+    row |= dict.fromkeys(("peak_bytes", "counted_flops", "predicted_flops"))
+    return row | {"host_s": [], "step_s": []}
 
 
 def _queue(step: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,8 @@ def capture(model: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None
             failures.append((strategy, error))
             logger.info("capture failed: %s %s", strategy.sentence, error)
     without_values = failures[-1][0] is not WITH_VALUES
-    raise CaptureError(_explain(model, failures), without_values=without_values) from failures[0][1]
+    explained = _explain(model, failures) + _tell_devices(model, inputs.named)
+    raise CaptureError(explained, without_values=without_values) from failures[0][1]
 
 
 def _inputs(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Inputs:
@@ -158,6 +159,19 @@ def _explain(model: nn.Module, failures: list[tuple[Strategy, Exception]]) -> st
             "model can be run on their values."
         )
     return "\n".join(lines)
+
+
+def _tell_devices(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """Say so if no tensor of the batch is where the parameters are; else return nothing."""
+    given, needed = _devices(tensors_of(batch)), _devices(model.parameters())
+    if not given or not needed or given & needed:
+        return ""
+    there, here = ", ".join(sorted(needed)), ", ".join(sorted(given))
+    return f"\nThe model is on {there} and the batch on {here}: move the batch there first."
+
+
+def _devices(tensors: Iterable[torch.Tensor]) -> set[str]:
+    return {str(tensor.device) for tensor in tensors if not tensor.is_meta}
 
 
 class UnknownSizeError(Exception):

@@ -1,6 +1,5 @@
 """Compile a model block by block: repeated blocks share one capture and one compilation."""
 
-import contextlib
 import inspect
 import logging
 import weakref
@@ -8,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gtcompile.capture.model_io import unwrap
 from gtcompile.capture.pristine_model import compiled_forward, uncompile_block, uses_compiled_code
@@ -38,12 +37,8 @@ CAPTURES = 64
 """How often Dynamo may capture blocks of one class. More is an error: something differs at every call."""
 _MORE = 4 * CAPTURES
 """Dynamo's own limit. Beyond it Dynamo silently runs eagerly, so our limit must be reached first."""
-_LIMIT: dict[str, Any] = {}
-_RAISED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
-    _LIMIT = {"recompile_limit": _MORE}
-else:  # older torch: patch the setting at every call, which takes longer than the rest of a dispatch
-    _RAISED = dynamo_config.patch(recompile_limit=_MORE)
+_TAKES_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+"""Whether `torch.compile` takes the limit as an argument, since 2.13."""
 
 
 def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> nn.Module:
@@ -85,13 +80,31 @@ def compile_blocks(model: nn.Module, *, blocks: Iterable[str] | None = None, **o
     own_code = {type(block): CodeCopies() for block in modules}
     for block in modules:
         kind = kinds.setdefault(type(block), Kind(type(block), make_backend(parsed)))
-        compiled = torch.compile(own_code[type(block)].of(block.forward), backend=kind, **_LIMIT)
+        compiled = _compile(own_code[type(block)].of(block.forward), kind)
         block.forward = BlockForward(block, compiled, kind, calibration)
     inside = set(chain.from_iterable(block.parameters() for block in modules))
     trained_set.expect_region(inside)
     trained_set.leave_to_eager(p for p in model.parameters() if p not in inside)
     watch_embeddings(model)
     return model
+
+
+def _compile(forward: Callable[..., Any], kind: "Kind") -> Callable[..., Any]:
+    """Compile a forward that Dynamo may capture as often as our own limit allows."""
+    if _TAKES_LIMIT:
+        compiled: Any = torch.compile(forward, backend=kind, recompile_limit=_MORE)  # type: ignore[call-overload, unused-ignore]
+        return cast("Callable[..., Any]", compiled)
+    captured = torch.compile(forward, backend=kind)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = dynamo_config.recompile_limit  # set by hand: `dynamo_config.patch` takes ten times as long
+        dynamo_config.recompile_limit = _MORE
+        try:
+            return captured(*args, **kwargs)
+        finally:
+            dynamo_config.recompile_limit = before
+
+    return call
 
 
 class CodeCopies:
@@ -283,11 +296,12 @@ class BlockForward:
         """Run the block."""
         if self.retired or not torch.is_grad_enabled() or compiled_code_is_off():
             return self.eager(*args, **kwargs)
-        args = tuple(self._steady(position, value) for position, value in enumerate(args))
-        kwargs = {name: self._steady(name, value) for name, value in kwargs.items()}
+        steady = [self._steady(i, arg) if isinstance(arg, Tensor) else arg for i, arg in enumerate(args)]
+        for name, value in kwargs.items():  # the dictionary is ours: Python makes one for every call
+            if isinstance(value, Tensor):
+                kwargs[name] = self._steady(name, value)
         self.calibration.called(self._block)
-        with _RAISED:
-            output = self.compiled(*args, **kwargs)
+        output = self.compiled(*steady, **kwargs)
         self._kind.called(self._block)
         return output
 
@@ -295,9 +309,9 @@ class BlockForward:
         """Make copies and pickles hold the eager forward."""
         return _itself, (self.eager,)
 
-    def _steady(self, key: int | str, value: Any) -> Any:
+    def _steady(self, key: int | str, value: Tensor) -> Tensor:
         """Return the input, or a boundary in its place, so that it requires grad if it ever did."""
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not value.is_floating_point():
             return value
         if value.requires_grad:
             self._kind.differentiable.add(key)

@@ -198,6 +198,8 @@ class Calibration:
 
     def called(self, block: nn.Module) -> None:
         """Note that a block is about to run with gradients enabled."""
+        if not self._waiting:
+            return
         self._waiting.discard(block)
         if not self._waiting:
             _active.calibrations.discard(self)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from gtcompile.compiler.options import CompileOptions
+from gtcompile.compiler.partitioning import SavedMemory
 from gtcompile.compiler.region_graph import Live, requires_grad
 from gtcompile.passes import onednn_products
 from gtcompile.passes.loss_only import differentiate_loss_only
@@ -58,6 +59,11 @@ class CapturedRegion:
             "shape_padding": False,
         }
         return {**settings, **onednn_products.inductor_settings()}
+
+    @property
+    def saved_memory(self) -> SavedMemory:
+        """What may be saved for the backward, and what is free to save."""
+        return SavedMemory(budget=self.options.activation_memory_budget, parameters=self.parameters)
 
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:

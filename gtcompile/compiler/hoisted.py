@@ -64,7 +64,7 @@ class HoistedVariants:
         self._computed: int | None = None
         """Position of an output whose history begins with the node of the call; None until one is known."""
         self._parts: InductorParts | None = None
-        partitioner = HoistingPartitioner(region.options.activation_memory_budget)
+        partitioner = HoistingPartitioner(region.saved_memory)
         inductor = region.options.compiler == "inductor"
         with without_donation():
             code = self._generate_code(partitioner) if inductor else self._take_operators(partitioner)

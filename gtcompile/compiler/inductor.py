@@ -54,6 +54,7 @@ from gtcompile.torch_internals import (
     functorch_config,
     inductor_config,
     inductor_state,
+    innermost_fn,
     no_autocast,
     tracing,
 )
@@ -124,6 +125,7 @@ def compile_frozen(region: CapturedRegion) -> Callable[..., Any]:
                 )
         except UNTRACEABLE as error:
             run = run_as_captured(region.graph, frozenset(), error)
+    run = innermost_fn(run)  # regions run where Dynamo is disabled already
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():

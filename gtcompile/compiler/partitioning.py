@@ -15,11 +15,14 @@ from gtcompile.passes.effect_tokens import EFFECTS, drop_effect_tokens
 from gtcompile.passes.random_draws import save_random_draws
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
+    DESCRIPTOR,
+    FREE_TO_SAVE,
     IN_BACKWARD,
     PARTITIONER_TAG,
     SAVED_RANDOM_STATE,
     CustomPartitionerFn,
     OpOverload,
+    PlainAOTInput,
     TangentAOTInput,
     functorch_config,
     get_hash_for_files,
@@ -32,8 +35,19 @@ Slots = frozenset[int]
 """Positions among the gradients a backward graph returns."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedMemory:
+    """What the partitioner knows about the memory of saved values."""
+
+    budget: float
+    """Fraction, in [0, 1], of the bytes that would be saved, inputs aside, if nothing that costs FLOPs were
+    recomputed."""
+    parameters: tuple[int, ...]
+    """Positions of the region's inputs that exist anyway, so that saving them costs nothing."""
+
+
 def partition(
-    graph: fx.GraphModule, joint_inputs: Sequence[object], memory_budget: float, **kwargs: Any
+    graph: fx.GraphModule, joint_inputs: Sequence[object], memory: SavedMemory, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph so that the least memory is saved for the backward; recompute above the budget.
 
@@ -43,15 +57,21 @@ def partition(
     Args:
         graph: changed.
         joint_inputs: as AOTAutograd hands them to a partitioner.
-        memory_budget: fraction, in [0, 1], of the bytes that would be saved, inputs aside, if nothing that
-            costs FLOPs were recomputed.
-        **kwargs: as AOTAutograd hands them to a partitioner.
+        memory: how many bytes may be saved, and what is free to save.
+        **kwargs: as AOTAutograd hands them to a partitioner; Inductor leaves out the inputs that are free.
     """
-    if memory_budget < 1:
+    kwargs[FREE_TO_SAVE] = _positions_of(graph, memory.parameters)
+    if memory.budget < 1:
         graph = save_random_draws(graph)
-    with functorch_config.patch(activation_memory_budget=max(memory_budget, LEAST_BUDGET)):
+    with functorch_config.patch(activation_memory_budget=max(memory.budget, LEAST_BUDGET)):
         forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
     return forward, backward
+
+
+def _positions_of(graph: fx.GraphModule, inputs: Sequence[int]) -> list[int]:
+    """Positions among a joint graph's inputs of some inputs of its region."""
+    meanings = (node.meta.get(DESCRIPTOR) for node in graph.graph.find_nodes(op="placeholder"))
+    return [i for i, of in enumerate(meanings) if isinstance(of, PlainAOTInput) and of.idx in inputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +160,8 @@ class HoistingPartitioner(CustomPartitionerFn):
     partition: Partition | None = None
     """None where AOTAutograd found nothing to split."""
 
-    def __init__(self, memory_budget: float) -> None:
-        self.memory_budget = memory_budget
+    def __init__(self, memory: SavedMemory) -> None:
+        self.memory = memory
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -162,7 +182,7 @@ class HoistingPartitioner(CustomPartitionerFn):
         keep_products_in_backward(joint)
         slots = tuple(None if name == EFFECTS else name for name in joint.slots)
         descriptors = gm.graph.output_node().meta["desc"][:outputs]
-        forward, backward = partition(gm, joint_inputs, self.memory_budget, **kwargs)
+        forward, backward = partition(gm, joint_inputs, self.memory, **kwargs)
         saved = _saved_positions(forward, backward, outputs)
         tangents = _tangent_positions(backward, descriptors)
         self.partition = Partition(drop_effect_tokens(backward), saved, slots, tangents)
@@ -170,7 +190,7 @@ class HoistingPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """Return a key for Inductor's cache under which no code overwrites saved values."""
-        return f"hoisted: {self.memory_budget} {get_hash_for_files((__file__,))!r}"
+        return f"hoisted: {self.memory} {get_hash_for_files((__file__,))!r}"
 
 
 def _saved_positions(forward: fx.GraphModule, backward: fx.GraphModule, first_saved: int) -> dict[int, int]:

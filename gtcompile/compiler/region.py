@@ -3,7 +3,7 @@
 import logging
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
@@ -31,7 +31,6 @@ from gtcompile.torch_internals import BACKWARD_HOOKS, has_symbolic_numbers
 logger = logging.getLogger(__name__)
 LIVE_SETS_KEPT = 256
 """Sets of live gradients for which a region remembers where the backward ends; the oldest is forgotten."""
-NOTHING: Live = frozenset()
 _hooks_of = operator.attrgetter(BACKWARD_HOOKS)
 
 
@@ -43,6 +42,18 @@ class Variants(Protocol):
 
     def prepare(self, live: Live) -> None:
         """Compile all code that these gradients need."""
+
+
+class Chosen(NamedTuple):
+    """What the trained set chooses among the inputs of one block."""
+
+    live: Live
+    """Positions of the inputs whose gradients are wanted."""
+    frozen: tuple[int, ...]
+    """Positions of the parameters that require grad for Dynamo's guards, and are frozen."""
+
+
+NOTHING = Chosen(frozenset(), ())
 
 
 class Region:
@@ -59,8 +70,8 @@ class Region:
         self._output_sources = output_sources(region.graph)
 
         # Dispatch is on the path of every call, so two answers are kept:
-        # The live gradients, by the parameters of the calling block. They hold until the trained set changes.
-        self._live_of: dict[tuple[int, ...], Live] = {}
+        # What is live and what is frozen, by the parameters of the calling block, until the set changes.
+        self._selection_of: dict[tuple[int, ...], Chosen] = {}
         self._generation = -1
         # The outputs that depend on nothing trained, by live gradients: the backward ends at these outputs.
         self._ends_of: dict[Live, tuple[int, ...]] = {}
@@ -77,42 +88,50 @@ class Region:
         Dynamo traces a Python number that changes as a symbol. If the graph branched on the number without
         computing with it, AOTAutograd makes Dynamo capture again with its value, which is possible only now.
         """
-        if live := self._live(inputs):
+        if live := self._selection(inputs).live:
             self._variants.prepare(live)
         elif self._frozen is None:
             self._frozen = compile_frozen(self._region)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the region; the backward computes the gradients of what is trained now."""
-        live = self._live(inputs)
+        live, frozen = self._selection(inputs)
         if not live:
             return self._run_frozen(inputs)
-        visible = self._without_hooks(inputs, live)
         ends = self._ends_of.get(live)
-        if ends is not None:
-            outputs = self._variants(live, visible)
-            return detach(outputs, ends) if ends else outputs
-        before = histories(visible)
-        outputs = self._variants(live, visible)
-        expect_gradients(outputs, visible, before, live)
-        return detach(outputs, self._remember_ends(live))
+        if ends is None:
+            return self._check_new(live, inputs)
+        outputs = self._variants(live, without_gradients(inputs, frozen))
+        return detach(outputs, ends) if ends else outputs
 
-    def _live(self, inputs: Sequence[Any]) -> Live:
-        """Positions of the inputs whose gradients are wanted."""
+    def _selection(self, inputs: Sequence[Any]) -> "Chosen":
+        """What the trained set chooses among these inputs."""
         if not self._region.differentiable:
             return NOTHING
         if self._generation != trained_set.generation():
-            self._live_of.clear()
+            self._selection_of.clear()
             self._generation = trained_set.generation()
         wanted = [i for i in self._region.activations if needs_gradient(inputs[i])]
         parameters = self._parameters_among(inputs)
         key = (*wanted, *map(id, parameters))
-        live = self._live_of.get(key)
-        if live is None:
-            trained_set.enter_region(parameters)
-            trained = (i for i in self._region.parameters if trained_set.is_trained(inputs[i]))
-            live = self._live_of[key] = frozenset(trained).union(wanted)
-        return live
+        found = self._selection_of.get(key)
+        if found is None:
+            found = self._selection_of[key] = self._select(inputs, wanted)
+        return found
+
+    def _select(self, inputs: Sequence[Any], wanted: Iterable[int]) -> "Chosen":
+        positions = self._region.parameters
+        trained_set.enter_region(self._parameters_among(inputs))
+        live = frozenset(i for i in positions if trained_set.is_trained(inputs[i])).union(wanted)
+        return Chosen(live, tuple(i for i in positions if i not in live and inputs[i].requires_grad))
+
+    def _check_new(self, live: Live, inputs: Sequence[Any]) -> Any:
+        """Run with a new set of live gradients; the backward checks that no other gradient comes out."""
+        visible = self._without_hooks(inputs, live)
+        before = histories(visible)
+        outputs = self._variants(live, visible)
+        expect_gradients(outputs, visible, before, live)
+        return detach(outputs, self._remember_ends(live))
 
     def _run_frozen(self, inputs: Sequence[Any]) -> Any:
         """Run without autograd: nothing is trained in the region or before it."""
@@ -172,6 +191,16 @@ def detach(outputs: Sequence[Any], positions: Iterable[int]) -> Sequence[Any]:
         if isinstance(outputs[i], torch.Tensor) and outputs[i].requires_grad:
             detached[i] = end_backward(outputs[i])
     return detached
+
+
+def without_gradients(inputs: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+    """Replace inputs by aliases that do not require grad: autograd neither visits them nor calls hooks."""
+    if not positions:
+        return inputs
+    replaced = list(inputs)
+    for i in positions:
+        replaced[i] = inputs[i].detach()
+    return replaced
 
 
 def expect_gradients(outputs: Any, inputs: Sequence[Any], before: Histories, live: Live) -> None:

@@ -17,6 +17,7 @@ from gtcompile.compiler.operator_program import run_operators
 from gtcompile.compiler.partitioning import (
     BackwardWritesError,
     NotHoistableError,
+    SavedMemory,
     partition,
     refuse_backward_writes,
 )
@@ -92,10 +93,10 @@ class SpecializedVariants:
 
     def _compile(self, live: Live) -> Compiled:
         logger.info("compiling a variant with %d live inputs", len(live))
-        memory_budget = self._region.options.activation_memory_budget
+        partitioner = TrainedSetPartitioner(live, self._region.saved_memory)
         try:
             with self._region.compilation():
-                return compile_specialized(self._region, TrainedSetPartitioner(live, memory_budget))
+                return compile_specialized(self._region, partitioner)
         except (*UNTRACEABLE, BackwardWritesError) as error:
             return run_as_captured(self._region.graph, live, error)
 
@@ -107,9 +108,9 @@ class TrainedSetPartitioner(CustomPartitionerFn):
     trained set is ever served the code of another.
     """
 
-    def __init__(self, live: Live, memory_budget: float) -> None:
+    def __init__(self, live: Live, memory: SavedMemory) -> None:
         self.live = live
-        self.memory_budget = memory_budget
+        self.memory = memory
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -123,11 +124,11 @@ class TrainedSetPartitioner(CustomPartitionerFn):
         keep = {input_name(i) for i in self.live}
         joint = drop_unneeded_checks(region_joint(gm), keep)
         joint = restrict_gradients(joint, keep | {EFFECTS})
-        return partition(joint.module, joint_inputs, self.memory_budget, **kwargs)
+        return partition(joint.module, joint_inputs, self.memory, **kwargs)
 
-    def uuid(self) -> tuple[bytes, tuple[int, ...], float]:
-        """Return what the result depends on apart from the graph: this code, the set and the budget."""
-        return get_hash_for_files((__file__,)), tuple(sorted(self.live)), self.memory_budget
+    def uuid(self) -> tuple[bytes, tuple[int, ...], str]:
+        """Return what the result depends on apart from the graph: this code, the set and the memory."""
+        return get_hash_for_files((__file__,)), tuple(sorted(self.live)), str(self.memory)
 
 
 def compile_specialized(region: CapturedRegion, partitioner: TrainedSetPartitioner) -> Compiled:

@@ -180,6 +180,8 @@ def set_role(parameter: nn.Parameter, role: Role) -> None:
 
 def _drop_stray_gradient(parameter: torch.Tensor) -> None:
     """Drop a gradient that eager code computed, and clear the flag so that autograd skips it next time."""
+    if parameter.grad is None:
+        return  # autograd calls this even if a compiled region returned no gradient
     assert isinstance(parameter, nn.Parameter)
     owner = sharded(parameter)
     record = record_of(owner)

@@ -30,7 +30,9 @@ from gtcompile.state.optimizer_state import FrozenState, Setting
 from gtcompile.state.restore import restored
 from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
+from gtcompile.training.cuda_graphs import CudaGraphs, check_recordable
 from gtcompile.training.ddp import ranks_of
+from gtcompile.training.graphed_step import GraphedStep
 from gtcompile.training.measured_batches import first_batches
 from gtcompile.training.prefix_cache import PrefixCache
 from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
@@ -88,12 +90,15 @@ class AdaptiveBackprop:
             epoch, as `PrefixCache` does; a folder to keep their outputs on disk as well; or a `PrefixCache`
             of this model. The budget is that of steps which compute everything, so a cached step is cheaper:
             see `cached_step_flops` and `computed_fraction`.
+        cuda_graphs: record whole training steps as CUDA graphs, one per trained set, so that the host
+            queues one graph instead of a thousand kernels. Train with `train_step` then.
 
     Raises:
         ValueError: a budget out of range, a policy that does not exist or cannot hold the budgets, a pattern
             that matches nothing, or a `DistributedDataParallel` or `FullyShardedDataParallel` that would
             train or send something else; a `prefix_cache` of another model; `budget_seconds` in several
-            processes, or a budget of seconds or bytes for a sharded model.
+            processes, or a budget of seconds or bytes for a sharded model; `cuda_graphs` where steps cannot
+            be recorded.
         GTCompileError: a `prefix_cache` for a model without repeated blocks, or compiled as a whole.
         TypeError: a single string where patterns are expected.
     """
@@ -115,6 +120,7 @@ class AdaptiveBackprop:
         frozen_state: Setting = "keep",
         seed: int = 0,
         prefix_cache: PrefixCache | bool | str | Path = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self._ranks, model = ranks_of(model), without_replicas(model)
         enter_shards(model)
@@ -132,6 +138,7 @@ class AdaptiveBackprop:
         )
         if budget_of == "full_finetuning":
             refuse_quantized(unwrap(model))
+        self._graphed = self._graphed_step(prefix_cache) if cuda_graphs else None
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
         cache = prefix_cache_of(model, prefix_cache)
@@ -284,6 +291,8 @@ class AdaptiveBackprop:
         if max_batches is not None and max_batches < 1:
             raise ValueError(f"expected max_batches of at least 1, or None for all, got {max_batches!r}")
         enter_shards(self._model)
+        if self._graphed:
+            self._graphed.forget()  # measuring needs memory
         ranks.agree(self._common_ground())
         with self._not_counted(), restored(unwrap(self._model)):
             chosen = first_batches(batches, max_batches)
@@ -385,6 +394,30 @@ class AdaptiveBackprop:
             whole_flops=known.budget_whole,
             block_flops=known.block_flops,
         )
+    def train_step(self, batch: Any) -> torch.Tensor:
+        """Run forward, backward and the optimizer for one batch, as a CUDA graph from the fourth step on.
+
+        The first steps with a set run as usual and train as usual; then one step is recorded, and replayed
+        for every batch of its shapes until the set changes. Batches of other shapes run as usual. Schedulers
+        and `step` are called afterwards, as in a loop of your own. A replay calls no Python code: hooks do
+        not run, and what a forward decides by itself, such as dropping a layer at random, is fixed.
+
+        Args:
+            batch: as for `reselect`, on any device.
+
+        Returns:
+            The loss, without history; nothing waits for the device until you read it.
+
+        Raises:
+            GTCompileError: this was made without `cuda_graphs=True`, there are gradients from before,
+                autocast is on outside of `loss_fn`, or the step cannot be recorded.
+        """
+        if self._graphed is None:
+            raise GTCompileError(
+                "train_step replays CUDA graphs: make AdaptiveBackprop(..., cuda_graphs=True), or call "
+                "backward() and optimizer.step() yourself"
+            )
+        return self._graphed(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, as JSON types; neither weights nor the optimizer's state."""
@@ -503,8 +536,17 @@ class AdaptiveBackprop:
         if self._prefix:
             self._prefix.count(self.step_flops, self._schedule.whole_flops if self._schedule else 0)
 
+    def _graphed_step(self, prefix_cache: object) -> GraphedStep:
+        if prefix_cache is not False:
+            raise ValueError("prefix_cache looks every batch up on the host, which no CUDA graph does")
+        check_recordable(self._model, self._optimizer, self._ranks.count)
+        recorder = CudaGraphs(next(self._model.parameters()).device)
+        return GraphedStep(self._model, self._optimizer, self._loss_fn, recorder)
+
     def _train(self, trained: frozenset[str]) -> None:
         self._count_forwards()
+        if self._graphed:
+            self._graphed.forget()
         self._trained = set_trained(self._model, trained)
         self._frozen_state.apply()
 

@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from benchmarks.gpu import account, energy, steps, tables
+from benchmarks.gpu.candidates import GRAPHED, MAKERS, refusal
 from benchmarks.gpu.command import PRELOAD, main
 from benchmarks.gpu.kernels import kind_of
 from benchmarks.gpu.setting import SHORT
 from benchmarks.gpu.stages import STAGES, with_needs
 from benchmarks.processes import Ended, Job, Result, run_jobs
+from gtcompile.training.cuda_graphs import check_recordable
 from tests.support.jobs import count_up, die, fail, loop
 
 ROOT = Path(__file__).parents[2]
@@ -164,3 +167,10 @@ def test_a_cpu_has_no_counter_of_energy():
 )
 def test_kernels_are_told_apart_by_their_names(kernel, kind):
     assert kind_of(kernel) == kind
+
+
+def test_a_cpu_measures_every_way_except_cuda_graphs():
+    refused = {way: refusal(way, torch.device("cpu")) for way in MAKERS}
+    assert {way for way, reason in refused.items() if reason} == {GRAPHED}
+    with pytest.raises(ValueError, match=refused[GRAPHED]):
+        check_recordable(torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), processes=1)

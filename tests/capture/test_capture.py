@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gtcompile import CaptureError, backward_costs, compile_blocks
-from gtcompile.capture.capture import capture
+from gtcompile.capture.capture import _tell_devices, capture
 from gtcompile.capture.model_io import check_batch, list_parameters, loss_of, unwrap
 from gtcompile.capture.pristine_model import blocks_uncompiled
 from gtcompile.costs.backward_costs import costs_of
 from gtcompile.graph.flops import count_flops
 from gtcompile.graph.joint_graph import ONE_BATCH
-from gtcompile.torch_internals import TangentAOTInput
+from gtcompile.torch_internals import FakeTensorMode, TangentAOTInput
 from tests.support.graphs import text_of
 from tests.support.models import POOL, Recipe, Regression, make_batch, random_sets
 
@@ -620,3 +620,13 @@ except gtcompile.CaptureError as error:
     assert "could not capture Failing as one graph" in run.stdout
     assert "  Through Dynamo, as torch.compile captures. " in run.stdout
     assert "  Operator by operator, with the values of this batch. RuntimeError: too warm" in run.stdout
+
+
+def test_a_batch_on_another_device_is_said_to_be_there():
+    model = nn.Linear(2, 2)
+    with FakeTensorMode():
+        elsewhere = torch.empty(2, device="cuda:0")
+    told = _tell_devices(model, {"x": elsewhere, "name": "a"})
+    assert told == "\nThe model is on cpu and the batch on cuda:0: move the batch there first."
+    assert _tell_devices(model, {"x": elsewhere, "lengths": torch.ones(2)}) == ""
+    assert _tell_devices(model.to("meta"), {"x": elsewhere}) == ""

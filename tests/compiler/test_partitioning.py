@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtcompile.compiler.blocks import compile_blocks
-from gtcompile.compiler.partitioning import HoistingPartitioner
+from gtcompile.compiler.partitioning import HoistingPartitioner, SavedMemory
 from gtcompile.compiler.specialized import TrainedSetPartitioner
 from gtcompile.costs.backward_costs import backward_costs
 from gtcompile.state.trained_set import train_only
@@ -88,7 +88,8 @@ def test_blocks_of_generated_code_keep_to_a_budget():
 
 
 @pytest.mark.parametrize(
-    "make", [HoistingPartitioner, lambda budget: TrainedSetPartitioner(frozenset({1}), budget)]
+    "make", [HoistingPartitioner, lambda memory: TrainedSetPartitioner(frozenset({1}), memory)]
 )
-def test_no_budget_is_served_the_code_of_another(make):
-    assert make(0.5).uuid() != make(1.0).uuid()
+def test_no_budget_and_no_parameters_are_served_the_code_of_others(make):
+    kinds = [SavedMemory(budget=b, parameters=p) for b in (0.5, 1.0) for p in ((), (1,))]
+    assert len({make(memory).uuid() for memory in kinds}) == 4

@@ -288,3 +288,19 @@ def test_a_parameter_at_the_address_of_a_frozen_one_that_it_replaces_is_frozen()
     step(model, batch)
     assert expected.keys() == {"head.weight", "layers.0.norm.weight"}
     assert_same_gradients(model, expected)
+
+
+@VARIANTS
+def test_from_the_second_step_on_autograd_does_not_visit_frozen_parameters(variants):
+    model, batch = Regression(3), make_batch()
+    run = compiled(model, variants=variants)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {"layers.1.weight", "layers.2.bias"}
+    train_only(run, trained)
+    step(run, batch)
+    todo, visited = [run(**batch).grad_fn], set()
+    while todo:
+        node = todo.pop()
+        visited |= {names[id(node.variable)]} if hasattr(node, "variable") else set()
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    assert visited == trained
