@@ -23,13 +23,13 @@ from benchmarks.switching import make_workload
 from benchmarks.workloads import Workload, hoisted_blocks
 from gtcompile import StepPrices, select_parameters
 from gtcompile.costs.backward_costs import BackwardCosts, costs_of
+from gtcompile.prices.saved_values import compiled_parts, saved_values
+from gtcompile.prices.step_prices import memory_price
+from gtcompile.prices.step_timing import Clock, measure_rates
 from gtcompile.tools.bench.baselines import Candidate, Trained, eager
 from gtcompile.tools.bench.measurement import describe_machine, wait_for
 from gtcompile.tools.common.known_importances import draw_importance
 from gtcompile.tools.common.step_memory import peak_bytes, saved_bytes
-from gtcompile.training.saved_values import compiled_parts, saved_values
-from gtcompile.training.step_prices import memory_price
-from gtcompile.training.step_timing import Clock, measure_rates
 
 BUDGETS = (0.5, 0.7)
 """Shares of FLOPs whose best sets are tried, for two importances each."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gtcompile.huggingface.labelled_logits import add_labelled_positions as add_labelled_positions
     from gtcompile.huggingface.labelled_logits import only_labelled_logits as only_labelled_logits
     from gtcompile.importance.estimators import measure_importance as measure_importance
+    from gtcompile.prices.step_prices import step_prices as step_prices
     from gtcompile.selection import policies as policies
     from gtcompile.selection.selection import Selection as Selection
     from gtcompile.selection.selection import select_parameters as select_parameters
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from gtcompile.training.checkpoint import load_training as load_training
     from gtcompile.training.checkpoint import save_training as save_training
     from gtcompile.training.prefix_cache import PrefixCache as PrefixCache
-    from gtcompile.training.step_prices import step_prices as step_prices
     from gtcompile.training.trained_weights import load_trained as load_trained
     from gtcompile.training.trained_weights import save_trained as save_trained
 
@@ -69,7 +69,7 @@ _NAMES = {
     "save_trained": "gtcompile.training.trained_weights",
     "save_training": "gtcompile.training.checkpoint",
     "select_parameters": "gtcompile.selection.selection",
-    "step_prices": "gtcompile.training.step_prices",
+    "step_prices": "gtcompile.prices.step_prices",
     "train_only": "gtcompile.state.trained_set",
     "trained_parameters": "gtcompile.state.trained_set",
     "uncompile_blocks": "gtcompile.compiler.blocks",

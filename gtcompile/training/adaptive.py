@@ -19,6 +19,8 @@ from gtcompile.costs.prices import StepPrices
 from gtcompile.errors import CaptureError, GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.importance.estimators import check_batches, measure_importance
+from gtcompile.prices.step_prices import memory_price, refuse_sharded
+from gtcompile.prices.step_timing import MeasuredRates, measure_rates
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
 from gtcompile.selection.policies import Choose, Policy, check_holds, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
@@ -37,8 +39,6 @@ from gtcompile.training.measured_batches import first_batches
 from gtcompile.training.prefix_cache import PrefixCache
 from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
 from gtcompile.training.step_costs import CostsByShape, PassCosts, StepCosts
-from gtcompile.training.step_prices import memory_price, refuse_sharded
-from gtcompile.training.step_timing import MeasuredRates, measure_rates
 
 logger = logging.getLogger(__name__)
 
@@ -394,6 +394,7 @@ class AdaptiveBackprop:
             whole_flops=known.budget_whole,
             block_flops=known.block_flops,
         )
+
     def train_step(self, batch: Any) -> torch.Tensor:
         """Run forward, backward and the optimizer for one batch, as a CUDA graph from the fourth step on.
 

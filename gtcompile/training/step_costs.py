@@ -20,8 +20,8 @@ from gtcompile.costs.full_finetuning import full_finetuning_flops
 from gtcompile.costs.prices import SharedAmount
 from gtcompile.errors import CaptureError
 from gtcompile.importance.gradient_stream import batch_loss, on_device
+from gtcompile.prices.saved_values import compiled_parts, saved_values
 from gtcompile.state.restore import restored
-from gtcompile.training.saved_values import compiled_parts, saved_values
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"state"},
     {"costs", "importance"},
     {"compiler", "selection"},
+    {"prices"},
     {"training"},
     {"huggingface", "lightning", "testing"},
     {"tools"},

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.step_prices import compare, table_of, verdicts
 from benchmarks.workloads import Workload, hoisted_blocks, opt_shape
-from gtcompile.training import step_timing
+from gtcompile.prices import step_timing
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from gtcompile import AdaptiveBackprop, BudgetError, step_prices
 from gtcompile.costs.backward_costs import SharedWork
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.prices import StepPrices
+from gtcompile.prices import step_timing
+from gtcompile.prices.step_timing import MeasuredRates, StepRates, _backward_flops, probe_sets
 from gtcompile.tools.common.step_memory import saved_bytes
-from gtcompile.training import step_timing
-from gtcompile.training.step_timing import MeasuredRates, StepRates, _backward_flops, probe_sets
 from tests.selection.test_selection import CHAIN
 from tests.training.test_prefix_costs import make_batches, make_llama
 
@@ -31,7 +31,7 @@ def captured_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gtcompile.training.step_prices.capture_everything", remembered)
+        patch.setattr("gtcompile.prices.step_prices.capture_everything", remembered)
         patch.setattr("gtcompile.training.step_costs.capture_everything", remembered)
         yield
 

@@ -7,8 +7,8 @@ from gtcompile import compile_blocks, train_only
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.explain import saved_bytes as read_by_backward
 from gtcompile.costs.prices import make_price
+from gtcompile.prices.saved_values import EVERYTHING, compiled_parts, saved_values
 from gtcompile.tools.common.step_memory import saved_bytes as measured_bytes
-from gtcompile.training.saved_values import EVERYTHING, compiled_parts, saved_values
 from tests.support.models import random_sets
 from tests.training.test_prefix_costs import make_batches, make_llama
 

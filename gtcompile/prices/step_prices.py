@@ -12,11 +12,11 @@ from gtcompile.costs.backward_costs import costs_of
 from gtcompile.costs.dependency_graph import capture_everything
 from gtcompile.costs.prices import Price, SharedAmount, StepPrices, make_price
 from gtcompile.distributed import fsdp
+from gtcompile.prices.saved_values import compiled_parts, saved_values
+from gtcompile.prices.step_timing import measure_rates
 from gtcompile.state.optimizer_state import Setting, check_setting
 from gtcompile.state.parameter_records import was_trainable
 from gtcompile.state.shadow_optimizer import ShadowOptimizer, innermost
-from gtcompile.training.saved_values import compiled_parts, saved_values
-from gtcompile.training.step_timing import measure_rates
 
 State = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""What steps take in seconds and bytes: timed, or read off the graph and torch's partitioner."""
