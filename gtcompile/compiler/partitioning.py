@@ -22,6 +22,7 @@ from gtcompile.torch_internals import (
     SAVED_RANDOM_STATE,
     CustomPartitionerFn,
     OpOverload,
+    ParamAOTInput,
     PlainAOTInput,
     TangentAOTInput,
     functorch_config,
@@ -69,9 +70,16 @@ def partition(
 
 
 def _positions_of(graph: fx.GraphModule, inputs: Sequence[int]) -> list[int]:
-    """Positions among a joint graph's inputs of some inputs of its region."""
+    """Positions among a joint graph's inputs of some inputs of its region, and of what is called a parameter.
+
+    Inputs are called so in the graph of a whole model; in that of a region all are plain inputs.
+    """
     meanings = (node.meta.get(DESCRIPTOR) for node in graph.graph.find_nodes(op="placeholder"))
-    return [i for i, of in enumerate(meanings) if isinstance(of, PlainAOTInput) and of.idx in inputs]
+    return [
+        i
+        for i, of in enumerate(meanings)
+        if isinstance(of, ParamAOTInput) or (isinstance(of, PlainAOTInput) and of.idx in inputs)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from gtcompile.capture.model_io import runs_as_one_region, unwrap
 from gtcompile.capture.pristine_model import compiled_blocks
-from gtcompile.compiler.partitioning import keep_products_in_backward, partition
+from gtcompile.compiler.partitioning import SavedMemory, keep_products_in_backward, partition
 from gtcompile.costs.dependency_graph import nodes_of, parameters_needing
 from gtcompile.costs.prices import SharedAmount
 from gtcompile.graph.joint_graph import JointGraph
@@ -80,8 +80,8 @@ def _saved_by_partitioner(joint: JointGraph, inside: frozenset[str], memory_budg
     """The values that a partition of the joint graph saves in some nodes."""
     given, whole = _given(joint), joint.copy()
     keep_products_in_backward(whole)
-    how = {"num_fwd_outputs": joint.forward_outputs, "static_lifetime_input_indices": None}
-    _, module = partition(whole.module, (), memory_budget, **how)
+    memory = SavedMemory(budget=memory_budget, parameters=())
+    _, module = partition(whole.module, (), memory, num_fwd_outputs=joint.forward_outputs)
     backward = dataclasses.replace(joint, module=module, forward_outputs=0)
     nodes = nodes_of(backward)
     needed = parameters_needing(backward, nodes)
