@@ -101,7 +101,8 @@ class PrefixCache:
         folder: a folder on disk for values, which later runs of the same model on the same examples use too,
             and several at once. Files are found by the contents of the frozen weights, of the example, and by
             the versions of torch and transformers. None keeps values in memory only.
-        max_disk_bytes: size of all files in `folder`.
+        max_disk_bytes: size of all such files in `folder`. Other files and folders in it are neither counted
+            nor deleted.
         ignored: names of the forward's arguments on which no block of the prefix depends.
 
     Raises:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtcompile.capture.model_io import list_parameters, unwrap
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
+from gtcompile.files import write_atomically
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.state.ever_trained import ever_trained, mark_names_trained
@@ -33,8 +34,8 @@ from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 logger = logging.getLogger(__name__)
 
 FILE = "trained.safetensors"
-_NEW = FILE + ".new"
-"""What a file is called while it is written."""
+_UNFINISHED = f".{FILE}.*"
+"""Names of files that a kill left unfinished."""
 _KEY = "gtcompile"
 """Of the description in the file's metadata."""
 _SECONDS = 5
@@ -232,7 +233,9 @@ def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder, before any work, that is none or holds other files but no file of ours."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected a folder, and {path} is a file")
-    others = sorted(each.name for each in path.iterdir() if each.name != _NEW) if path.exists() else []
+    others = (
+        sorted(each.name for each in path.iterdir() if not each.match(_UNFINISHED)) if path.exists() else []
+    )
     if others and FILE not in others:
         raise ValueError(
             f"{path} holds {some(others)} and no {FILE}; give a new folder, or one that save_trained wrote"
@@ -244,13 +247,9 @@ def _refuse_other_folder(path: Path) -> None:
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(tensors), path / _NEW, metadata)
-            with (path / _NEW).open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path / _NEW, path / FILE)
-        finally:
-            (path / _NEW).unlink(missing_ok=True)
+        for unfinished in path.glob(_UNFINISHED):
+            unfinished.unlink()
+        write_atomically(path / FILE, lambda file: save_file(dict(tensors), file, metadata))
     except (OSError, SafetensorError) as error:
         raise GTCompileError(
             f"the trained weights could not be written, and {path} holds what it held before: {error}"

@@ -140,6 +140,7 @@ def test_a_new_state_takes_the_place_of_the_former_and_of_what_a_killed_save_lef
     training = alone()
     save_training(tmp_path, *training, {"step": 1})
     (tmp_path / "state-7").mkdir()
+    (tmp_path / ".latest.k1ll3d").touch()
     save_training(tmp_path, *training, {"step": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "state-1"]
     assert load_training(tmp_path, *alone()) == {"step": 2}
