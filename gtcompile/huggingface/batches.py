@@ -1,17 +1,15 @@
 """Batches of a trainer to measure importance on."""
 
-import contextlib
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from gtcompile.capture.model_io import tensors_of
 from gtcompile.huggingface.trainer_loss import unchanged
 from gtcompile.training import measured_batches
+from gtcompile.training.measured_batches import reseeded
 
 
 def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]:
@@ -23,7 +21,7 @@ def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]
 
     Args:
         loader: a `DataLoader` of the trainer.
-        count: number of batches.
+        count: number of batches. There may be fewer lists of examples than that.
         size: examples per batch; fewer where the data set is smaller than `count * size`. A list of examples
             has the loader's own size.
         seed: decides which examples are drawn.
@@ -41,15 +39,28 @@ def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]
         yield batch
 
 
-def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Yield the batches that `compute_loss` takes, as the trainer makes them of those of its loader.
+def prepared(trainer: Trainer, batches: Iterable[Any], count: int) -> Iterator[dict[str, Any]]:
+    """Yield `count` batches that `compute_loss` takes, as the trainer makes them of those of its loader.
 
     Trainers that generate (TRL's GRPO, RLOO and others) make several of one, and buffer them. They generate
     anew here, and their buffer stays.
 
     Raises:
         TypeError: the trainer's batches are no dictionaries, or have no tensors.
+        ValueError: there are fewer than `count`.
     """
+    made = 0
+    for batch in itertools.islice(_made_of(trainer, batches), count):
+        made += 1
+        yield batch
+    if made < count:
+        raise ValueError(
+            f"expected training data for {count} different batches to measure importance on, got {made}; "
+            f"add examples, or measure on fewer with batches={made}"
+        )
+
+
+def _made_of(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for batch in batches:
         with unchanged(trainer):
             owner: Any = trainer
@@ -73,14 +84,15 @@ def _said(batch: Any) -> str:
 
 
 def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]]:
-    """Draw lists of examples in the order of the loader's sampler, each list once."""
+    """Draw up to `count` lists of examples in the order of the loader's sampler, each list once."""
     if loader.batch_sampler is None:
         stream = iter(loader.dataset)
         for _ in range(count):
-            yield loader.collate_fn(list(itertools.islice(stream, loader.batch_size)))
+            if examples := list(itertools.islice(stream, loader.batch_size)):
+                yield loader.collate_fn(examples)
         return
-    with _reseeded(loader.batch_sampler, seed):
-        drawn: list[list[int]] = []
+    drawn: list[list[int]] = []
+    with reseeded(loader.batch_sampler, seed):
         for indices in loader.batch_sampler:
             if indices not in drawn:  # samplers repeat a list for several steps with the same examples
                 drawn.append(indices)
@@ -88,20 +100,3 @@ def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]
                 break
     for indices in drawn:
         yield loader.collate_fn([loader.dataset[index] for index in indices])
-
-
-@contextlib.contextmanager
-def _reseeded(sampler: Any, seed: str) -> Iterator[None]:
-    """Give the generator inside nested samplers another seed within the block; restore its state after."""
-    while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
-        sampler = inner
-    generator = getattr(sampler, "generator", None)
-    if not isinstance(generator, torch.Generator):
-        yield
-        return
-    state = generator.get_state()
-    generator.manual_seed(random.Random(seed).getrandbits(63))
-    try:
-        yield
-    finally:
-        generator.set_state(state)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -297,8 +296,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            # as many as the user asked for; a trainer may make several of one
-            measured = itertools.islice(prepared(trainer, batches), self._options.batches)
+            measured = prepared(trainer, batches, self._options.batches)
             selection = self.adaptive.reselect(measured, max_batches=None)
         except CaptureError as error:
             raise CaptureError(

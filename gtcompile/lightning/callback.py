@@ -211,7 +211,7 @@ class AdaptiveBackpropCallback(Callback):
         with untouched(trainer, module):
             if self.adaptive.selection is None:
                 batches = check_loss(self._training.loss, module, batches)
-            selection = self.adaptive.reselect(batches)
+            selection = self.adaptive.reselect(batches, max_batches=None)
         self._change(
             selected_at=trainer.global_step, at_step=trainer.global_step, epoch=trainer.current_epoch
         )

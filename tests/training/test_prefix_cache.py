@@ -272,6 +272,20 @@ def test_importance_is_measured_through_the_prefix():
     assert "transformer.h.0.attn.c_attn.weight" in with_cache
 
 
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "output_router_logits"])
+@pytest.mark.parametrize("in_config", [False, True])
+def test_what_every_block_computed_can_be_asked_for(name, in_config):
+    model = make_llama(attn_implementation="eager")
+    cache = gtcompile.PrefixCache(model)
+    train(model, [TOP])
+    before = cache.stats.forwards.copy()
+    asked = {} if in_config else {name: True}
+    if in_config:
+        setattr(model.config, name, True)
+    model(**next(batches(1)), **asked)
+    assert cache.stats.forwards - before == {0: 1}
+
+
 def test_values_beyond_the_limit_are_computed_as_before():
     row = 7 * 16 * 4
     _, cache = warm(max_bytes=2 * row)
