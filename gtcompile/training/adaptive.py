@@ -297,20 +297,11 @@ class AdaptiveBackprop:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - {"prefix"} - state.keys()):
-            raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
-        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
-        if state["policy"] != repr(self._policy):
-            raise ValueError(
-                f"this is the state of the policy {state['policy']}, and here the policy is "
-                f"{self._policy!r}; give the same one"
-            )
+        self.check_state(state)
         history = tuple(
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
-        terms = self._checked_terms(
-            state["budget_fraction"], state["always"], state["never"], state["budget_of"]
-        )
+        terms = self._terms_in(state)
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
@@ -322,6 +313,27 @@ class AdaptiveBackprop:
         self._importance, self._schedule = importance, schedule
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that `load_state_dict` would refuse; nothing changes.
+
+        Raises:
+            ValueError: this is no such state, or that of another model (names the differences) or policy.
+        """
+        if missing := sorted(self.state_dict().keys() - {"prefix"} - state.keys()):
+            raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
+        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
+        if state["policy"] != repr(self._policy):
+            raise ValueError(
+                f"this is the state of the policy {state['policy']}, and here the policy is "
+                f"{self._policy!r}; give the same one"
+            )
+        self._terms_in(state)
+
+    def _terms_in(self, state: Mapping[str, Any]) -> Terms:
+        return self._checked_terms(
+            state["budget_fraction"], state["always"], state["never"], state["budget_of"]
+        )
 
     def _prefix_state(self) -> dict[str, Any]:
         if self._prefix is None:

@@ -104,13 +104,15 @@ def load_training(
         The `progress` given to `save_training`.
 
     Raises:
-        ValueError: there is no saved training, or it is of another model or optimizer; nothing has changed.
+        ValueError: there is no saved training, or it is of another model, optimizer or policy; nothing has
+            changed.
     """
     ranks, path = ranks_of(model), Path(folder)
     enter_shards(model)
     parameters, weights = _by_name(model), unwrap(model).state_dict()
     current, values = ranks.together(lambda: _read(path))
     ranks.together(lambda: _refuse_other(path, values, shapes_of(weights), _groups(optimizer, parameters)))
+    ranks.together(lambda: adaptive.check_state(values["adaptive"]))
     ranks.together(lambda: check_random_state(*values["random"]))
     state = {name: _allocate(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
