@@ -1,17 +1,15 @@
 """Batches of a trainer to measure importance on."""
 
-import contextlib
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from gtcompile.capture.model_io import tensors_of
 from gtcompile.huggingface.trainer_loss import unchanged
 from gtcompile.training import measured_batches
+from gtcompile.training.measured_batches import reseeded
 
 
 def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]:
@@ -23,7 +21,7 @@ def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]
 
     Args:
         loader: a `DataLoader` of the trainer.
-        count: number of batches.
+        count: number of batches. There may be fewer lists of examples than that.
         size: examples per batch; fewer where the data set is smaller than `count * size`. A list of examples
             has the loader's own size.
         seed: decides which examples are drawn.
@@ -45,7 +43,7 @@ def batches_of_an_epoch(loader: Any, most: int, seed: str) -> Iterator[dict[str,
     """Collate some batches of an epoch, spread evenly over it, as the loader's sampler groups the examples.
 
     It may be another epoch than the one to come: a sampler that groups examples by length does so anew each
-    time. The random state changes.
+    time.
 
     Args:
         loader: a `DataLoader` of the trainer.
@@ -57,8 +55,7 @@ def batches_of_an_epoch(loader: Any, most: int, seed: str) -> Iterator[dict[str,
     """
     if loader.batch_sampler is None:
         return
-    torch.manual_seed(random.Random(seed).getrandbits(63))  # samplers without a generator of their own
-    with _reseeded(loader.batch_sampler, seed):
+    with reseeded(loader.batch_sampler, seed):
         groups = list(loader.batch_sampler)
     for index in sorted({round(i * len(groups) / most) for i in range(most)} & set(range(len(groups)))):
         batch = loader.collate_fn([loader.dataset[example] for example in groups[index]])
@@ -67,15 +64,29 @@ def batches_of_an_epoch(loader: Any, most: int, seed: str) -> Iterator[dict[str,
         yield {**batch}
 
 
-def prepared(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Yield the batches that `compute_loss` takes, as the trainer makes them of those of its loader.
+def prepared(trainer: Trainer, batches: Iterable[Any], count: int) -> Iterator[dict[str, Any]]:
+    """Yield `count` batches that `compute_loss` takes, as the trainer makes them of those of its loader.
 
     Trainers that generate (TRL's GRPO, RLOO and others) make several of one, and buffer them. They generate
     anew here, and their buffer stays.
 
     Raises:
         TypeError: the trainer's batches are no dictionaries, or have no tensors.
+        ValueError: there are fewer than `count`.
     """
+    made = 0
+    for batch in itertools.islice(made_of(trainer, batches), count):
+        made += 1
+        yield batch
+    if made < count:
+        raise ValueError(
+            f"expected training data for {count} different batches to measure importance on, got {made}; "
+            f"add examples, or measure on fewer with batches={made}"
+        )
+
+
+def made_of(trainer: Trainer, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the trainer makes of batches of its loader, as many as these give; as `prepared` does."""
     for batch in batches:
         with unchanged(trainer):
             owner: Any = trainer
@@ -99,14 +110,15 @@ def _said(batch: Any) -> str:
 
 
 def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]]:
-    """Draw lists of examples in the order of the loader's sampler, each list once."""
+    """Draw up to `count` lists of examples in the order of the loader's sampler, each list once."""
     if loader.batch_sampler is None:
         stream = iter(loader.dataset)
         for _ in range(count):
-            yield loader.collate_fn(list(itertools.islice(stream, loader.batch_size)))
+            if examples := list(itertools.islice(stream, loader.batch_size)):
+                yield loader.collate_fn(examples)
         return
-    with _reseeded(loader.batch_sampler, seed):
-        drawn: list[list[int]] = []
+    drawn: list[list[int]] = []
+    with reseeded(loader.batch_sampler, seed):
         for indices in loader.batch_sampler:
             if indices not in drawn:  # samplers repeat a list for several steps with the same examples
                 drawn.append(indices)
@@ -114,20 +126,3 @@ def _lists_of_examples(loader: Any, count: int, seed: str) -> Iterator[list[Any]
                 break
     for indices in drawn:
         yield loader.collate_fn([loader.dataset[index] for index in indices])
-
-
-@contextlib.contextmanager
-def _reseeded(sampler: Any, seed: str) -> Iterator[None]:
-    """Give the generator inside nested samplers another seed within the block; restore its state after."""
-    while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
-        sampler = inner
-    generator = getattr(sampler, "generator", None)
-    if not isinstance(generator, torch.Generator):
-        yield
-        return
-    state = generator.get_state()
-    generator.manual_seed(random.Random(seed).getrandbits(63))
-    try:
-        yield
-    finally:
-        generator.set_state(state)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -15,19 +14,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from gtcompile.compiler.blocks import compile_blocks, find_blocks, uncompile_blocks
 from gtcompile.errors import CaptureError, GTCompileError
-from gtcompile.huggingface.batches import batches_of_an_epoch, draw_batches, prepared
+from gtcompile.huggingface.batches import batches_of_an_epoch, draw_batches, made_of, prepared
 from gtcompile.huggingface.compatibility import (
     check_labels_stay,
     check_trainer,
     check_uncompiled,
-    remove_input_hooks,
+    input_hooks_removed,
 )
 from gtcompile.huggingface.trainer_loss import (
     TrainerLoss,
@@ -35,7 +33,6 @@ from gtcompile.huggingface.trainer_loss import (
     batches_noted,
     labelled_logits_only_in,
 )
-from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import (
     complete_when_saved,
     forget_state_of_others,
@@ -43,7 +40,14 @@ from gtcompile.state.optimizer_state import (
 )
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.callback_options import CallbackOptions, Progress, takes
+from gtcompile.training.callback_options import (
+    CallbackOptions,
+    Progress,
+    selection_numbers,
+    takes,
+    used_by_another_training,
+    warn_of_other_torch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +64,8 @@ class _Training:
     """The model without wrappers of parallel training."""
     optimizer: Optimizer
     """The optimizer as accelerate prepared it."""
-    completion: RemovableHandle | None
-    """The hook that completes the saved state of a sharded model's optimizer."""
-    trainer_changes: contextlib.ExitStack
-    """Undoes what the callback changed on the trainer."""
+    changes: contextlib.ExitStack
+    """Undoes what the callback changed on the model, the optimizer and the trainer."""
 
 
 class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
@@ -178,26 +180,23 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         trainer = self._trainer_of(state)
         self._check(trainer)
         model, optimizer, options = kwargs["model"], kwargs["optimizer"], self._options
-        remove_input_hooks(model)
-        self._progress = Progress()
-        self._adaptive = self._make_adaptive(trainer, model, optimizer)
-        if options.compiled:
-            whole_model = [""]
-            blocks = list(find_blocks(model)) or whole_model
-            compile_blocks(model, blocks=blocks, **options.compile_options)
-        self._training = _Training(
-            trainer=trainer,
-            model=model,
-            optimizer=optimizer,
-            completion=complete_when_saved(optimizer) if trainer.is_fsdp_enabled else None,
-            trainer_changes=contextlib.ExitStack(),
-        )
-        changes = self._training.trainer_changes
-        changes.enter_context(adapters_switched_safely(trainer, model))
-        changes.enter_context(batches_noted(trainer, self._passed.append))
-        if (cache := self._adaptive.prefix_cache) is not None:
-            changes.callback(cache.remove)
+        self._progress, changes = Progress(), contextlib.ExitStack()
+        self._training = _Training(trainer=trainer, model=model, optimizer=optimizer, changes=changes)
         try:
+            if trainer.is_fsdp_enabled:
+                changes.callback(complete_when_saved(optimizer).remove)
+            changes.callback(train_only, model, None)
+            changes.enter_context(input_hooks_removed(model))
+            self._adaptive = self._make_adaptive(trainer, model, optimizer)
+            if (cache := self._adaptive.prefix_cache) is not None:
+                changes.callback(cache.remove)
+            if options.compiled:
+                changes.callback(uncompile_blocks, model)
+                whole_model = [""]
+                blocks = list(find_blocks(model)) or whole_model
+                compile_blocks(model, blocks=blocks, **options.compile_options)
+            changes.enter_context(adapters_switched_safely(trainer, model))
+            changes.enter_context(batches_noted(trainer, self._passed.append))
             if options.labelled_logits:
                 changes.enter_context(labelled_logits_only_in(trainer, model))
             self._restore(state)
@@ -290,7 +289,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         For a sharded model, missing optimizer state is filled in when it is saved, so a checkpoint must name
         the parameters that had state before.
         """
-        if self._training is None or self._training.completion is None:
+        if self._training is None or not self._training.trainer.is_fsdp_enabled:
             return None
         return parameters_with_state(self._training.model, self._training.optimizer)
 
@@ -316,17 +315,14 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         if self._training is None:
-            raise GTCompileError(
-                f"another training uses this {type(self).__name__} by now; give each trainer its own"
-            )
+            raise used_by_another_training(self)
         trainer = self._training.trainer
         self._training.model.train()  # like the step that follows; an evaluation may have come before it
         batches = self.measured_batches(args, state, loader)
         try:
-            # as many as the user asked for; a trainer may make several of one
-            measured = itertools.islice(prepared(trainer, batches), self._options.batches)
+            measured = prepared(trainer, batches, self._options.batches)
             epoch = batches_of_an_epoch(loader, SHAPES_SEEN, f"{args.seed} {state.global_step}")
-            like = prepared(trainer, epoch)
+            like = made_of(trainer, epoch)
             selection = self.adaptive.reselect(measured, max_batches=None, like=like)
         except CaptureError as error:
             raise CaptureError(
@@ -334,17 +330,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             ) from error
         self._change(selected_at=state.global_step)
         logger.info("step %d: %s", state.global_step, selection)
-        trainer.log(self._numbers(selection))
-
-    def _numbers(self, selection: Selection) -> dict[str, float]:
-        """The numbers that are logged for a selection."""
-        numbers = {
-            "adaptive/trained_parameters": len(selection.trained),
-            "adaptive/selectable_parameters": selection.selectable,
-            "adaptive/flops_fraction": selection.step_fraction,
-            "adaptive/importance": selection.importance,
-        }
-        return numbers | selection.further_numbers | self._spent()
+        trainer.log(selection_numbers(selection) | self._spent())
 
     def _spent(self) -> dict[str, float]:
         """Shares of FLOPs of all steps so far; with a prefix cache, also of what they computed."""
@@ -363,11 +349,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         if state.global_step == 0 or progress is None or progress["adaptive"] is None:
             return
         self._options.check_resumed(saved["args"])
-        if progress["torch"] != torch.__version__:
-            logger.warning(
-                "resumed with torch %s, saved with %s: the continuation may differ in rounding",
-                *(torch.__version__, progress["torch"]),
-            )
+        warn_of_other_torch(progress["torch"])
         if (kept := progress.get("with_state")) is not None:
             assert self._training is not None
             forget_state_of_others(self._training.model, self._training.optimizer, kept)
@@ -385,14 +367,8 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
     def _release(self) -> None:
         """Leave the model as it was before training."""
         training, self._training = self._training, None
-        if training is None:
-            return
-        training.trainer_changes.close()
-        if self._options.compiled:
-            uncompile_blocks(training.model)
-        train_only(training.model, None)
-        if training.completion is not None:
-            training.completion.remove()
+        if training is not None:
+            training.changes.close()
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, type(self))

@@ -1,5 +1,6 @@
 """Settings of Hugging Face's trainers that would undo adaptive backpropagation: refused, or repaired."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -57,18 +58,32 @@ def check_labels_stay(trainer: Trainer) -> None:
         )
 
 
-def remove_input_hooks(model: nn.Module) -> None:
-    """Remove the hooks that make embedding outputs require grad; PEFT and TRL each register one.
+@contextlib.contextmanager
+def input_hooks_removed(model: nn.Module) -> Iterator[None]:
+    """Within the block, leave out the hooks that make embedding outputs require grad; PEFT and TRL add some.
 
     Only reentrant checkpointing needs them. With any other, the backward would run through every frozen block
     below the deepest trained parameter.
     """
-    for module in model.modules():
-        for key in module._forward_hooks.keys() - without_forcing(module._forward_hooks):
-            del module._forward_hooks[key]
-            logger.info(
-                "removed a hook that makes embedding outputs require grad: the backward would run down to it"
-            )
+    former = {module: dict(module._forward_hooks) for module in model.modules()}
+    former = {module: hooks for module, hooks in former.items() if without_forcing(hooks) != hooks}
+    for module, hooks in former.items():
+        _replace(module._forward_hooks, without_forcing(hooks))
+        logger.info(
+            "removed a hook that makes embedding outputs require grad: the backward would run down to it"
+        )
+    try:
+        yield
+    finally:
+        for module, hooks in former.items():
+            now, others = dict(module._forward_hooks), without_forcing(hooks)
+            kept = {key: hook for key, hook in hooks.items() if key in now or key not in others}
+            _replace(module._forward_hooks, kept | now)  # in the order in which they ran before
+
+
+def _replace(hooks: dict[int, Any], by: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(by)
 
 
 def _problems(trainer: Trainer, callback: type[TrainerCallback]) -> Iterator[str]:

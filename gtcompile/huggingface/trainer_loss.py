@@ -47,10 +47,12 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
     """Restore a trainer's attributes after the block.
 
     The contents of dictionaries of plain values are restored as well, and so is the trainer's state: trainers
-    count and record in them what they log.
+    count and record in them what they log. Within the block, nothing is logged.
     """
     kept = {name: _copy_if_plain(value) for name, value in vars(trainer).items()}
     trainer.state = copy.copy(trainer.state)
+    trainer.state.log_history = [*trainer.state.log_history]
+    trainer.log = _log_nothing  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -140,6 +142,10 @@ def _with_flags_unchanged(method: Callable[..., Any], model: nn.Module) -> Calla
             return method(*args, **kwargs)
 
     return run
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of a trainer's `log`, which tells callbacks and loggers as well."""
 
 
 def _copy_if_plain(value: Any) -> Any:

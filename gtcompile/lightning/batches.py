@@ -1,16 +1,18 @@
 """Batches of a Lightning trainer's loaders to measure importance on."""
 
-import contextlib
 import itertools
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from gtcompile.lightning.framework import LightningModule, Trainer
-from gtcompile.training.measured_batches import collate_batches, draw_batches, draw_examples
+from gtcompile.training.measured_batches import (
+    collate_batches,
+    draw_batches,
+    draw_examples,
+    reseeded,
+)
 
 WHOLE_DATA = (RandomSampler, SequentialSampler, DistributedSampler)
 """Samplers of exactly these types visit every example. With any other, the sampler chooses what is drawn."""
@@ -78,18 +80,5 @@ def _sampled(sampler: Any, count: int, seed: str) -> list[Any]:
 
     A sampler may exclude examples (those of a validation, for example) or weigh them.
     """
-    with torch.random.fork_rng(devices=[]), _generator_kept(sampler):
-        torch.default_generator.manual_seed(random.Random(seed).getrandbits(62))
+    with reseeded(sampler, seed):
         return list(itertools.islice(iter(sampler), count))
-
-
-@contextlib.contextmanager
-def _generator_kept(sampler: Any) -> Iterator[None]:
-    """Restore the random generator of a sampler after the block, if it has one of its own."""
-    generator = getattr(sampler, "generator", None)
-    state = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_state(state)

@@ -14,10 +14,16 @@ from gtcompile.lightning.blocks import compile_children, uncompile_children
 from gtcompile.lightning.compatibility import check_replicas, check_trainer
 from gtcompile.lightning.framework import Callback, LightningModule, Trainer
 from gtcompile.lightning.training_loss import TrainingLoss, check_loss, training_loss, untouched
-from gtcompile.selection.selection import Selection
 from gtcompile.state.trained_set import train_only
 from gtcompile.training.adaptive import AdaptiveBackprop
-from gtcompile.training.callback_options import CallbackOptions, Progress, takes
+from gtcompile.training.callback_options import (
+    CallbackOptions,
+    Progress,
+    selection_numbers,
+    takes,
+    used_by_another_training,
+    warn_of_other_torch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +190,8 @@ class AdaptiveBackpropCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was spent; leave the module as it was before training."""
-        if (spent := self._progress.mean_fraction) is not None:
-            _log(trainer, {"adaptive/flops_fraction_spent": spent})
+        if spent := self._progress.spent_numbers:
+            _log(trainer, spent)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -208,33 +214,18 @@ class AdaptiveBackpropCallback(Callback):
 
     def _reselect(self, trainer: Trainer, module: LightningModule) -> None:
         if self._training is None:
-            raise GTCompileError(
-                f"another training uses this {type(self).__name__} by now; give each trainer its own"
-            )
+            raise used_by_another_training(self)
         seed = f"{self._options.seed} {trainer.global_step} {trainer.global_rank}"
         batches = measured_batches(trainer, module, self._options.batches, seed)
         with untouched(trainer, module):
             if self.adaptive.selection is None:
                 batches = check_loss(self._training.loss, module, batches)
-            selection = self.adaptive.reselect(batches)
+            selection = self.adaptive.reselect(batches, max_batches=None)
         self._change(
             selected_at=trainer.global_step, at_step=trainer.global_step, epoch=trainer.current_epoch
         )
         logger.info("step %d: %s", trainer.global_step, selection)
-        _log(trainer, self._numbers(selection))
-
-    def _numbers(self, selection: Selection) -> dict[str, float]:
-        """The numbers that are logged for a selection."""
-        numbers = {
-            "adaptive/trained_parameters": float(len(selection.trained)),
-            "adaptive/selectable_parameters": float(selection.selectable),
-            "adaptive/flops_fraction": selection.step_fraction,
-            "adaptive/importance": selection.importance,
-            **selection.further_numbers,
-        }
-        if (spent := self._progress.mean_fraction) is not None:
-            numbers["adaptive/flops_fraction_spent"] = spent
-        return numbers
+        _log(trainer, selection_numbers(selection) | self._progress.spent_numbers)
 
     def _state(self) -> dict[str, Any]:
         if self._progress.selected_at < 0:
@@ -248,11 +239,7 @@ class AdaptiveBackpropCallback(Callback):
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._options.check_resumed(saved["options"])
-        if saved["torch"] != torch.__version__:
-            logger.warning(
-                "resumed with torch %s, saved with %s: the continuation may differ in rounding",
-                *(torch.__version__, saved["torch"]),
-            )
+        warn_of_other_torch(saved["torch"])
         self.adaptive.load_state_dict(saved["adaptive"])
         self._progress = _Progress(**saved["progress"])
 

@@ -452,25 +452,11 @@ class AdaptiveBackprop:
             ValueError: this is no such state, or that of another model (names the differences) or policy;
                 nothing has changed then.
         """
-        if missing := sorted(self.state_dict().keys() - _OPTIONAL - state.keys()):
-            raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
-        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
-        if state["policy"] != repr(self._policy):
-            raise ValueError(
-                f"this is the state of the policy {state['policy']}, and here the policy is "
-                f"{self._policy!r}; give the same one"
-            )
+        self.check_state(state)
         history = tuple(
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
-        terms = self._checked_terms(
-            state["budget_fraction"],
-            state["always"],
-            state["never"],
-            state["budget_of"],
-            budget_seconds=state.get("budget_seconds"),
-            budget_memory=state.get("budget_memory"),
-        )
+        terms = self._terms_in(state)
         rates = MeasuredRates.from_json(state["rates"]) if state.get("rates") else None
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
@@ -485,6 +471,32 @@ class AdaptiveBackprop:
         self._costs = self._new_costs()
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that `load_state_dict` would refuse; nothing changes.
+
+        Raises:
+            ValueError: this is no such state, or that of another model (names the differences) or policy.
+        """
+        if missing := sorted(self.state_dict().keys() - _OPTIONAL - state.keys()):
+            raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
+        check_same_model(state["parameters"], _shapes(self._model), "this is the state")
+        if state["policy"] != repr(self._policy):
+            raise ValueError(
+                f"this is the state of the policy {state['policy']}, and here the policy is "
+                f"{self._policy!r}; give the same one"
+            )
+        self._terms_in(state)
+
+    def _terms_in(self, state: Mapping[str, Any]) -> Terms:
+        return self._checked_terms(
+            state["budget_fraction"],
+            state["always"],
+            state["never"],
+            state["budget_of"],
+            budget_seconds=state.get("budget_seconds"),
+            budget_memory=state.get("budget_memory"),
+        )
 
     def _new_costs(self) -> CostsByShape:
         """Costs that are not captured yet; with saved bytes if there is a budget of them."""

@@ -24,9 +24,10 @@ class TensorVersions:
 
     def equals(self, other: "TensorVersions") -> bool:
         """Whether both hold the same tensors at the same versions."""
-        pairs = zip(self._versions, other._versions, strict=False)
-        alike = all(own is its and version == its_version for (own, version), (its, its_version) in pairs)
-        return alike and len(self._versions) == len(other._versions)
+        if len(self._versions) != len(other._versions):
+            return False
+        pairs = zip(self._versions, other._versions, strict=True)
+        return all(own is its and version == its_version for (own, version), (its, its_version) in pairs)
 
 
 class BlockStack:

@@ -1,19 +1,26 @@
-"""Options of the callbacks for trainers, and the progress of one training, as frozen values."""
+"""Options of the callbacks for trainers, the progress of one training, and what both callbacks report."""
 
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
+import torch
+
 from gtcompile.compiler.options import parse_options
 from gtcompile.costs.budgets import BudgetOf, resolved_budget
+from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names, refuse_string
 from gtcompile.selection import policies
 from gtcompile.selection.limits import make_terms
+from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import Setting, check_setting
+
+logger = logging.getLogger(__name__)
 
 Every = int | Literal["epoch"]
 """When a new set is selected: at each "epoch", a pass over the data, or after this many optimizer steps."""
@@ -196,6 +203,38 @@ class Progress:
     def mean_fraction(self) -> float | None:
         """Mean share of FLOPs over the steps so far; None before the first step."""
         return self.spent / self.steps if self.steps else None
+
+    @property
+    def spent_numbers(self) -> dict[str, float]:
+        """The mean share of FLOPs, to be logged; empty before the first step."""
+        return {} if self.mean_fraction is None else {"adaptive/flops_fraction_spent": self.mean_fraction}
+
+
+def selection_numbers(selection: Selection) -> dict[str, float]:
+    """The numbers that are logged for a selection."""
+    return {
+        "adaptive/trained_parameters": len(selection.trained),
+        "adaptive/selectable_parameters": selection.selectable,
+        "adaptive/flops_fraction": selection.step_fraction,
+        "adaptive/importance": selection.importance,
+        **selection.further_numbers,
+    }
+
+
+def used_by_another_training(callback: object) -> GTCompileError:
+    """The error for a callback that two trainers share."""
+    return GTCompileError(
+        f"another training uses this {type(callback).__name__} by now; give each trainer its own"
+    )
+
+
+def warn_of_other_torch(saved: str) -> None:
+    """Warn if a checkpoint that is continued was written with this other version of torch."""
+    if saved != torch.__version__:
+        logger.warning(
+            "resumed with torch %s, saved with %s: the continuation may differ in rounding",
+            *(torch.__version__, saved),
+        )
 
 
 def policy_name(policy: Policy) -> str:

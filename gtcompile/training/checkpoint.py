@@ -6,13 +6,12 @@ have some. torch's own helpers would create state for the former and lose that o
 """
 
 import contextlib
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from gtcompile.capture.rng import check_random_state, random_state, restore_rand
 from gtcompile.distributed.fsdp import sharded
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
+from gtcompile.files import write_atomically
 from gtcompile.state.same_model import Shapes, check_same_model, shapes_of
 from gtcompile.state.shadow_optimizer import innermost
 from gtcompile.state.trained_set import enter_shards
@@ -104,13 +104,15 @@ def load_training(
         The `progress` given to `save_training`.
 
     Raises:
-        ValueError: there is no saved training, or it is of another model or optimizer; nothing has changed.
+        ValueError: there is no saved training, or it is of another model, optimizer or policy; nothing has
+            changed.
     """
     ranks, path = ranks_of(model), Path(folder)
     enter_shards(model)
     parameters, weights = _by_name(model), unwrap(model).state_dict()
     current, values = ranks.together(lambda: _read(path))
     ranks.together(lambda: _refuse_other(path, values, shapes_of(weights), _groups(optimizer, parameters)))
+    ranks.together(lambda: adaptive.check_state(values["adaptive"]))
     ranks.together(lambda: check_random_state(*values["random"]))
     state = {name: _allocate(parameters, kept) for name, kept in values["state"].items() if "shape" in kept}
     with _among(ranks) as processes:
@@ -212,6 +214,8 @@ def _among(ranks: Ranks) -> Iterator[dict[str, Any]]:
 def _begin_saving(path: Path) -> str:
     """Return the name of a new folder to write into; remove what an interrupted save left."""
     path.mkdir(parents=True, exist_ok=True)
+    for unfinished in path.glob(f".{_LATEST}.*"):
+        unfinished.unlink()
     current = _latest(path)
     _remove_all_but(path, current)
     return f"state-{int(current.rpartition('-')[2]) + 1 if current else 0}"
@@ -219,17 +223,14 @@ def _begin_saving(path: Path) -> str:
 
 def _finish_saving(path: Path, name: str, values: Mapping[str, Any]) -> None:
     """Write the values, then make the new folder the current state, then remove the former one."""
-    _write(path / name / _VALUES, lambda file: torch.save(dict(values), file))
-    _write(path / f"{_LATEST}.new", lambda file: file.write(name.encode()))
-    os.replace(path / f"{_LATEST}.new", path / _LATEST)
+    write_atomically(path / name / _VALUES, lambda file: _save(values, file))
+    write_atomically(path / _LATEST, lambda file: file.write_text(name, "utf-8"))
     _remove_all_but(path, name)
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    with path.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+def _save(values: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch hides that there is no room
+        torch.save(dict(values), file)
 
 
 def _latest(path: Path) -> str | None:

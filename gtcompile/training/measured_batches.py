@@ -1,5 +1,6 @@
 """Batches to measure importance on, drawn from the training data; training still sees every example."""
 
+import contextlib
 import itertools
 import logging
 import random
@@ -46,6 +47,30 @@ def draw_batches(loader: Any, count: int, size: int, seed: str) -> Iterator[Any]
     """
     examples = draw_examples(loader.dataset, count * size, seed)
     yield from collate_batches(examples, loader, count, size)
+
+
+@contextlib.contextmanager
+def reseeded(sampler: Any, seed: str) -> Iterator[None]:
+    """Within the block, a pass of a sampler draws with this seed; all random states are restored after it.
+
+    Args:
+        sampler: draws from torch's default generator or one of its own. It may wrap others, as `sampler` or
+            `batch_sampler`.
+        seed: decides what it draws.
+    """
+    generators = [torch.default_generator]
+    while sampler is not None:
+        if isinstance(own := getattr(sampler, "generator", None), torch.Generator):
+            generators.append(own)
+        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(random.Random(seed).getrandbits(63))
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def draw_examples(data: Any, count: int, seed: str) -> list[Any]:

@@ -101,7 +101,8 @@ class PrefixCache:
         folder: a folder on disk for values, which later runs of the same model on the same examples use too,
             and several at once. Files are found by the contents of the frozen weights, of the example, and by
             the versions of torch and transformers. None keeps values in memory only.
-        max_disk_bytes: size of all files in `folder`.
+        max_disk_bytes: size of all such files in `folder`. Other files and folders in it are neither counted
+            nor deleted.
         ignored: names of the forward's arguments on which no block of the prefix depends.
 
     Raises:
@@ -131,7 +132,7 @@ class PrefixCache:
         self._max_disk_bytes = max_disk_bytes
         self._max_bytes, self._device, self._ignored = max_bytes, torch.device(device), frozenset(ignored)
         configs = [getattr(module, "config", None) for module in self.model.modules()]
-        self._configs = [vars(c) for c in {id(c): c for c in configs if hasattr(c, "__dict__")}.values()]
+        self._configs = list({id(c): c for c in configs if c is not None}.values())
         self._store: _Store | None = None
         self._hooks = contextlib.ExitStack()
         """Undoes what was done for the present forward."""
@@ -241,7 +242,9 @@ class PrefixCache:
     def _is_concerned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         if self.stats.disabled or not self.enabled:
             return False
-        if any(values.get(name) for values in (kwargs, *self._configs) for name in _RECORDED):
+        if any(kwargs.get(name) for name in _RECORDED):
+            return False
+        if any(getattr(config, name, False) for config in self._configs for name in _RECORDED):
             return False
         inputs = self._inputs(args, kwargs).values()
         if not _trains(module, inputs):

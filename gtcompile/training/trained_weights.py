@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gtcompile.capture.model_io import list_parameters, unwrap
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
+from gtcompile.files import write_atomically
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.graph.names import match_patterns
 from gtcompile.state.ever_trained import ever_trained, mark_names_trained
@@ -33,8 +34,8 @@ from gtcompile.state.ever_trained import ever_trained, mark_names_trained
 logger = logging.getLogger(__name__)
 
 FILE = "trained.safetensors"
-_NEW = FILE + ".new"
-"""What a file is called while it is written."""
+_UNFINISHED = f".{FILE}.*"
+"""Names of files that a kill left unfinished."""
 _KEY = "gtcompile"
 """Of the description in the file's metadata."""
 _SECONDS = 5
@@ -42,14 +43,14 @@ _SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class _Print:
+class _Fingerprint:
     """What two equal tensors have in common."""
 
     shape: tuple[int, ...]
     dtype: str
     checksum: str
 
-    def difference(self, other: "_Print") -> str:
+    def difference(self, other: "_Fingerprint") -> str:
         """Say in words how another tensor differs; empty if it does not."""
         if self.shape != other.shape:
             return f"has shape {list(other.shape)}, not {list(self.shape)}"
@@ -93,28 +94,37 @@ def save_trained(model: nn.Module, folder: str | Path, *, also: Iterable[str] = 
     def write() -> frozenset[str]:
         _refuse_without_values(inner)
         _refuse_other_folder(path)
-        trained = ever_trained(inner) | match_patterns(names_of(list_parameters(inner)), also)
-        if not trained:
-            raise ValueError(
-                f"no parameter of this {type(inner).__name__} was trained since gtcompile was first used in "
-                f"this process; if it was trained before, name the parameters: also=[...]"
-            )
-        trained |= _adapters(inner)
+        trained = _chosen(inner, also)
         tensors = _saved_tensors(inner, trained)
-        untrained = {fqn: p for fqn, p in inner.named_parameters() if fqn not in trained}
-        prints = {
-            name: [p.shape, p.dtype, p.checksum] for name, p in _prints({**untrained, **tensors}).items()
-        }
-        description = {
-            "version": 1,
-            "base": _name_of(inner),
-            "trained": sorted(trained),
-            "tensors": prints,
-        }
-        _write(path, tensors, {_KEY: json.dumps(description)})
+        _write(path, tensors, {_KEY: json.dumps(_description(inner, trained, tensors))})
         return trained
 
     return ranks.from_first(write)
+
+
+def _chosen(model: nn.Module, also: Iterable[str]) -> frozenset[str]:
+    """FQNs of the parameters to save: the trained ones, those that patterns name, and adapters."""
+    trained = ever_trained(model) | match_patterns(names_of(list_parameters(model)), also)
+    if not trained:
+        raise ValueError(
+            f"no parameter of this {type(model).__name__} was trained since gtcompile was first used in "
+            f"this process; if it was trained before, name the parameters: also=[...]"
+        )
+    return trained | _adapters(model)
+
+
+def _description(
+    model: nn.Module, trained: frozenset[str], saved: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What a file says besides the saved tensors, as JSON types."""
+    untrained = {fqn: p for fqn, p in model.named_parameters() if fqn not in trained}
+    fingerprints = _fingerprints({**untrained, **saved})
+    return {
+        "version": 1,
+        "base": _name_of(model),
+        "trained": sorted(trained),
+        "tensors": {name: [f.shape, f.dtype, f.checksum] for name, f in fingerprints.items()},
+    }
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> frozenset[str]:
@@ -138,10 +148,10 @@ def load_trained(model: nn.Module, folder: str | Path) -> frozenset[str]:
     _refuse_without_values(inner)
     description, tensors = _read(path)
     saved = {
-        name: _Print(tuple(shape), dtype, checksum)
+        name: _Fingerprint(tuple(shape), dtype, checksum)
         for name, (shape, dtype, checksum) in description["tensors"].items()
     }
-    damaged = [name for name, p in _prints(tensors).items() if saved.get(name) != p]
+    damaged = [name for name, p in _fingerprints(tensors).items() if saved.get(name) != p]
     if damaged:
         raise ValueError(f"{path} is damaged: {some(damaged)} do not match their checksums; copy it again")
     present = dict(inner.named_parameters()) | dict(_buffers(inner))
@@ -156,7 +166,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> frozenset[str]:
 def _refuse_other_base(
     path: Path,
     description: Mapping[str, Any],
-    saved: Mapping[str, _Print],
+    saved: Mapping[str, _Fingerprint],
     loaded: Iterable[str],
     present: Mapping[str, torch.Tensor],
 ) -> None:
@@ -171,7 +181,7 @@ def _refuse_other_base(
         )
         wrong += [f"{name} {said}" for said in [saved[name].difference(kind)] if said]
     if not wrong:  # values are read only if everything else fits
-        values = _prints({name: present[name] for name in known if name not in loaded})
+        values = _fingerprints({name: present[name] for name in known if name not in loaded})
         wrong += [f"{name} {said}" for name, p in values.items() if (said := saved[name].difference(p))]
     if wrong:
         base = f"{description['base']!r}" if description["base"] else "a model without a name"
@@ -232,7 +242,9 @@ def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder, before any work, that is none or holds other files but no file of ours."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected a folder, and {path} is a file")
-    others = sorted(each.name for each in path.iterdir() if each.name != _NEW) if path.exists() else []
+    others = (
+        sorted(each.name for each in path.iterdir() if not each.match(_UNFINISHED)) if path.exists() else []
+    )
     if others and FILE not in others:
         raise ValueError(
             f"{path} holds {some(others)} and no {FILE}; give a new folder, or one that save_trained wrote"
@@ -244,13 +256,9 @@ def _refuse_other_folder(path: Path) -> None:
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(tensors), path / _NEW, metadata)
-            with (path / _NEW).open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path / _NEW, path / FILE)
-        finally:
-            (path / _NEW).unlink(missing_ok=True)
+        for unfinished in path.glob(_UNFINISHED):
+            unfinished.unlink()
+        write_atomically(path / FILE, lambda file: save_file(dict(tensors), file, metadata))
     except (OSError, SafetensorError) as error:
         raise GTCompileError(
             f"the trained weights could not be written, and {path} holds what it held before: {error}"
@@ -279,12 +287,12 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _prints(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Print]:
+def _fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Fingerprint]:
     """Read every tensor once, on several threads; a line of progress every few seconds."""
     total, done, said = sum(map(_bytes_in, tensors.values())), 0, time.monotonic()
     found = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for name, each in zip(tensors, threads.map(_print_of, tensors.values()), strict=True):
+        for name, each in zip(tensors, threads.map(_fingerprint_of, tensors.values()), strict=True):
             found[name], done = each, done + _bytes_in(tensors[name])
             if time.monotonic() - said > _SECONDS:
                 said = time.monotonic()
@@ -292,12 +300,12 @@ def _prints(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Print]:
     return found
 
 
-def _print_of(tensor: torch.Tensor) -> _Print:
+def _fingerprint_of(tensor: torch.Tensor) -> _Fingerprint:
     checksum = hashlib.blake2b(digest_size=16)
     for part in _plain_parts(tensor.detach()):
         flat = part.cpu().contiguous().view(-1)
         checksum.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return _Print(tuple(tensor.shape), str(tensor.dtype), checksum.hexdigest())
+    return _Fingerprint(tuple(tensor.shape), str(tensor.dtype), checksum.hexdigest())
 
 
 def _plain_parts(tensor: Any) -> Iterator[torch.Tensor]:

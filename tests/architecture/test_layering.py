@@ -15,7 +15,7 @@ import gtcompile.tools
 FOLDERS = {p.__name__: Path(str(p.__file__)).parent for p in (gtcompile, gtcompile.passes, gtcompile.tools)}
 """Where the packages lie: in the checkout, or in site-packages when a wheel is tested."""
 FLOORS = [
-    {"errors", "lazy_names", "torch_internals"},
+    {"errors", "files", "lazy_names", "torch_internals"},
     {"graph"},
     {"passes", "distributed"},
     {"capture"},

@@ -1,8 +1,14 @@
 """Batches to measure importance on: which data and collators are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerState
 
+from gtcompile.huggingface.batches import draw_batches, prepared
 from tests.support.trainer import adaptive, make_data, train
 
 
@@ -28,6 +34,28 @@ def test_batches_that_are_no_dictionary_are_refused(tmp_path):
 def test_too_few_examples_to_measure_on_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 2 training examples to measure importance on, got 1"):
         train(tmp_path, adaptive(), data=make_data(1), max_steps=1)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 6))
+def test_lists_that_repeat_give_the_batches_asked_for_or_an_error(examples, size, count):
+    class Repeating:
+        """Yields each list twice, as samplers do whose trainer takes several steps with it."""
+
+        def __iter__(self):
+            for start in range(0, examples, size):
+                yield from [list(range(start, min(start + size, examples)))] * 2
+
+    loader = SimpleNamespace(dataset=range(examples), batch_sampler=Repeating(), collate_fn=list)
+    trainer = SimpleNamespace(
+        _prepare_inputs=lambda batch: {"rows": torch.tensor(batch)}, state=TrainerState()
+    )
+    there = -(-examples // size)
+    batches = prepared(trainer, draw_batches(loader, count, size, "0"), count)
+    if there < count:
+        with pytest.raises(ValueError, match=r"training (examples|data)"):
+            list(batches)
+    else:
+        assert len({tuple(batch["rows"].tolist()) for batch in batches}) == count
 
 
 def test_batches_that_another_method_completes_are_refused(tmp_path):

@@ -1,8 +1,10 @@
 """Settings of trainers that would undo the selection are refused or repaired."""
 
+import contextlib
+
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import gtcompile
 from gtcompile import AdaptiveBackpropCallback
@@ -63,12 +65,55 @@ def test_engines_that_flatten_parameters_are_refused(tmp_path, setting, reason):
         check_trainer(trainer, AdaptiveBackpropCallback)
 
 
-def test_hooks_that_make_inputs_require_gradients_are_taken_away(tmp_path):
+class Broken(TrainerCallback):
+    """Notes what an embedding's hooks are during training; then fails if told to."""
+
+    def __init__(self, fails):
+        self.fails, self.seen = fails, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen = list(kwargs["model"].get_input_embeddings()._forward_hooks.values())
+        if self.fails:
+            raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_that_make_inputs_require_gradients_are_taken_away_until_training_ends(tmp_path, fails):
+    def own(*_):
+        pass
+
+    model = make_model()
+    embeddings = model.get_input_embeddings()
+    model.enable_input_require_grads()
+    embeddings.register_forward_hook(own)
+    model.enable_input_require_grads()  # PEFT and TRL both do; the first handle is lost
+    before, during = list(embeddings._forward_hooks.items()), Broken(fails)
+    with contextlib.suppress(RuntimeError):
+        train(tmp_path, adaptive(), during, model=model, max_steps=1)
+    assert set(during.seen) & set(dict(before).values()) == {own}
+    assert list(embeddings._forward_hooks.items()) == before
+
+
+@pytest.mark.parametrize("failing", ["find_blocks", "compile_blocks", "labelled_logits_only_in"])
+def test_what_fails_while_training_begins_leaves_the_model_as_it_was(tmp_path, monkeypatch, failing):
+    def fail(*_, **__):
+        raise RuntimeError("broken")
+
+    def hooks(model):
+        every = ("_forward_hooks", "_forward_pre_hooks")
+        found = [each for m in model.modules() for name in every for each in getattr(m, name).items()]
+        # `train_only` looks for replaced parameters, after `train_only(model, None)` as well
+        return [(key, hook) for key, hook in found if hook.__name__ != "notice_replaced_parameters"]
+
     model = make_model()
     model.enable_input_require_grads()
-    model.enable_input_require_grads()  # PEFT and TRL both do; the first handle is lost
-    train(tmp_path, adaptive(), model=model, max_steps=1)
-    assert not model.get_input_embeddings()._forward_hooks
+    before = hooks(model)
+    monkeypatch.setattr(f"gtcompile.huggingface.callback.{failing}", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        train(tmp_path, adaptive(prefix_cache=True, labelled_logits=True), model=model, max_steps=1)
+    assert hooks(model) == before
+    assert not uses_compiled_code(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_trainers_with_a_loss_of_their_own_are_refused_with_labelled_logits(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, default_data_collator
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from gtcompile import PrefixCache, add_labelled_positions, backward_costs, only_labelled_logits
 from gtcompile.graph.flops import count_flops
@@ -45,6 +45,28 @@ def test_what_a_loss_counts_and_records_on_its_trainer_is_put_back_after_measuri
     loss = TrainerLoss(trainer)
     assert loss(trainer.model, trainer.data_collator(make_data(2))).isfinite()
     assert (trainer.seen, trainer.records) == (0, {"train": [1.0]})
+
+
+@pytest.mark.parametrize("how", ["log", "append"])
+def test_what_a_loss_logs_while_it_is_measured_reaches_neither_history_nor_loggers(tmp_path, how):
+    told = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            told.append(logs)
+
+    class Logging(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            entry = {"seen": 1.0}
+            self.log(entry) if how == "log" else self.state.log_history.append(entry)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    settings = {"args": make_args(tmp_path), "train_dataset": make_data(4), "callbacks": [Logger()]}
+    trainer = Logging(model=make_model(), **settings)
+    TrainerLoss(trainer)(trainer.model, trainer.data_collator(make_data(2)))
+    assert (told, trainer.state.log_history) == ([], [])
+    trainer.log({"afterwards": 1.0})
+    assert len(told) == len(trainer.state.log_history) == 1
 
 
 def test_both_exact_savings_train_the_same_losses_under_the_callback(tmp_path):

@@ -150,7 +150,7 @@ def test_measuring_generates_anew_and_leaves_the_trainer_as_it_was():
     loader = trainer.get_train_dataloader()
     generator = loader.batch_sampler.sampler.generator
     order = generator.get_state()
-    made = list(prepared(trainer, draw_batches(loader, 2, 2, "seed")))
+    made = list(prepared(trainer, draw_batches(loader, 2, 2, "seed"), 4))
     assert len(made) == 4  # two lists of prompts, each in as many parts as a step takes
     assert all(part["completion_ids"].shape == (2, 6) for part in made)
     assert trainer._buffered_inputs == ["kept"]

@@ -4,7 +4,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from gtcompile.lightning.batches import _draw
 from tests.support.lightning import QUIET, Module, Witness, adaptive, fit, make_data, make_loader
@@ -24,14 +31,26 @@ def test_examples_are_drawn_by_seed_alone():
     assert drawn(loader) == first != drawn(loader, seed="0 1 0")
 
 
-def test_a_sampler_that_excludes_examples_is_obeyed_and_left_as_it_was():
+SAMPLERS = {
+    "subset": lambda generator: SubsetRandomSampler(range(10), generator),
+    "weighted": lambda generator: WeightedRandomSampler([1.0] * 10 + [0.0] * 30, 40, generator=generator),
+    "wrapped": lambda generator: BatchSampler(SubsetRandomSampler(range(10), generator), 4, drop_last=False),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sampler_that_excludes_examples_is_obeyed_reseeded_and_left_as_it_was(kind, own):
     generator = torch.Generator().manual_seed(3)
-    loader = DataLoader(NUMBERS, batch_size=4, sampler=SubsetRandomSampler(range(10), generator))
-    state, own = torch.get_rng_state(), generator.get_state()
+    sampler = SAMPLERS[kind](generator if own else None)
+    how = {"batch_sampler": sampler} if kind == "wrapped" else {"batch_size": 4, "sampler": sampler}
+    loader = DataLoader(NUMBERS, **how)
+    states = torch.get_rng_state(), generator.get_state()
     batches = drawn(loader, count=2)
     assert all(number < 10 for batch in batches for number in batch)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(generator.get_state(), own)
+    assert drawn(loader, count=2) == batches != drawn(loader, count=2, seed="0 5 0")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(generator.get_state(), states[1])
 
 
 def test_a_batch_sampler_says_how_large_batches_are():

@@ -152,6 +152,21 @@ def counted(folder, *callbacks):
     return module, rows, states.states, trainer.callback_metrics
 
 
+def test_as_many_batches_are_measured_as_were_asked_for(tmp_path, caplog):
+    taken = []
+
+    class Counting(Module):
+        def training_step(self, batch, batch_idx):
+            taken.append(batch)
+            return super().training_step(batch, batch_idx)
+
+    fit(
+        tmp_path, adaptive(batches=17, compiled=False), module=Counting(), loader=make_loader(40), max_steps=1
+    )
+    assert len(taken) >= 17
+    assert "selecting on the first" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
 def test_measuring_neither_logs_nor_counts_nor_draws(tmp_path):
     """Everything trained at every step: what is left of the callback is its measuring."""

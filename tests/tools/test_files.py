@@ -1,13 +1,17 @@
 """Writes are whole or not there."""
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gtcompile.files import write_atomically
 from gtcompile.tools.common.files import (
     read_lines,
-    write_atomically,
     write_folder,
     write_json,
     write_lines,
@@ -55,6 +59,36 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", lambda folder: (folder / "a").write_text("1"))
     write_folder(tmp_path / "model", lambda folder: (folder / "b").write_text("2"))
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_the_old_folder_or_the_new_one_is_there_whenever_a_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    path = tmp_path / "model"
+    write_folder(path, lambda folder: (folder / "a").write_text("1"))
+    steps = []
+
+    def failing_sometimes(step: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: object, **options: object) -> None:
+            steps.append(step)
+            if len(steps) == failing + 1:
+                raise OSError("interrupted")
+            step(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr("os.replace", failing_sometimes(os.replace))
+    monkeypatch.setattr("shutil.rmtree", failing_sometimes(shutil.rmtree))
+    with contextlib.suppress(OSError):
+        write_folder(path, lambda folder: (folder / "a").write_text("2"))
+    assert (path / "a").read_text() in "12"
+
+
+def test_a_folder_gets_the_permissions_of_any_new_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "ours", lambda folder: (folder / "a").write_text("1"))
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_json_and_lines_read_back(tmp_path: Path) -> None:

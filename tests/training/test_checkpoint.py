@@ -117,6 +117,14 @@ def test_what_is_of_another_training_is_refused_and_changes_nothing(tmp_path):
     ):
         load_training(tmp_path, *other)
     torch.testing.assert_close(dict(other[0].state_dict()), before, rtol=0, atol=0)
+    model, optimizer, _ = alone()
+    with torch.no_grad():
+        model.layers[0].bias.add_(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rotating = AdaptiveBackprop(model, optimizer, 0.7, policy="rotating")
+    with pytest.raises(ValueError, match="the state of the policy"):
+        load_training(tmp_path, model, optimizer, rotating)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     model, _, adaptive = alone()
     half = torch.optim.SGD(list(model.parameters())[:4], lr=0.1)
     with pytest.raises(ValueError, match="other parameters in its groups"):
@@ -132,6 +140,7 @@ def test_a_new_state_takes_the_place_of_the_former_and_of_what_a_killed_save_lef
     training = alone()
     save_training(tmp_path, *training, {"step": 1})
     (tmp_path / "state-7").mkdir()
+    (tmp_path / ".latest.k1ll3d").touch()
     save_training(tmp_path, *training, {"step": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "state-1"]
     assert load_training(tmp_path, *alone()) == {"step": 2}

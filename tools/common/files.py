@@ -1,37 +1,13 @@
-"""Write files so that readers find the old content or the new one, never a part."""
+"""Write text, JSON and folders so that readers find the old content or the new one, never a part."""
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, then move it to `path` in one step.
-
-    If anything fails, `path` keeps its old content.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The permissions that the user withholds from new files; temporary files get fewer."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+from gtcompile.files import write_atomically
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,12 +32,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder next to `path`, then replace `path` by it."""
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        write(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Let `write` fill a new folder next to `path`, then replace `path` by it.
+
+    If anything fails, `path` is the old folder. A kill between the two renames leaves both folders, complete,
+    as `old` and `new` in a hidden folder next to `path`.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as hidden:
+        old, new = Path(hidden, "old"), Path(hidden, "new")
+        new.mkdir()  # with the permissions of any new folder, which the hidden one does not have
+        write(new)
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
