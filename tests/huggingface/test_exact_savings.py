@@ -140,9 +140,9 @@ def test_a_model_without_blocks_is_refused_and_left_whole(tmp_path):
 
 def test_the_constructor_shows_its_options_and_refuses_others():
     parameters = inspect.signature(AdaptiveBackpropCallback).parameters
-    assert list(parameters)[:2] == ["budget_fraction", "budget_of"]
+    assert next(iter(parameters)) == "budget_fraction"
     assert parameters["policy"].default == "best"
-    assert parameters["prefix_cache"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert {parameters[name].kind for name in list(parameters)[1:]} == {inspect.Parameter.KEYWORD_ONLY}
     for name in parameters:
         assert f"        {name}: " in inspect.getdoc(AdaptiveBackpropCallback).replace("\n    ", "\n        ")
     with pytest.raises(TypeError, match="AdaptiveBackpropCallback has no option 'polcy'; near names: policy"):
