@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gtcompile.huggingface.labelled_logits import add_labelled_positions as add_labelled_positions
     from gtcompile.huggingface.labelled_logits import only_labelled_logits as only_labelled_logits
     from gtcompile.importance.estimators import measure_importance as measure_importance
+    from gtcompile.prefix.prefix_cache import PrefixCache as PrefixCache
     from gtcompile.prices.step_prices import step_prices as step_prices
     from gtcompile.selection import policies as policies
     from gtcompile.selection.selection import Selection as Selection
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from gtcompile.training.adaptive import AdaptiveBackprop as AdaptiveBackprop
     from gtcompile.training.checkpoint import load_training as load_training
     from gtcompile.training.checkpoint import save_training as save_training
-    from gtcompile.training.prefix_cache import PrefixCache as PrefixCache
     from gtcompile.training.trained_weights import load_trained as load_trained
     from gtcompile.training.trained_weights import save_trained as save_trained
 
@@ -53,7 +53,7 @@ _NAMES = {
     "CompileOptions": "gtcompile.compiler.options",
     "GTCompileError": "gtcompile.errors",
     "GraphContractError": "gtcompile.errors",
-    "PrefixCache": "gtcompile.training.prefix_cache",
+    "PrefixCache": "gtcompile.prefix.prefix_cache",
     "Selection": "gtcompile.selection.selection",
     "StepPrices": "gtcompile.costs.prices",
     "add_labelled_positions": "gtcompile.huggingface.labelled_logits",

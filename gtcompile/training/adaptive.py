@@ -16,11 +16,13 @@ from gtcompile.costs.batch_shapes import batch_shapes
 from gtcompile.costs.budgets import WHOLE, BudgetOf, resolved_budget
 from gtcompile.costs.full_finetuning import refuse_quantized
 from gtcompile.costs.prices import StepPrices
-from gtcompile.errors import CaptureError, GTCompileError
+from gtcompile.errors import GTCompileError
 from gtcompile.graph.joint_graph import names_of
-from gtcompile.importance.estimators import check_batches, measure_importance
-from gtcompile.prices.step_prices import memory_price, refuse_sharded
-from gtcompile.prices.step_timing import MeasuredRates, measure_rates
+from gtcompile.importance.estimators import check_batches
+from gtcompile.prefix.prefix_cache import PrefixCache
+from gtcompile.prefix.prefix_costs import PrefixCosts, prefix_cache_of
+from gtcompile.prices.budget_prices import BudgetPrices
+from gtcompile.prices.step_prices import refuse_sharded
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
 from gtcompile.selection.policies import Choose, Policy, check_holds, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
@@ -34,11 +36,11 @@ from gtcompile.state.same_model import check_same_model
 from gtcompile.state.trained_set import enter_shards, set_trained, trained_parameters
 from gtcompile.training.cuda_graphs import CudaGraphs, check_recordable
 from gtcompile.training.ddp import ranks_of
+from gtcompile.training.decision import Decision, reason, trains_nothing
 from gtcompile.training.graphed_step import GraphedStep
 from gtcompile.training.measured_batches import first_batches
-from gtcompile.training.prefix_cache import PrefixCache
-from gtcompile.training.prefix_costs import PrefixCosts, prefix_cache_of
-from gtcompile.training.step_costs import CostsByShape, PassCosts, StepCosts
+from gtcompile.training.pass_costs import PassCosts, PassTotals
+from gtcompile.training.step_costs import CostsByShape, StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +145,11 @@ class AdaptiveBackprop:
         self._importance: dict[str, float] = {}
         cache = prefix_cache_of(model, prefix_cache)
         self._prefix = None if cache is None else PrefixCosts(cache)
-        self._rates: MeasuredRates | None = None
+        self._prices = BudgetPrices(model, optimizer, loss_fn, frozen_state)
         self._costs = self._new_costs()
+        self._passes = PassTotals(self._prefix)
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
-        self._counted_flops = self._counted_whole = 0
 
     @property
     def budget_fraction(self) -> float:
@@ -239,7 +241,7 @@ class AdaptiveBackprop:
         It is the sum of what they cost over the sum of the FLOPs that `budget_of` names, at the same shapes,
         if nothing comes from a prefix cache.
         """
-        return self._counted_flops / self._counted_whole if self._counted_whole else None
+        return self._passes.fraction
 
     def __repr__(self) -> str:
         whole = WHOLE[self.budget_of]
@@ -297,14 +299,14 @@ class AdaptiveBackprop:
         with self._not_counted(), restored(unwrap(self._model)):
             chosen = first_batches(batches, max_batches)
             checked, known = ranks.together(lambda: self._prepare(chosen, like))
-            prices = ranks.together(lambda: self._prices(checked[0], known))
+            prices = ranks.together(lambda: self._step_prices(checked[0], known))
             limits = ranks.from_first(
                 lambda: apply_terms(known.costs, self._terms, known.whole_flops, prices)
             )
-            importance, plan = self._decide(limits, checked, two_pass=self._two_pass)
-            if _trains_nothing(plan) and self.selection is None and not self._two_pass:
-                logger.warning("%s: measured within each batch instead", _reason(limits))
-                importance, plan = self._decide(limits, checked, two_pass=True)
+            importance, plan = self._plan(limits, checked, two_pass=self._two_pass)
+            if trains_nothing(plan) and self.selection is None and not self._two_pass:
+                logger.warning("%s: measured within each batch instead", reason(limits))
+                importance, plan = self._plan(limits, checked, two_pass=True)
         schedule, selection = self._begin(plan, limits, importance)
         self._train(selection.trained)
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
@@ -327,9 +329,8 @@ class AdaptiveBackprop:
             GTCompileError: nothing was selected yet.
             ValueError, TypeError: your own policy returned no parameters of the model.
         """
-        if self._schedule is None:
-            raise GTCompileError("there is no selection to go on from; call reselect(batches) before step()")
-        trained = self._schedule.next_set()
+        schedule = self._selected("there is no selection to go on from; call reselect(batches) before step()")
+        trained = schedule.next_set()
         if trained != self._trained:
             self._train(trained)
         return trained
@@ -343,13 +344,8 @@ class AdaptiveBackprop:
             GTCompileError: nothing was selected yet.
             CaptureError: the model cannot be captured with this batch.
         """
-        if self._schedule is None:
-            raise GTCompileError("costs are those of a trained set; call reselect(batches) first")
-        if not self._costs.may_learn(batch):
-            return self._pass_costs(self._mean_costs(self._schedule))
-        with self._not_counted():
-            known = self._costs.of(batch, self.budget_of)
-        return self._pass_costs(known)
+        schedule = self._selected("costs are those of a trained set; call reselect(batches) first")
+        return self._passes.costs_of(batch, self._costs, schedule, self._trained, self.budget_of)
 
     def count(self, batch: Any) -> PassCosts:
         """Count a forward and backward with the present set, at this batch's shapes.
@@ -363,37 +359,18 @@ class AdaptiveBackprop:
         Raises:
             GTCompileError: nothing was selected yet.
         """
-        try:
-            took = self.costs_of(batch)
-        except CaptureError as error:
-            assert self._schedule is not None
-            logger.warning("a batch counts as a mean step, since its costs are not known: %s", error)
-            took = self._pass_costs(self._mean_costs(self._schedule))
-        self._counted_flops += took.step_flops
-        self._counted_whole += took.whole_flops
-        if self._prefix:
-            self._prefix.count(took.step_flops, took.whole_flops, took.block_flops)
-        return took
+        schedule = self._selected("costs are those of a trained set; call reselect(batches) first")
+        return self._passes.count(batch, self._costs, schedule, self._trained, self.budget_of)
+
+    def _selected(self, otherwise: str) -> Schedule:
+        """The schedule of the latest selection; `otherwise` is the error's text."""
+        if self._schedule is None:
+            raise GTCompileError(otherwise)
+        return self._schedule
 
     def _not_counted(self) -> contextlib.AbstractContextManager[None]:
         """A context in which forwards are no training."""
         return self._prefix.paused() if self._prefix else contextlib.nullcontext()
-
-    def _mean_costs(self, schedule: Schedule) -> StepCosts:
-        """The costs of a mean step, as the latest selection knows them."""
-        blocks = self._prefix.block_flops if self._prefix else ()
-        return StepCosts(costs=schedule.costs, whole_flops=schedule.whole_flops, block_flops=blocks)
-
-    def _pass_costs(self, known: StepCosts) -> PassCosts:
-        step_flops = known.costs.step_flops(self._trained)
-        cached = self._prefix.cached_step_flops(step_flops, known.block_flops) if self._prefix else step_flops
-        return PassCosts(
-            step_flops=step_flops,
-            cached_step_flops=cached,
-            full_flops=known.costs.full_flops,
-            whole_flops=known.budget_whole,
-            block_flops=known.block_flops,
-        )
 
     def train_step(self, batch: Any) -> torch.Tensor:
         """Run forward, backward and the optimizer for one batch, as a CUDA graph from the fourth step on.
@@ -436,9 +413,9 @@ class AdaptiveBackprop:
             "importance": dict(self._importance),
             "history": [{**asdict(past), "trained": sorted(past.trained)} for past in self._history],
             "schedule": schedule_state(schedule, sorted(shapes)) if schedule else None,
-            "counted": [self._counted_flops, self._counted_whole],
+            "counted": [self._passes.flops, self._passes.whole],
             **self._prefix_state(),
-            **self._further_budgets(),
+            **self._prices.state(self._terms),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -457,7 +434,6 @@ class AdaptiveBackprop:
             Selection(**{**past, "trained": frozenset(past["trained"])}) for past in state["history"]
         )
         terms = self._terms_in(state)
-        rates = MeasuredRates.from_json(state["rates"]) if state.get("rates") else None
         importance, schedule = dict(state["importance"]), None
         if state["schedule"] is not None:
             parameters = list_parameters(unwrap(self._model))
@@ -466,8 +442,9 @@ class AdaptiveBackprop:
         self._train(frozenset(state["trained"]))
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
-        self._importance, self._schedule, self._rates = importance, schedule, rates
-        self._counted_flops, self._counted_whole = state.get("counted", (0, 0))
+        self._importance, self._schedule = importance, schedule
+        self._passes = PassTotals(self._prefix, *state.get("counted", ()))
+        self._prices.restore(state)
         self._costs = self._new_costs()
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
@@ -504,32 +481,14 @@ class AdaptiveBackprop:
         memory = self._terms.budget_memory is not None
         return CostsByShape(self._model, self._loss_fn, blocks, memory=memory)
 
-    def _further_budgets(self) -> dict[str, Any]:
-        """The budgets in seconds and bytes, with what was measured for them; empty without any."""
-        if not self._terms.needs_prices:
-            return {}
-        return {
-            "budget_seconds": self._terms.budget_seconds,
-            "budget_memory": self._terms.budget_memory,
-            "rates": self._rates and self._rates.to_json(),
-        }
-
-    def _prices(self, batch: Any, known: StepCosts) -> StepPrices:
-        """What steps take in seconds and bytes, as far as there is a budget of them.
-
-        Seconds are measured once for each full step's FLOPs.
-        """
-        nanoseconds, memory = None, None
+    def _step_prices(self, batch: Any, known: StepCosts) -> StepPrices:
+        """What steps take in seconds and bytes, as far as there is a budget of them."""
+        nanoseconds = memory = None
         if self._terms.budget_seconds is not None:
-            timed = self._costs.of(batch, self.budget_of).costs
-            if self._rates is None or self._rates.full_flops != timed.full_flops:
-                rates = measure_rates(self._model, self._optimizer, batch, timed, self._loss_fn)
-                self._rates = MeasuredRates(timed.full_flops, rates)
-            nanoseconds = self._rates.rates.price(known.costs)
+            timed = self._costs.of(batch, self.budget_of)
+            nanoseconds = self._prices.seconds(batch, timed.costs, known.costs)
         if self._terms.budget_memory is not None:
-            memory = memory_price(
-                self._model, self._optimizer, known.saved, self._frozen_state.setting, self._cache_bytes()
-            )
+            memory = self._prices.bytes(known.saved, self._cache_bytes())
         return StepPrices(nanoseconds=nanoseconds, memory=memory)
 
     def _cache_bytes(self) -> int:
@@ -623,38 +582,18 @@ class AdaptiveBackprop:
         shaped = list(like) if several and like is not None else []
         return checked, self._costs.mean(shaped or checked, self.budget_of)
 
-    def _decide(
+    def _plan(
         self, limits: Limits, batches: Sequence[Any], *, two_pass: bool
     ) -> tuple[dict[str, float], Plan]:
-        """Measure importance over all ranks; return it with the plan that rank 0 makes of it."""
-        ranks = self._ranks
-        wanted = self._wanted(limits)
-        importance = ranks.mean(ranks.together(lambda: self._measure(wanted, batches, two_pass=two_pass)))
-        generator = seeded(self._seed, len(self._history), "plan")
-        plan = ranks.from_first(lambda: self._policy.plan(limits, importance, generator))
-        return importance, plan
-
-    def _wanted(self, limits: Limits) -> list[str]:
-        """FQNs of the parameters whose importance the policy needs."""
-        if self._policy.measured == "nothing":
-            return []
-        affordable = self._policy.measured == "affordable"
-        return sorted(limits.undecided if affordable else limits.trainable - limits.always)
-
-    def _measure(self, wanted: list[str], batches: Sequence[Any], *, two_pass: bool) -> dict[str, float]:
-        """Measure the importance of the wanted parameters; 0 for those that these batches did not use."""
-        if not wanted:
-            return {}
-        logger.info("measuring the importance of %d parameters on %d batches", len(wanted), len(batches))
-        measured = measure_importance(
-            self._model,
-            self._optimizer,
-            batches,
+        decision = Decision(
+            model=self._model,
+            optimizer=self._optimizer,
             loss_fn=self._loss_fn,
-            only=wanted,
-            two_pass=two_pass,
+            policy=self._policy,
+            ranks=self._ranks,
         )
-        return {fqn: measured.get(fqn, 0.0) for fqn in wanted}
+        generator = seeded(self._seed, len(self._history), "plan")
+        return decision.plan(limits, batches, generator, two_pass=two_pass)
 
     def _begin(
         self, plan: Plan, limits: Limits, importance: Mapping[str, float]
@@ -664,12 +603,10 @@ class AdaptiveBackprop:
         If the plan trains nothing, the former plan goes on.
         """
         former, costs, whole = self._schedule, limits.costs, limits.whole_flops
-        if stays := _trains_nothing(plan):
+        if stays := trains_nothing(plan):
             if former is None:
-                raise GTCompileError(
-                    f"{_reason(limits)}; measure on more batches, or lower the learning rate"
-                )
-            logger.warning("%s: the former selection stays", _reason(limits))
+                raise GTCompileError(f"{reason(limits)}; measure on more batches, or lower the learning rate")
+            logger.warning("%s: the former selection stays", reason(limits))
             plan, costs, whole = former.plan, former.costs, former.whole_flops
         schedule = Schedule(
             plan,
@@ -688,15 +625,6 @@ class AdaptiveBackprop:
 
     def _proposer(self, terms: Terms, importance: Mapping[str, float], whole_flops: int) -> Propose | None:
         return proposer(self._policy, terms, importance, whole_flops, self._ranks)
-
-
-def _trains_nothing(plan: Plan) -> bool:
-    """Whether every parameter that the plan could train was predicted to raise the loss."""
-    return any(not trained for trained in plan.sets)
-
-
-def _reason(limits: Limits) -> str:
-    return f"training any of the {len(limits.costs.fqns)} parameters is predicted to raise the loss"
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -50,22 +50,6 @@ class StepCosts:
         return self.costs.full_flops if self.whole_flops is None else self.whole_flops
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassCosts:
-    """FLOPs of a forward and backward on one batch, with the trained set of the moment."""
-
-    step_flops: int
-    """If everything is computed."""
-    cached_step_flops: int
-    """If it starts from a prefix cache; without one, `step_flops`."""
-    full_flops: int
-    """If everything is trained."""
-    whole_flops: int
-    """Those that the budget is a share of."""
-    block_flops: tuple[int, ...]
-    """Of the forward of each block that a prefix cache may leave out."""
-
-
 def combined(parts: Sequence[tuple[Fraction, StepCosts]]) -> StepCosts | None:
     """Add up costs of one model, each times a factor, and round to whole FLOPs.
 

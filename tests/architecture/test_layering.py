@@ -22,7 +22,7 @@ FLOORS = [
     {"state"},
     {"costs", "importance"},
     {"compiler", "selection"},
-    {"prices"},
+    {"prices", "prefix"},
     {"training"},
     {"huggingface", "lightning", "testing"},
     {"tools"},

@@ -9,8 +9,8 @@ from gtcompile.costs.explain import saved_bytes as read_by_backward
 from gtcompile.costs.prices import make_price
 from gtcompile.prices.saved_values import EVERYTHING, compiled_parts, saved_values
 from gtcompile.tools.common.step_memory import saved_bytes as measured_bytes
+from tests.prefix.test_prefix_costs import make_batches, make_llama
 from tests.support.models import random_sets
-from tests.training.test_prefix_costs import make_batches, make_llama
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from gtcompile.costs.prices import StepPrices
 from gtcompile.prices import step_timing
 from gtcompile.prices.step_timing import MeasuredRates, StepRates, _backward_flops, probe_sets
 from gtcompile.tools.common.step_memory import saved_bytes
+from tests.prefix.test_prefix_costs import make_batches, make_llama
 from tests.selection.test_selection import CHAIN
-from tests.training.test_prefix_costs import make_batches, make_llama
 
 RATES = StepRates(fixed=1e-3, shared_flop=2e-9, own_flop=3e-9, parameter=1e-5, element=1e-8)
 
@@ -52,7 +52,7 @@ def rates_known(monkeypatch):
         calls.append(arguments)
         return RATES
 
-    monkeypatch.setattr("gtcompile.training.adaptive.measure_rates", measured)
+    monkeypatch.setattr("gtcompile.prices.budget_prices.measure_rates", measured)
     return calls
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gtcompile.capture.model_io import unwrap
-from gtcompile.training.prefix_cache import PrefixCache
+from gtcompile.prefix.prefix_cache import PrefixCache
 
 
 def prefix_cache_of(model: nn.Module, given: "PrefixCache | bool | str | Path") -> PrefixCache | None:

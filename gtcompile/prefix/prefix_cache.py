@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gtcompile.capture.model_io import runs_as_one_region, tensors_of, unwrap
 from gtcompile.errors import GTCompileError
+from gtcompile.prefix.block_stack import BlockStack, TensorVersions
+from gtcompile.prefix.prefix_files import PrefixFiles, bytes_of, digest_of, writable_folder
 from gtcompile.torch_internals import FakeTensor
-from gtcompile.training.block_stack import BlockStack, TensorVersions
-from gtcompile.training.prefix_files import PrefixFiles, bytes_of, digest_of, writable_folder
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import gtcompile
-from gtcompile.training.prefix_files import PrefixFiles
+from gtcompile.prefix.prefix_files import PrefixFiles
 
 BLOCKS = 4
 SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}

@@ -1,0 +1,1 @@
+"""Outputs of frozen blocks near the input, computed once per example."""
