@@ -350,7 +350,7 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
             return
         self._options.check_resumed(saved["args"])
         warn_of_other_torch(progress["torch"])
-        if (kept := progress.get("with_state")) is not None:
+        if (kept := progress["with_state"]) is not None:
             assert self._training is not None
             forget_state_of_others(self._training.model, self._training.optimizer, kept)
         self.adaptive.load_state_dict(progress["adaptive"])

@@ -170,9 +170,8 @@ class CallbackOptions:
         Raises:
             ValueError: names the first option that differs, with both values.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in self.to_json().items():
-            before = saved.get(name, defaults[name])
+            before = saved.get(name)
             if name not in MAY_CHANGE and before != value:
                 raise ValueError(
                     f"the checkpoint was trained with {name}={before!r}, this callback has {value!r}; "

@@ -69,7 +69,8 @@ class PassTotals:
         if not known.may_learn(batch):
             return self._costs(self._mean(schedule), trained)
         with self.prefix.paused() if self.prefix else contextlib.nullcontext():
-            return self._costs(known.of(batch, budget_of), trained)
+            found = known.of(batch, budget_of)
+        return self._costs(found, trained)  # a paused cache saves nothing
 
     def count(
         self,

@@ -422,19 +422,8 @@ def test_adapters_everywhere_and_weights_of_the_last_blocks_stay_within_one_budg
     assert training.flops <= 0.6 * chosen.steps * costs.full.full_flops
 
 
-def test_a_folder_made_before_an_option_existed_is_continued(tmp_path):
-    options = CompareOptions(model="demo", dataset="demo", output=tmp_path)
-    known = options.setting()
-    del known["scored"], known["answer_length"]
-    options.setting_file.write_text(json.dumps(known), "utf-8")
-    options.check_output()
-    other = CompareOptions(model="demo", dataset="demo", output=tmp_path, scored=3)
-    with pytest.raises(ValueError, match="holds runs with other scored; choose another folder"):
-        other.check_output()
-
-
 def row(arm, seed, loss, purpose="steps"):
-    shared = {"budget": None, "learning_rate": 1e-4, "steps": 10, "flops_fraction": 1.0}
+    shared = {"budget": None, "learning_rate": 1e-4, "steps": 10, "flops_fraction": 1.0, "scores": {}}
     return {"arm": arm, "seed": seed, "loss": loss, "purpose": purpose, **shared}
 
 

@@ -149,8 +149,7 @@ class CompareOptions:
         if not self.setting_file.is_file():
             return
         found, own = json.loads(self.setting_file.read_text("utf-8")), self.setting()
-        defaults = {field.name: field.default for field in fields(self)}  # of options newer than the folder
-        differing = [name for name in own if found.get(name, defaults[name]) != own[name]]
+        differing = [name for name in own if found.get(name) != own[name]]
         if differing:
             raise ValueError(
                 f"--output: {self.output} holds runs with other {', '.join(differing)}; choose another folder"

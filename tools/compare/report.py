@@ -87,7 +87,7 @@ def name_of(row: Row) -> str:
 
 def values_of(row: Row) -> dict[str, float]:
     """Everything that a run measured at its end on held-out texts: the loss and, if asked for, scores."""
-    return {LOSS: row["loss"], **row.get("scores", {})}
+    return {LOSS: row["loss"], **row["scores"]}
 
 
 def paired_interval(differences: Sequence[float]) -> float | None:

@@ -5,9 +5,8 @@ import dataclasses
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -210,11 +209,11 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     assert full is not None
     blocks = Counter(map(block_of_parameter, selection["trained"]))
     yield "trained first: " + ", ".join(f"{count} of {block}" for block, count in blocks.items())
-    yield f"a step: {_costs_in_words(selection, 'step', full.plan_seconds)}"
+    yield f"a step: {_in_words(selection['step_flops'], selection['saved_bytes'], full.plan_seconds)}"
     if selection["cached_step_flops"] < selection["step_flops"]:
         yield f"a step that starts from the prefix cache: {selection['cached_step_flops']:.4e} FLOPs"
-    whole = {"full_flops": full.full_flops, "saved_bytes": full.full_saved_bytes}
-    yield f"a full step of plain PyTorch: {_costs_in_words(whole, 'full', full.full_seconds)}"
+    whole = _in_words(full.full_flops, full.full_saved_bytes, full.full_seconds)
+    yield f"a full step of plain PyTorch: {whole}"
     settings = recorder.prepared.settings
     batches = steps * int(settings.args.get("gradient_accumulation_steps", 1))
     epochs = steps / recorder.prepared.steps_per_epoch
@@ -226,6 +225,5 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     )
 
 
-def _costs_in_words(costs: Mapping[str, Any], kind: str, seconds: float) -> str:
-    saved = f"{costs['saved_bytes'] / 2**20:,.1f} MiB saved for backward"
-    return f"{costs[f'{kind}_flops']:.4e} FLOPs, {saved}, {seconds:.4f} s"
+def _in_words(flops: int, saved_bytes: int, seconds: float) -> str:
+    return f"{flops:.4e} FLOPs, {saved_bytes / 2**20:,.1f} MiB saved for backward, {seconds:.4f} s"

@@ -31,10 +31,10 @@ class StepComparison:
     """Median seconds of forward and backward of a full step of eager PyTorch, without gtcompile."""
     plan_seconds: float
     """Median seconds of forward and backward with the last selection, nothing from the prefix cache."""
-    full_saved_bytes: int | None = None
-    """Bytes that a full step saves for backward, measured; None in older summaries."""
-    full_peak_bytes: int | None = None
-    """Most bytes that a full step allocates at once; None in older summaries."""
+    full_saved_bytes: int
+    """Bytes that a full step saves for backward, measured."""
+    full_peak_bytes: int
+    """Most bytes that a full step allocates at once."""
 
 
 def compare_steps(
@@ -50,20 +50,20 @@ def compare_steps(
     """
     device, plain = next(model.parameters()).device, without_positions(batch)
     eager = torch.compiler.disable(_seconds_of_step)
-    seconds: dict[str, list[float]] = {"full": [], "plan": []}
+    full_seconds: list[float] = []
+    plan_seconds: list[float] = []
     with restored(model), temporarily_training(model, None):
         full_flops = check_step_flops(model, plain, selection["plain_full_flops"], recomputes=recomputes)
         memory = passes_memory(model, plain, device)
         for _ in range(PAIRS_TIMED + 1):  # the first pair compiles
             train_only(model, None)
-            seconds["full"].append(eager(model, plain))
+            full_seconds.append(eager(model, plain))
             train_only(model, selection["trained"])
-            seconds["plan"].append(_seconds_of_step(model, batch))
-    full, plan = (median(times[1:]) for times in seconds.values())
+            plan_seconds.append(_seconds_of_step(model, batch))
     return StepComparison(
         full_flops=full_flops,
-        full_seconds=full,
-        plan_seconds=plan,
+        full_seconds=median(full_seconds[1:]),
+        plan_seconds=median(plan_seconds[1:]),
         full_saved_bytes=memory.saved,
         full_peak_bytes=memory.peak,
     )

@@ -133,16 +133,6 @@ def measure_steps(
     }
 
 
-def completed(selection: Mapping[str, Any]) -> dict[str, Any]:
-    """A selection with the values that runs of an earlier version, without these savings, did not write."""
-    return {
-        "cached_step_flops": selection["step_flops"],
-        "counted_cached_step_flops": selection["counted_step_flops"],
-        "plain_full_flops": selection["full_flops"],
-        **selection,
-    }
-
-
 def cache_paused(adaptive: AdaptiveBackprop) -> contextlib.AbstractContextManager[None]:
     """A context in which every block is computed."""
     cache = adaptive.prefix_cache

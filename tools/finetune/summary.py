@@ -114,7 +114,7 @@ def summarise(
         processes=settings.processes,
         grid_intensity=settings.grid_intensity,
         **_energy(settings.watts, steps, selections),
-        cached=sum(step.get("cached", 0) for step in steps) if settings.prefix_cache else None,
+        cached=sum(step["cached"] for step in steps) if settings.prefix_cache else None,
         **{total: sum(step[name] for step in steps) for total, name in flops},
         **scores,
     )

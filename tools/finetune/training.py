@@ -36,7 +36,7 @@ from gtcompile.tools.common.energy import joules_counter
 from gtcompile.tools.data.answers import score
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
-from gtcompile.tools.finetune.step_counts import PassCounter, cache_paused, completed, measure_steps
+from gtcompile.tools.finetune.step_counts import PassCounter, cache_paused, measure_steps
 from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.run_record import described_batch
@@ -164,7 +164,7 @@ class Recorder(TrainerCallback):
         self.reporter.say(f"compiled: {what}, weight gradients hoisted: a new selection compiles nothing")
         if self._begun:
             kept = self.ranks.from_first(lambda: self.folder.cut(state.global_step))
-            self.selections = [completed(selection) for selection in kept]
+            self.selections = list(kept)
             for step in self.folder.metrics():
                 self._add(step)
         if not self.selections:
