@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +26,8 @@ from gtcompile.tools.compare.datasets import FILES
 from gtcompile.tools.compare.options import CompareOptions, CompilerOrNone
 from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
 from gtcompile.tools.onnx.options import ExportOptions
-from gtcompile.tools.runs.run_folder import RunFolder
-from gtcompile.tools.runs.settings import Compiler, Policy, Settings, read_config, settings_from, source_of
-from gtcompile.tools.runs.training_arguments import parse_assignment
+from gtcompile.tools.runs.given_settings import given_settings
+from gtcompile.tools.runs.settings import Compiler, Policy, Settings, source_of
 
 if TYPE_CHECKING:
     from gtcompile.tools.finetune.summary import Summary
@@ -156,32 +154,11 @@ def finetune(
         if name in SETTINGS and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
     }
     with _errors_in_one_line():
-        if resume and (output or config):
-            raise ValueError("--resume continues a run in its folder; leave out --output and --config")
-        if resume and dry_run:
-            raise ValueError(
-                "--dry-run plans a run from its beginning: give it --config "
-                f"{resume / 'run.json'} instead of --resume"
-            )
-        folder = RunFolder(resume or output or Path())
-        if resume:
-            folder.read_settings()
-            config = resume / "run.json"
-        values = {
-            **(read_config(config) if config else {}),
-            **dict(map(parse_assignment, args or ())),
-            **given,
-            "processes": _process_count(),
-        }
-        settings = settings_from(values)
-        source_of(settings)
-        if os.environ.get("RANK", "0") == "0":
-            if resume:
-                folder.check_same_run(settings)
-            elif output and not dry_run:
-                folder.check_new()
+        settings, names = given_settings(
+            given, args or (), config=config, output=output, resume=resume, dry_run=dry_run
+        )
         _quiet()
-        if "compiler" not in values:
+        if "compiler" not in names:
             from gtcompile.tools.runs.preparation import default_compiler
 
             settings = dataclasses.replace(settings, compiler=default_compiler())
@@ -190,11 +167,6 @@ def finetune(
 
 SETTINGS = frozenset(field.name for field in dataclasses.fields(Settings)) - {"args"}
 """The options of `finetune` from which a run can be repeated."""
-
-
-def _process_count() -> int:
-    """How many processes torchrun started for this run; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _finetune(
