@@ -19,6 +19,7 @@ from torch import fx
 from gtcompile.graph.flops import output_flops, planning_flops
 from gtcompile.passes.free_strides import free_strides
 from gtcompile.passes.output_masks import MASKED_OPERATORS
+from gtcompile.passes.writable_outputs import keep_outputs_writable
 from gtcompile.torch_internals import BOXED_CALL, BoxedCodeGen
 
 aten = torch.ops.aten
@@ -73,7 +74,7 @@ def run_operators(module: fx.GraphModule, example_inputs: object = None) -> Boxe
         module: changed, and owned by the result from now on.
         example_inputs: not used; AOTAutograd passes them to every compiler.
     """
-    module = free_strides(module)
+    module = free_strides(keep_outputs_writable(module))
     module.graph.set_codegen(BoxedCodeGen())
     module.recompile()
     return boxed(module.forward)

@@ -26,6 +26,7 @@ from gtcompile.passes.onednn_products import use_onednn_products
 from gtcompile.passes.output_masks import narrow_output_masks
 from gtcompile.passes.random_draws import save_random_draws
 from gtcompile.passes.split_convolutions import split_convolutions
+from gtcompile.passes.writable_outputs import keep_outputs_writable
 from gtcompile.passes.zero_tangents import without_zero_tangents
 from gtcompile.torch_internals import (
     GradAOTOutput,
@@ -114,6 +115,9 @@ CASES = {
         lambda w, dy, ds: (dy @ w + ds @ w, torch.cat([dy, ds])),
         (None,) * 3,
         zero_inputs=(2,),
+    ),
+    "keep_outputs_writable": Case(
+        keep_outputs_writable, lambda x: (aten._unsafe_view(x.sin(), [8, 2]), x), (None,)
     ),
     "free_strides": Case(
         free_strides, lambda x: (aten.view(x, [2, 8]), aten._unsafe_view(x.sin(), [8, 2])), (None,)
