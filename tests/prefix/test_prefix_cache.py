@@ -98,6 +98,7 @@ NAMES = sorted(name for name, _ in make_llama().named_parameters())
 SETS = st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(SETS, st.integers(0, 100))
 def test_any_sets_in_any_order_train_as_without_a_cache(sets, seed):

@@ -92,6 +92,7 @@ def test_what_a_cached_step_costs_is_predicted_and_counted(make, loss_fn):
     assert costs.step_flops(gtcompile.trained_parameters(model)) == predicted
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     policy=st.sampled_from(["best", "sampled", "last_layers", "rotating", "occasionally_full"]),
