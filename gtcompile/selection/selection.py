@@ -137,9 +137,8 @@ def select_parameters(
             selectable parameter; a pattern that matches nothing; a parameter in both `always` and `never`, or
             every parameter in `never`.
     """
-    share = resolved_budget(budget_fraction, budget_seconds, budget_memory)
-    terms = make_terms(share, always, never, budget_seconds=budget_seconds, budget_memory=budget_memory)
-    limits = apply_terms(costs, terms, prices=prices)
+    budgets = budget_fraction, budget_seconds, budget_memory
+    limits = _limits_of(costs, budgets, prices, always, never)
     return select_within(limits, importance, time_limit_s=time_limit_s)
 
 
@@ -158,9 +157,21 @@ def parameters_to_measure(
     Arguments and errors are those of `select_parameters`, which needs the importance of exactly these
     parameters.
     """
-    share = resolved_budget(budget_fraction, budget_seconds, budget_memory)
-    terms = make_terms(share, always, never, budget_seconds=budget_seconds, budget_memory=budget_memory)
-    return apply_terms(costs, terms, prices=prices).undecided
+    budgets = budget_fraction, budget_seconds, budget_memory
+    return _limits_of(costs, budgets, prices, always, never).undecided
+
+
+def _limits_of(
+    costs: "BackwardCosts",
+    budgets: tuple[float | None, float | None, int | None],
+    prices: StepPrices | None,
+    always: Iterable[str],
+    never: Iterable[str],
+) -> Limits:
+    """The limits that budgets of FLOPs, seconds and bytes and two lists of patterns set."""
+    share, (_, seconds, memory) = resolved_budget(*budgets), budgets
+    terms = make_terms(share, always, never, budget_seconds=seconds, budget_memory=memory)
+    return apply_terms(costs, terms, prices=prices)
 
 
 def select_within(

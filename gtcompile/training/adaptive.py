@@ -147,7 +147,7 @@ class AdaptiveBackprop:
         self._prefix = None if cache is None else PrefixCosts(cache)
         self._prices = BudgetPrices(model, optimizer, loss_fn, frozen_state)
         self._costs = self._new_costs()
-        self._passes = PassTotals(self._prefix)
+        self._passes = PassTotals(self._costs, self._prefix)
         self._schedule: Schedule | None = None
         self._trained: frozenset[str] = frozenset()
 
@@ -345,7 +345,7 @@ class AdaptiveBackprop:
             CaptureError: the model cannot be captured with this batch.
         """
         schedule = self._selected("costs are those of a trained set; call reselect(batches) first")
-        return self._passes.costs_of(batch, self._costs, schedule, self._trained, self.budget_of)
+        return self._passes.costs_of(batch, schedule, self._trained, self.budget_of)
 
     def count(self, batch: Any) -> PassCosts:
         """Count a forward and backward with the present set, at this batch's shapes.
@@ -360,7 +360,7 @@ class AdaptiveBackprop:
             GTCompileError: nothing was selected yet.
         """
         schedule = self._selected("costs are those of a trained set; call reselect(batches) first")
-        return self._passes.count(batch, self._costs, schedule, self._trained, self.budget_of)
+        return self._passes.count(batch, schedule, self._trained, self.budget_of)
 
     def _selected(self, otherwise: str) -> Schedule:
         """The schedule of the latest selection; `otherwise` is the error's text."""
@@ -443,9 +443,9 @@ class AdaptiveBackprop:
         mark_names_trained(self._model, state["ever_trained"])
         self._terms, self._history, self._seed = terms, history, state["seed"]
         self._importance, self._schedule = importance, schedule
-        self._passes = PassTotals(self._prefix, *state.get("counted", ()))
         self._prices.restore(state)
         self._costs = self._new_costs()
+        self._passes = PassTotals(self._costs, self._prefix, *state.get("counted", ()))
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
 

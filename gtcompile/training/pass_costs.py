@@ -34,6 +34,8 @@ class PassCosts:
 class PassTotals:
     """Adds up what the passes of a training cost."""
 
+    known: CostsByShape
+    """The costs at the shapes of batches."""
     prefix: PrefixCosts | None
     """Of the prefix cache; None without one."""
     flops: int = 0
@@ -47,18 +49,12 @@ class PassTotals:
         return self.flops / self.whole if self.whole else None
 
     def costs_of(
-        self,
-        batch: Any,
-        known: CostsByShape,
-        schedule: Schedule,
-        trained: frozenset[str],
-        budget_of: BudgetOf,
+        self, batch: Any, schedule: Schedule, trained: frozenset[str], budget_of: BudgetOf
     ) -> PassCosts:
         """Return what a pass costs; that of a mean step if this kind of batch may not be captured any more.
 
         Args:
             batch: of the pass.
-            known: the costs at the shapes of batches.
             schedule: of the latest selection.
             trained: FQNs of what the pass trains.
             budget_of: what the budget is a share of.
@@ -66,23 +62,18 @@ class PassTotals:
         Raises:
             CaptureError: the model cannot be captured with this batch.
         """
-        if not known.may_learn(batch):
+        if not self.known.may_learn(batch):
             return self._costs(self._mean(schedule), trained)
         with self.prefix.paused() if self.prefix else contextlib.nullcontext():
-            found = known.of(batch, budget_of)
+            found = self.known.of(batch, budget_of)
         return self._costs(found, trained)  # a paused cache saves nothing
 
     def count(
-        self,
-        batch: Any,
-        known: CostsByShape,
-        schedule: Schedule,
-        trained: frozenset[str],
-        budget_of: BudgetOf,
+        self, batch: Any, schedule: Schedule, trained: frozenset[str], budget_of: BudgetOf
     ) -> PassCosts:
         """Add a pass; one whose costs cannot be captured counts as a mean step, with a log message."""
         try:
-            took = self.costs_of(batch, known, schedule, trained, budget_of)
+            took = self.costs_of(batch, schedule, trained, budget_of)
         except CaptureError as error:
             logger.warning("a batch counts as a mean step, since its costs are not known: %s", error)
             took = self._costs(self._mean(schedule), trained)
