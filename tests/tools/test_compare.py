@@ -389,6 +389,11 @@ def test_the_speed_follows_from_finished_runs():
     assert speed.seconds(work) == 1200 / 300 + 2 * 3.0 + 2 * 5.0
 
 
+def test_rows_of_an_earlier_version_without_times_of_starting_count_none():
+    speed = remembered_speed([{"flops": 600, "seconds": 2.0}])
+    assert (speed.flops_per_second, speed.starting_seconds, speed.scoring_seconds) == (300, 0, 0)
+
+
 def tiny_setting(folder, **more):
     sizes = {"steps": 2, "batch_size": 2, "length": 48, "answer_length": 16, "held_out": 2, "measured": 2}
     shared = {"model": "demo", "dataset": "demo", "compiler": "none", "float32": True}
