@@ -10,6 +10,7 @@ from gtcompile.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from gtcompile import lightning as lightning
+    from gtcompile import policies as policies
     from gtcompile import testing as testing
     from gtcompile.compiler.backend import gtcompile as gtcompile
     from gtcompile.compiler.blocks import compile_blocks as compile_blocks
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from gtcompile.importance.estimators import measure_importance as measure_importance
     from gtcompile.prefix.prefix_cache import PrefixCache as PrefixCache
     from gtcompile.prices.step_prices import step_prices as step_prices
-    from gtcompile.selection import policies as policies
     from gtcompile.selection.selection import Selection as Selection
     from gtcompile.selection.selection import select_parameters as select_parameters
     from gtcompile.state.trained_set import train_only as train_only
@@ -76,7 +76,7 @@ _NAMES = {
 }
 _MODULES = {
     "lightning": "gtcompile.lightning",
-    "policies": "gtcompile.selection.policies",
+    "policies": "gtcompile.policies",
     "testing": "gtcompile.testing",
 }
 

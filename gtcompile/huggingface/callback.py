@@ -294,23 +294,13 @@ class AdaptiveBackpropCallback(TrainerCallback, ExportableState):
         return parameters_with_state(self._training.model, self._training.optimizer)
 
     def _make_adaptive(self, trainer: Trainer, model: nn.Module, optimizer: Optimizer) -> AdaptiveBackprop:
-        options = self._options
         wrapped: Any = trainer.model_wrapped
-        return AdaptiveBackprop(
+        return self._options.make_adaptive(
             wrapped if isinstance(wrapped, DistributedDataParallel) else model,
             optimizer,
-            options.budget_fraction,
-            budget_seconds=options.budget_seconds,
-            budget_memory=options.budget_memory,
-            budget_of=options.budget_of,
-            policy=options.policy_for(trainer.state.max_steps),
+            steps=trainer.state.max_steps,
             seed=trainer.args.seed,
-            always=options.always,
-            never=options.never,
-            two_pass=options.two_pass,
-            frozen_state=options.frozen_state,
             loss_fn=TrainerLoss(trainer),
-            prefix_cache=options.prefix_cache,
         )
 
     def _reselect(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:

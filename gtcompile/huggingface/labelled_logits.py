@@ -8,6 +8,7 @@ those of all logits, up to rounding: the same sum with the zeros left out.
 
 import functools
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,7 +60,8 @@ def add_labelled_positions(batch: Mapping[str, Any], *, multiple: int = 64) -> d
 def only_labelled_logits(model: nn.Module) -> "Installed":
     """Compute the head and the loss of a causal language model at labelled positions alone, in training.
 
-    It concerns batches from `add_labelled_positions`; for others, and in evaluation mode, nothing changes.
+    It concerns batches from `add_labelled_positions`. Others, in training with a warning, and evaluation mode
+    compute all logits.
     `output.logits` of such a training step has shape [1, k, vocabulary], k being the number of positions.
 
     It needs batches that are not cut by rows after the collator: not `nn.DataParallel`, and not accelerate's
@@ -92,6 +94,7 @@ class Installed:
         self._base, self._former_loss = base, base.loss_function
         self._kept: dict[str, torch.Tensor] = {}
         """Labels, positions and targets of the present forward."""
+        self._warned = False
         self._hooks: tuple[RemovableHandle, ...] = (
             model.register_forward_pre_hook(self._take_from_batch, with_kwargs=True),
             base.get_output_embeddings().register_forward_pre_hook(self._select),
@@ -117,7 +120,19 @@ class Installed:
         self._kept.clear()
         if module.training and POSITIONS in kwargs:
             self._kept.update({key: _argument(kwargs, key) for key in (POSITIONS, TARGETS, "labels")})
+        elif module.training and kwargs.get("labels") is not None and not torch.compiler.is_compiling():
+            self._warn()
         return args, {key: value for key, value in kwargs.items() if key not in (POSITIONS, TARGETS)}
+
+    def _warn(self) -> None:
+        """Say once that nothing is saved."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "only_labelled_logits: a batch in training names no labelled positions, so all logits are "
+                "computed; make batches with gtcompile.add_labelled_positions(batch)",
+                stacklevel=2,
+            )
 
     def _select(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Hand the head the hidden states at labelled positions alone."""

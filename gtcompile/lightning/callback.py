@@ -151,20 +151,12 @@ class AdaptiveBackpropCallback(Callback):
         """Compile the blocks; continue with a checkpoint's trained set if there is one."""
         options, loss = self._options, training_loss(trainer, pl_module)
         self._progress, self._left = _Progress(), {}
-        self._adaptive = AdaptiveBackprop(
+        self._adaptive = options.make_adaptive(
             trainer.model,  # type: ignore[arg-type] # no module only before the strategy is set up
             trainer.optimizers[0],
-            options.budget_fraction,
-            budget_seconds=options.budget_seconds,
-            budget_memory=options.budget_memory,
-            budget_of=options.budget_of,
-            policy=options.policy_for(_steps(trainer)),
-            loss_fn=loss,
-            always=options.always,
-            never=options.never,
-            two_pass=options.two_pass,
-            frozen_state=options.frozen_state,
+            steps=_steps(trainer),
             seed=options.seed,
+            loss_fn=loss,
         )
         self._training = _Training(trainer, pl_module, loss)
         if options.compiled:

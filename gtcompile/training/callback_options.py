@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
+from gtcompile.capture.model_io import LossFunction
 from gtcompile.compiler.options import parse_options
 from gtcompile.costs.budgets import BudgetOf, resolved_budget
 from gtcompile.errors import GTCompileError
@@ -19,6 +22,7 @@ from gtcompile.selection import policies
 from gtcompile.selection.limits import make_terms
 from gtcompile.selection.selection import Selection
 from gtcompile.state.optimizer_state import Setting, check_setting
+from gtcompile.training.adaptive import AdaptiveBackprop
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +146,37 @@ class CallbackOptions:
         """The options of `compile_blocks`."""
         return {"compiler": self.compiler, "activation_memory_budget": self.activation_memory_budget}
 
-    def policy_for(self, steps: int | None) -> policies.Policy:
-        """The policy for a training of so many optimizer steps; None if it has no end.
+    def make_adaptive(
+        self, model: nn.Module, optimizer: Optimizer, *, steps: int | None, seed: int, loss_fn: LossFunction
+    ) -> AdaptiveBackprop:
+        """What selects within the budget, for one training.
+
+        Args:
+            model: as the training loop calls it.
+            optimizer: of its parameters.
+            steps: optimizer steps of the whole training; None if it has no end.
+            seed: of policies that draw at random.
+            loss_fn: the loss of a batch, as the trainer computes it.
 
         Raises:
-            ValueError: the policy must know how many.
+            ValueError: the policy must know the number of steps, and there is none.
         """
-        return policies.for_training(policies.find_policy(self.policy), steps)
+        return AdaptiveBackprop(
+            model,
+            optimizer,
+            self.budget_fraction,
+            budget_seconds=self.budget_seconds,
+            budget_memory=self.budget_memory,
+            budget_of=self.budget_of,
+            policy=policies.for_training(policies.find_policy(self.policy), steps),
+            seed=seed,
+            always=self.always,
+            never=self.never,
+            two_pass=self.two_pass,
+            frozen_state=self.frozen_state,
+            loss_fn=loss_fn,
+            prefix_cache=self.prefix_cache,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types.

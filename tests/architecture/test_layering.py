@@ -24,7 +24,7 @@ FLOORS = [
     {"compiler", "selection"},
     {"prices", "prefix"},
     {"training"},
-    {"huggingface", "lightning", "testing"},
+    {"huggingface", "lightning", "policies", "testing"},
     {"tools"},
     {"cli"},
 ]
