@@ -79,22 +79,30 @@ def send_trained(
         bucket: gradients as views of one flat buffer; those of frozen parameters are not changed.
     """
     buffer: torch.Tensor = bucket.buffer()
-    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    gradients = bucket.gradients()
+    pairs = zip(bucket.parameters(), gradients, strict=True)
     chosen = [gradient for parameter, gradient in pairs if is_trained(parameter)]
     if not chosen:
         nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         nothing.set_result(buffer)
         return nothing
+    if len(chosen) == len(gradients):
+        return _averaged(group, buffer).then(lambda _: buffer)
     packed = torch.cat([gradient.flatten() for gradient in chosen])
-    packed.div_(group.size())
-    work: Any = dist.all_reduce(packed, group=group, async_op=True)
 
     def unpack(_: object) -> torch.Tensor:
         for gradient, mean in zip(chosen, packed.split([g.numel() for g in chosen]), strict=True):
             gradient.copy_(mean.view_as(gradient))
         return buffer
 
-    return cast("torch.futures.Future[torch.Tensor]", work.get_future().then(unpack))
+    return _averaged(group, packed).then(unpack)
+
+
+def _averaged(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.futures.Future[object]:
+    """Begin to replace a tensor by its mean over the ranks."""
+    tensor.div_(group.size())
+    work: Any = dist.all_reduce(tensor, group=group, async_op=True)
+    return cast("torch.futures.Future[object]", work.get_future())
 
 
 def _check_known(model: DistributedDataParallel) -> None:

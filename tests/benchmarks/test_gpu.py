@@ -112,6 +112,20 @@ def test_a_run_that_is_killed_loses_nothing_and_leaves_no_process(tmp_path, how)
     assert after["results"].items() >= {u: before["results"][u] for u in before["finished"]}.items()
 
 
+ABSENT = ("datasets", "rouge_score", "trl", "gguf", "matplotlib", "onnx", "onnxscript", "lightning", "aclsum")
+"""Packages that a machine with a GPU need not have."""
+
+
+@pytest.mark.slow
+def test_no_stage_needs_more_than_a_machine_with_a_gpu_has():
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
+    needed = "import benchmarks.gpu.command, benchmarks.gpu.tables, gtcompile.tools.compare.command"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{hidden}; {needed}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not run.returncode, run.stderr
+
+
 def test_an_unknown_stage_is_refused_before_any_work(tmp_path):
     with pytest.raises(typer.BadParameter, match="known are correctness, plans"):
         main(tmp_path / "new", only=["speed"])
