@@ -69,16 +69,16 @@ def _stage(module: Measurement, weight: int, *, workers: int = 1, needs: tuple[s
 
 
 _ALL = (
-    _stage(correctness, 80, workers=CROWD),
-    _stage(plans, 60, workers=CROWD),
+    _stage(correctness, 75, workers=CROWD),
+    _stage(plans, 55, workers=CROWD),
     _stage(steps, 160, needs=("plans",)),
     _stage(new_sets, 20, needs=("plans",)),
     _stage(compilation, 40, workers=3, needs=("plans",)),
     _stage(account, 20, needs=("plans", "steps", "compilation")),
-    _stage(memory, 25, needs=("plans",)),
-    _stage(two_gpus, 30, needs=("plans",)),
-    _stage(energy, 25, needs=("plans",)),
-    _stage(quality, 35),
+    _stage(memory, 20, needs=("plans",)),
+    _stage(two_gpus, 25, needs=("plans",)),
+    _stage(energy, 20, needs=("plans",)),
+    _stage(quality, 30),
     _stage(kernels, 15, needs=("plans",)),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}

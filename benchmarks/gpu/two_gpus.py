@@ -72,11 +72,11 @@ def _lacking(setting: Setting) -> str:
     if not setting.device.startswith("cuda"):
         return "" if dist.is_gloo_available() else "this torch has no gloo, by which two ranks on a CPU talk"
     if setting.device != "cuda":
-        return f"takes {RANKS} GPUs, and --device {setting.device} names one"
+        return f"{RANKS} GPUs are needed, and --device {setting.device} names one"
     if not dist.is_nccl_available():
         return "this torch has no NCCL"
     count = torch.cuda.device_count()
-    return "" if count >= RANKS else f"takes {RANKS} GPUs, and {count} can be seen"
+    return "" if count >= RANKS else f"{RANKS} GPUs are needed, and {count} can be seen"
 
 
 def train_on_rank(
@@ -273,7 +273,7 @@ def sheet(saved: Saved) -> Sheet:
     rows, remarks = [], []
     for unit, found in saved.results.items():
         if found["skipped"]:
-            remarks.append(f"{unit} was not measured: it {found['skipped']}")
+            remarks.append(f"{unit} was not measured: {found['skipped']}")
             continue
         rows += [_cells(unit, found, row) for row in found["trials"] if row["step_s"]]
         apart, limit = found["gradient_difference"], found["tolerance"]

@@ -25,7 +25,8 @@ def ranks_of(model: nn.Module) -> Ranks:
     """Return the ranks that train a model; make `DistributedDataParallel` send only trained gradients.
 
     Raises:
-        ValueError: for a wrapper that would send or train something else.
+        ValueError: for a wrapper that would send or train something else, or with NCCL a current CUDA device
+            that is not the model's.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -34,8 +35,28 @@ def ranks_of(model: nn.Module) -> Ranks:
         )
     if isinstance(model, DistributedDataParallel):
         prepare(model)
-        return Ranks(model.process_group)
-    return Ranks(fsdp.group_of(unwrap(model)))
+        group = model.process_group
+    else:
+        group = fsdp.group_of(unwrap(model))
+    if group is not None and dist.get_backend(group) == "nccl":
+        check_current_device(model)
+    return Ranks(group)
+
+
+def check_current_device(model: nn.Module) -> None:
+    """Refuse a model on another CUDA device than the current one, from which NCCL sends Python values.
+
+    Raises:
+        ValueError: says which device to set.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    current = torch.device("cuda", torch.cuda.current_device()) if devices else None
+    if devices and current not in devices:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"this rank's model is on {found}, and its current CUDA device is {current}, which another rank "
+            f"may use: call torch.cuda.set_device with the model's device before init_process_group"
+        )
 
 
 def prepare(model: DistributedDataParallel) -> None:
