@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import AdaptiveBackprop, train_only
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.torch_internals import FakeTensorMode
+from gtcompile.torch_internals import FakeTensor, FakeTensorMode
 from gtcompile.training import ddp
 from gtcompile.training.ddp import check_current_device, ranks_of
 from tests.support import launching
@@ -48,8 +48,8 @@ def test_two_ranks_train_what_one_process_trains_and_what_fails_on_one_is_raised
 
 
 def test_a_model_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
-    with FakeTensorMode():
-        model = torch.nn.Linear(2, 2, device="cuda:1")
+    elsewhere = FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), torch.device("cuda:1"))
+    model = torch.nn.ParameterList([torch.nn.Parameter(elsewhere)])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     check_current_device(model)
     check_current_device(torch.nn.Linear(2, 2))
