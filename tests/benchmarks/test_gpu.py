@@ -20,7 +20,7 @@ from benchmarks.gpu.setting import SHORT, Setting
 from benchmarks.gpu.stages import STAGES, with_needs
 from benchmarks.processes import Ended, Job, Result, run_jobs
 from gtcompile.training.cuda_graphs import check_recordable
-from tests.support.jobs import count_up, die, fail, loop
+from tests.support.jobs import count_up, die, fail, loop, start_another
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output"]
@@ -42,12 +42,25 @@ def test_jobs_say_what_they_found_and_how_they_ended():
 def test_jobs_that_do_not_end_are_stopped_and_the_others_not_started():
     jobs = [Job("loop", loop, ()), Job("count", count_up, (2,))]
     start = time.monotonic()
-    messages = run_jobs(jobs, limit_s=4, preload=PRELOAD)
+    messages = run_jobs(jobs, limit_s=4)
     assert [message for message in messages if isinstance(message, Ended)] == [
         Ended("loop", "stopped: out of time"),
         Ended("count", "not started: out of time"),
     ]
     assert time.monotonic() - start < 60
+
+
+def test_a_job_that_is_stopped_takes_its_own_jobs_with_it():
+    found = None
+    for message in run_jobs([Job("one", start_another, ())], limit_s=60):
+        if isinstance(message, Result):
+            found = message.value
+            break  # which stops what still runs
+    assert found is not None
+    end = time.monotonic() + 30
+    while Path(f"/proc/{found}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{found}").exists()
 
 
 def test_a_stage_brings_those_that_it_reads():
