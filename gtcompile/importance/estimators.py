@@ -158,7 +158,7 @@ class _AcrossBatches:
             return None if first else products.read()
         except NotFiniteError as problem:
             self.earlier.drop(problem.gradients & without_earlier)
-            self._forget_shards(replaced)
+            self._forget_shards(replaced - problem.gradients)
             raise
 
     def _forget_shards(self, replaced: set[str]) -> None:

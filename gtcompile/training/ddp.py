@@ -33,6 +33,7 @@ def ranks_of(model: nn.Module) -> Ranks:
             "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, while they "
             "are selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
         )
+    group: dist.ProcessGroup | None
     if isinstance(model, DistributedDataParallel):
         prepare(model)
         group = model.process_group
