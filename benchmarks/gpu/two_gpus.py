@@ -101,7 +101,7 @@ def train_on_rank(
 
 def _join(setting: Setting, rank: int, meeting: str) -> Setting:
     """Join the other rank; returns the setting with the device of this one."""
-    store = dist.FileStore(meeting, RANKS)
+    store = dist.FileStore(meeting, RANKS)  # type: ignore[attr-defined] # missing in the stubs
     places: Mapping[str, Any] = {"store": store, "rank": rank, "world_size": RANKS}
     if setting.device == "cpu":
         torch.set_num_threads(1)

@@ -120,7 +120,8 @@ def with_local(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return value
     layout: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return DTensor.from_local(value, tensor.device_mesh, tensor.placements, **layout)
+    distributed: torch.Tensor = DTensor.from_local(value, tensor.device_mesh, tensor.placements, **layout)
+    return distributed
 
 
 def copies(tensor: torch.Tensor) -> int:
