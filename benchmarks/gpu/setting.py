@@ -1,5 +1,6 @@
 """What the stages have in common: the device, the workloads, and what earlier stages found."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,12 @@ class Setting:
     """The model that the quality stage trains: `demo`, `smollm2`, a hub id or a directory."""
     data_dir: Path | None = None
     """Folder of SciTLDR for that model; None for generated texts."""
+
+    def log_output(self) -> None:
+        """Let everything that this process prints go to a log in the folder."""
+        with (self.output / "log.txt").open("a", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ from benchmarks.gpu import (
     plans,
     quality,
     steps,
+    two_gpus,
 )
 from benchmarks.gpu.records import Saved
 from benchmarks.gpu.setting import Setting
@@ -68,15 +69,16 @@ def _stage(module: Measurement, weight: int, *, workers: int = 1, needs: tuple[s
 
 
 _ALL = (
-    _stage(correctness, 80, workers=CROWD),
-    _stage(plans, 60, workers=CROWD),
+    _stage(correctness, 75, workers=CROWD),
+    _stage(plans, 55, workers=CROWD),
     _stage(steps, 160, needs=("plans",)),
     _stage(new_sets, 20, needs=("plans",)),
     _stage(compilation, 40, workers=3, needs=("plans",)),
     _stage(account, 20, needs=("plans", "steps", "compilation")),
-    _stage(memory, 25, needs=("plans",)),
-    _stage(energy, 25, needs=("plans",)),
-    _stage(quality, 35),
+    _stage(memory, 20, needs=("plans",)),
+    _stage(two_gpus, 25, needs=("plans",)),
+    _stage(energy, 20, needs=("plans",)),
+    _stage(quality, 30),
     _stage(kernels, 15, needs=("plans",)),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ALL}
@@ -94,9 +96,7 @@ def with_needs(names: Sequence[str]) -> list[str]:
 
 def measure_unit(setting: Setting, stage_name: str, unit: str, deadline: float) -> Iterator[Any]:
     """Measure one unit in a process of its own, whose output goes to a log in the folder."""
-    with (setting.output / "log.txt").open("a", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    setting.log_output()
     stage = STAGES[stage_name]
     print(f"--- {stage_name}: {unit}", flush=True)
     if stage.workers == CROWD:

@@ -71,7 +71,7 @@ def measure(setting: Setting, name: str, deadline: float) -> Iterator[Measured]:
         started = time.monotonic()
         for trial, row in trials[:: -1 if done % 2 else 1]:
             steady.prepare(trial.budget, trial.candidate)
-            host, total = _queue(steady.candidates[trial.candidate].step, workload.device)
+            host, total = queue_steps(steady.candidates[trial.candidate].step, workload.device)
             row["host_s"].append(host)
             row["step_s"].append(total)
         yield found
@@ -108,7 +108,7 @@ def _row(candidate: str, budget: float, *, failure: str) -> Measured:
     return row | {"host_s": [], "step_s": []}
 
 
-def _queue(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def queue_steps(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of one of several steps in a row: until the host has queued them, and until all is done.
 
     Where the host is far ahead, the queue of the device is full and the host waits for it; then the first

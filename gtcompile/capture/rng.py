@@ -1,20 +1,23 @@
 """Save and restore the random number generators that a training step may use."""
 
 import contextlib
+import functools
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-KEYS = {"torch", "accelerator", "devices", "python", "numpy"}
+KEYS = {"torch", "accelerator", "current", "devices", "python", "numpy"}
 
 
 def random_state() -> dict[str, Any]:
     """Return the states of torch's generators on the CPU and every visible device, Python's and numpy's.
+
+    The entry `current` is the index of this process's current device, None without one.
 
     Returns:
         Strings, numbers, lists and tensors of dtype uint8, which `torch.load(weights_only=True)` reads.
@@ -24,6 +27,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "accelerator": accelerator,
+        "current": _current_device(),
         "devices": [_get_device_state(accelerator, i) for i in range(_device_count())],
         "python": random.getstate(),
         "numpy": (kind, np.asarray(keys).tolist(), *rest),
@@ -31,10 +35,10 @@ def random_state() -> dict[str, Any]:
 
 
 def check_random_state(*states: Mapping[str, Any]) -> None:
-    """Check that each state has the keys that `random_state` returns, before anything is restored.
+    """Check that each state can be restored here, before anything is.
 
     Raises:
-        ValueError: a key is missing; the message names it.
+        ValueError: a key is missing, or a generator does not take its state; the message names it.
     """
     for state in states:
         if missing := sorted(KEYS - state.keys()):
@@ -42,38 +46,41 @@ def check_random_state(*states: Mapping[str, Any]) -> None:
                 f"expected a random state as this version of gtcompile saves it, got one without "
                 f"{', '.join(missing)}"
             )
+        for name, take in _trials(state).items():
+            try:
+                take()
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"the random state has an unusable entry for {name}: {error}") from error
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Restore every generator.
 
     A state from several devices can be restored on fewer, or on none: generators of missing devices are
-    skipped, with a warning.
+    skipped, with a warning. Where another number of devices is visible, the current device now continues the
+    random numbers of the one that was current.
 
     Args:
         state: returned by `random_state`, possibly on another machine.
 
     Raises:
-        ValueError: the state lacks a key; no generator has changed then.
+        ValueError: the state lacks a key, or cannot be restored here; no generator has changed then.
     """
     check_random_state(state)
-    kind, keys, *rest = state["numpy"]
-    array = (kind, np.array(keys, dtype=np.uint32), *rest)
-    devices = state["devices"]
-    here = _device_count() if state["accelerator"] == _accelerator() else 0
-    if here < len(devices):
+    places = _places(state)
+    if len(places) < len(state["devices"]):
         logger.warning(
             "The random state contains the generators of %d %s devices, of which %d are visible: random "
             "numbers on the others will differ from those of an uninterrupted training.",
-            len(devices),
+            len(state["devices"]),
             state["accelerator"],
-            here,
+            len(places),
         )
     torch.set_rng_state(state["torch"])
-    for i, value in enumerate(devices[:here]):
+    for i, value in places.items():
         _set_device_state(state["accelerator"], i, value)
     random.setstate(state["python"])
-    np.random.set_state(array)
+    np.random.set_state(_numpy_state(state))
 
 
 @contextlib.contextmanager
@@ -86,6 +93,51 @@ def random_state_kept() -> Iterator[None]:
         restore_random_state(state)
 
 
+def _trials(state: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
+    """By generator, a function that raises if the generator would not take its state; none changes one."""
+    trials: dict[str, Callable[[], object]] = {
+        "torch": lambda: torch.Generator().set_state(state["torch"]),
+        "python": lambda: random.Random().setstate(state["python"]),
+        "numpy": lambda: np.random.RandomState().set_state(_numpy_state(state)),
+    }
+    for i, value in _places(state).items():
+        name = f"{state['accelerator']}:{i}"
+        trials[name] = functools.partial(_compare, value, _get_device_state(state["accelerator"], i))
+    return trials
+
+
+def _compare(value: Any, now: torch.Tensor) -> None:
+    """Refuse what is not of the type and size of a generator's state."""
+    if not isinstance(value, torch.Tensor) or (value.dtype, value.shape) != (now.dtype, now.shape):
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
+        raise ValueError(f"expected {now.dtype} of shape {tuple(now.shape)}, got {found}")
+
+
+def _places(state: Mapping[str, Any]) -> dict[int, Any]:
+    """The saved states of devices, by the index of the visible device that takes each.
+
+    Another number of visible devices numbers them differently: a process that used `cuda:3` of four may now
+    see that device alone, as `cuda:0`. Then the current devices are matched first.
+    """
+    saved: list[Any] = state["devices"]
+    if state["accelerator"] != _accelerator():
+        return {}
+    here = list(range(_device_count()))
+    if len(here) == len(saved):
+        return dict(zip(here, saved, strict=True))
+    before = _first(list(range(len(saved))), state["current"])
+    return {place: saved[i] for place, i in zip(_first(here, _current_device()), before, strict=False)}
+
+
+def _first(indices: list[int], index: int | None) -> list[int]:
+    return sorted(indices, key=lambda other: other != index)
+
+
+def _numpy_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    kind, keys, *rest = state["numpy"]
+    return kind, np.array(keys, dtype=np.uint32), *rest
+
+
 def _accelerator() -> str | None:
     """Return the type of the visible devices, such as "cuda"; None if there are none."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -94,6 +146,10 @@ def _accelerator() -> str | None:
 
 def _device_count() -> int:
     return torch.accelerator.device_count()
+
+
+def _current_device() -> int | None:
+    return torch.accelerator.current_device_index() if _device_count() else None
 
 
 def _get_device_state(accelerator: str | None, index: int) -> torch.Tensor:

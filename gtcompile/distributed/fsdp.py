@@ -115,6 +115,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def with_local(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is distributed as another one is, of which this rank holds `value`."""
+    if not isinstance(tensor, DTensor):
+        return value
+    layout: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    distributed: torch.Tensor = DTensor.from_local(value, tensor.device_mesh, tensor.placements, **layout)
+    return distributed
+
+
 def copies(tensor: torch.Tensor) -> int:
     """Return the number of ranks that hold the same part of a tensor, this one included."""
     if not isinstance(tensor, DTensor):

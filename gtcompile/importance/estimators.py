@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gtcompile.capture.model_io import LossFunction, check_batch, unwrap
 from gtcompile.distributed import fsdp
-from gtcompile.distributed.fsdp import copies, local
+from gtcompile.distributed.fsdp import copies, local, with_local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.names import match_patterns
@@ -158,7 +158,7 @@ class _AcrossBatches:
             return None if first else products.read()
         except NotFiniteError as problem:
             self.earlier.drop(problem.gradients & without_earlier)
-            self._forget_shards(replaced)
+            self._forget_shards(replaced - problem.gradients)
             raise
 
     def _forget_shards(self, replaced: set[str]) -> None:
@@ -169,8 +169,9 @@ class _AcrossBatches:
 
 def _usable(finite: torch.Tensor, gradient: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """A gradient if it is finite, else the earlier one; decided on the device, for the host does not wait."""
-    if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
-        return torch.where(finite, gradient, earlier)
+    part = local(gradient)
+    if type(part) is torch.Tensor and part.layout is torch.strided:
+        return with_local(gradient, torch.where(finite, part, local(earlier)))
     return gradient if finite else earlier.clone()  # the optimizer may overwrite it
 
 

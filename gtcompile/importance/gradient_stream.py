@@ -12,6 +12,7 @@ from gtcompile.capture.model_io import LossFunction, loss_of
 from gtcompile.distributed.fsdp import local
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import CaptureError, GTCompileError
+from gtcompile.state.host_memory import await_copy
 
 Consumer = Callable[[str, nn.Parameter, torch.Tensor, torch.Tensor], None]
 """Takes a parameter's FQN, the parameter, its gradient, which the consumer may keep or overwrite, and whether
@@ -65,6 +66,7 @@ class GradientStream:
             if parameter in self.names and gradient is not None:
                 fqn = self.names[parameter]
                 _check_whole(fqn, finite)
+                await_copy(gradient, loss.device)
                 finite[fqn] = loss_is_finite & _is_finite(gradient).to(loss.device)
                 consume(fqn, parameter, gradient, finite[fqn].to(gradient.device))
 

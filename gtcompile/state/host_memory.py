@@ -17,6 +17,20 @@ def to_host(value: torch.Tensor) -> torch.Tensor:
     return pinned.copy_(value, non_blocking=True)
 
 
+def await_copy(value: torch.Tensor, device: torch.device) -> None:
+    """Wait for a value that a GPU may still be copying to host memory.
+
+    `fully_shard` with offload queues copies of gradients to pinned memory on a stream of its own. It calls
+    hooks on gradients before these have arrived, with that stream as the current one.
+
+    Args:
+        value: in host memory, or elsewhere: then nothing is done.
+        device: that computed it.
+    """
+    if device.type == "cuda" and value.device == HOST:
+        torch.cuda.current_stream(device).synchronize()
+
+
 def fits_beside(device: torch.device, count: int) -> bool:
     """Whether a device has room for so many more bytes now. Host memory counts as having it."""
     if device.type != "cuda":

@@ -25,17 +25,39 @@ def ranks_of(model: nn.Module) -> Ranks:
     """Return the ranks that train a model; make `DistributedDataParallel` send only trained gradients.
 
     Raises:
-        ValueError: for a wrapper that would send or train something else.
+        ValueError: for a wrapper that would send or train something else, or with NCCL a current CUDA device
+            that is not the model's.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "FullyShardedDataParallel (version 1) flattens the parameters of a module into one, while they "
             "are selected one by one; shard the model with torch.distributed.fsdp.fully_shard"
         )
+    group: dist.ProcessGroup | None
     if isinstance(model, DistributedDataParallel):
         prepare(model)
-        return Ranks(model.process_group)
-    return Ranks(fsdp.group_of(unwrap(model)))
+        group = model.process_group
+    else:
+        group = fsdp.group_of(unwrap(model))
+    if group is not None and dist.get_backend(group) == "nccl":
+        check_current_device(model)
+    return Ranks(group)
+
+
+def check_current_device(model: nn.Module) -> None:
+    """Refuse a model on another CUDA device than the current one, from which NCCL sends Python values.
+
+    Raises:
+        ValueError: says which device to set.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    current = torch.device("cuda", torch.cuda.current_device()) if devices else None
+    if devices and current not in devices:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"this rank's model is on {found}, and its current CUDA device is {current}, which another rank "
+            f"may use: call torch.cuda.set_device with the model's device before init_process_group"
+        )
 
 
 def prepare(model: DistributedDataParallel) -> None:
@@ -79,22 +101,30 @@ def send_trained(
         bucket: gradients as views of one flat buffer; those of frozen parameters are not changed.
     """
     buffer: torch.Tensor = bucket.buffer()
-    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    gradients = bucket.gradients()
+    pairs = zip(bucket.parameters(), gradients, strict=True)
     chosen = [gradient for parameter, gradient in pairs if is_trained(parameter)]
     if not chosen:
         nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         nothing.set_result(buffer)
         return nothing
+    if len(chosen) == len(gradients):
+        return _averaged(group, buffer).then(lambda _: buffer)
     packed = torch.cat([gradient.flatten() for gradient in chosen])
-    packed.div_(group.size())
-    work: Any = dist.all_reduce(packed, group=group, async_op=True)
 
     def unpack(_: object) -> torch.Tensor:
         for gradient, mean in zip(chosen, packed.split([g.numel() for g in chosen]), strict=True):
             gradient.copy_(mean.view_as(gradient))
         return buffer
 
-    return cast("torch.futures.Future[torch.Tensor]", work.get_future().then(unpack))
+    return _averaged(group, packed).then(unpack)
+
+
+def _averaged(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.futures.Future[object]:
+    """Begin to replace a tensor by its mean over the ranks."""
+    tensor.div_(group.size())
+    work: Any = dist.all_reduce(tensor, group=group, async_op=True)
+    return cast("torch.futures.Future[object]", work.get_future())
 
 
 def _check_known(model: DistributedDataParallel) -> None:

@@ -11,15 +11,16 @@ import pytest
 import torch
 import typer
 
-from benchmarks.gpu import account, energy, steps, tables
+from benchmarks.gpu import account, energy, plans, steps, tables, two_gpus
 from benchmarks.gpu.candidates import GRAPHED, MAKERS, refusal
 from benchmarks.gpu.command import PRELOAD, main
 from benchmarks.gpu.kernels import kind_of
-from benchmarks.gpu.setting import SHORT
+from benchmarks.gpu.records import Header, Saved
+from benchmarks.gpu.setting import SHORT, Setting
 from benchmarks.gpu.stages import STAGES, with_needs
 from benchmarks.processes import Ended, Job, Result, run_jobs
 from gtcompile.training.cuda_graphs import check_recordable
-from tests.support.jobs import count_up, die, fail, loop
+from tests.support.jobs import count_up, die, fail, loop, start_another
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output"]
@@ -41,12 +42,25 @@ def test_jobs_say_what_they_found_and_how_they_ended():
 def test_jobs_that_do_not_end_are_stopped_and_the_others_not_started():
     jobs = [Job("loop", loop, ()), Job("count", count_up, (2,))]
     start = time.monotonic()
-    messages = run_jobs(jobs, limit_s=4, preload=PRELOAD)
+    messages = run_jobs(jobs, limit_s=4)
     assert [message for message in messages if isinstance(message, Ended)] == [
         Ended("loop", "stopped: out of time"),
         Ended("count", "not started: out of time"),
     ]
     assert time.monotonic() - start < 60
+
+
+def test_a_job_that_is_stopped_takes_its_own_jobs_with_it():
+    found = None
+    for message in run_jobs([Job("one", start_another, ())], limit_s=60):
+        if isinstance(message, Result):
+            found = message.value
+            break  # which stops what still runs
+    assert found is not None
+    end = time.monotonic() + 30
+    while Path(f"/proc/{found}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{found}").exists()
 
 
 def test_a_stage_brings_those_that_it_reads():
@@ -112,10 +126,55 @@ def test_a_run_that_is_killed_loses_nothing_and_leaves_no_process(tmp_path, how)
     assert after["results"].items() >= {u: before["results"][u] for u in before["finished"]}.items()
 
 
+def test_the_limits_of_all_stages_are_eight_minutes():
+    assert sum(stage.weight for stage in STAGES.values()) == 8 * 60
+
+
+ABSENT = ("datasets", "rouge_score", "trl", "gguf", "matplotlib", "onnx", "onnxscript", "lightning", "aclsum")
+"""Packages that a machine with a GPU need not have."""
+
+
+@pytest.mark.slow
+def test_no_stage_needs_more_than_a_machine_with_a_gpu_has():
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
+    needed = "import benchmarks.gpu.command, benchmarks.gpu.tables, gtcompile.tools.compare.command"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{hidden}; {needed}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not run.returncode, run.stderr
+
+
 def test_an_unknown_stage_is_refused_before_any_work(tmp_path):
     with pytest.raises(typer.BadParameter, match="known are correctness, plans"):
         main(tmp_path / "new", only=["speed"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", [two_gpus.REPLICATED, two_gpus.SHARDED, two_gpus.MIXED])
+def test_two_ranks_compute_the_gradients_of_eager_pytorch_in_the_same_wrapper(tmp_path, unit):
+    setting = Setting(output=tmp_path, device="cpu", tiny=True)
+    (plan,) = plans.measure(setting, SHORT, 0.0)
+    header = Header(card="a CPU", tiny=True, commit="abc", versions={})
+    Saved(folder=tmp_path, stage="plans", header=header, results={SHORT: plan}).write()
+    *_, found = two_gpus.measure(setting, unit, deadline=0.0)
+    assert found["gradient_difference"] <= (0.03 if unit == two_gpus.MIXED else 1e-6)
+    assert [(row["candidate"], row["budget"]) for row in found["trials"]] == list(two_gpus.TRIALS)
+    assert all(len(row["step_s"]) == two_gpus.ROUNDS[0] for row in found["trials"])
+    table = two_gpus.sheet(Saved(folder=tmp_path, stage="two_gpus", header=header, results={unit: found}))
+    assert len(table.rows) == len(two_gpus.TRIALS)
+    assert ": right (at most" in table.verdicts[0]
+
+
+def test_where_there_is_one_gpu_the_stage_for_two_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (found,) = two_gpus.measure(Setting(output=tmp_path, device="cuda"), two_gpus.REPLICATED, deadline=0.0)
+    header = Header(card="a GPU", tiny=False, commit="abc", versions={})
+    saved = Saved(folder=tmp_path, stage="two_gpus", header=header, results={two_gpus.REPLICATED: found})
+    saved.write()
+    assert json.loads((tmp_path / "two_gpus.json").read_text())["results"]["DDP"]["skipped"]
+    assert two_gpus.sheet(saved).verdicts == ["DDP was not measured: 2 GPUs are needed, and 1 can be seen"]
 
 
 def row(candidate: str, budget: float, flops: int, seconds: float, peak: int = 100) -> steps.Measured:

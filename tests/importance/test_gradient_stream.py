@@ -1,5 +1,7 @@
 """Gradients come one at a time, whole, and are let go of."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from gtcompile import GTCompileError
+from gtcompile.importance import gradient_stream
 from gtcompile.importance.gradient_stream import GradientStream, NotFiniteError
+from gtcompile.state.host_memory import await_copy
 
 
 class Deep(nn.Module):
@@ -57,6 +61,25 @@ def test_gradients_are_those_of_backward(reentrant):
     assert found.keys() == {fqn for fqn, _ in module.named_parameters()}
     for fqn, parameter in module.named_parameters():
         assert torch.equal(found[fqn], parameter.grad), fqn
+
+
+def test_a_gradient_is_not_read_before_a_gpu_has_copied_it_to_the_host(monkeypatch):
+    waited = []
+    queue = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: queue)
+    value, gpu = torch.ones(1), torch.device("cuda")
+    await_copy(value, torch.device("cpu"))
+    await_copy(value.to("meta"), gpu)
+    assert not waited
+    await_copy(value, gpu)
+    assert waited == ["stream"]
+    # every gradient, before anything looks at it
+    seen: list[str] = []
+    monkeypatch.setattr(gradient_stream, "await_copy", lambda gradient, device: seen.append("awaited"))
+    is_finite = gradient_stream._is_finite
+    monkeypatch.setattr(gradient_stream, "_is_finite", lambda g: seen.append("read") or is_finite(g))
+    assert len(collect(Deep(), {"x": torch.ones(2, 4)})) == 21
+    assert seen == ["awaited", "read"] * 21
 
 
 def test_a_gradient_that_comes_in_parts_is_refused():

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gtcompile import AdaptiveBackprop, load_training, save_training
+from gtcompile.capture import rng
 from tests.ranks.training_state_run import POINTS, Training, assert_equal
 from tests.support.launching import run_on_ranks, torchrun
 from tests.support.models import Regression, make_batch
@@ -129,6 +130,30 @@ def test_what_is_of_another_training_is_refused_and_changes_nothing(tmp_path):
     half = torch.optim.SGD(list(model.parameters())[:4], lr=0.1)
     with pytest.raises(ValueError, match="other parameters in its groups"):
         load_training(tmp_path, model, half, adaptive)
+
+
+def test_a_random_state_that_a_device_here_does_not_take_is_refused_and_changes_nothing(
+    tmp_path, monkeypatch
+):
+    state = torch.zeros(16, dtype=torch.uint8)
+    visible = {"_accelerator": "cuda", "_device_count": 2, "_current_device": 0}
+    for name, value in visible.items():
+        monkeypatch.setattr(rng, name, lambda value=value: value)
+    monkeypatch.setattr(rng, "_get_device_state", lambda *_: state)
+    monkeypatch.setattr(rng, "_set_device_state", lambda *_: None)
+    save_training(tmp_path, *alone(), {})
+    model, optimizer, adaptive = alone()
+    with torch.no_grad():
+        model.layers[0].bias.add_(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(rng, "_get_device_state", lambda *_: state[:8])
+    with pytest.raises(ValueError, match=r"unusable entry for cuda:0: expected .* \(8,\), got .* \(16,\)"):
+        load_training(tmp_path, model, optimizer, adaptive)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not optimizer.state
+    monkeypatch.setattr(rng, "_get_device_state", lambda *_: state)
+    monkeypatch.setattr(rng, "_device_count", lambda: 1)
+    load_training(tmp_path, model, optimizer, adaptive)
 
 
 def test_an_empty_folder_is_nothing_to_continue(tmp_path):

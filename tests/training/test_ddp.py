@@ -10,10 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gtcompile import AdaptiveBackprop, train_only
 from gtcompile.distributed.ranks import Ranks
+from gtcompile.torch_internals import FakeTensor, FakeTensorMode
+from gtcompile.training import ddp
+from gtcompile.training.ddp import check_current_device, ranks_of
 from tests.support import launching
 from tests.support.launching import run_on_ranks, torchrun
 from tests.support.models import Regression
@@ -40,6 +45,30 @@ def test_two_ranks_train_what_one_process_trains_and_what_fails_on_one_is_raised
     assert result.returncode == 0, result.stderr
     assert "rank 1: ValueError: expected at least two batches" in result.stdout
     assert "rank 0: GTCompileError: rank 1 failed, so all ranks stop: ValueError: expected" in result.stdout
+
+
+def test_a_model_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
+    elsewhere = FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), torch.device("cuda:1"))
+    model = torch.nn.ParameterList([torch.nn.Parameter(elsewhere)])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    check_current_device(model)
+    check_current_device(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"model is on cuda:1, and its current CUDA device is cuda:0"):
+        check_current_device(model)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_with_nccl_the_current_device_is_checked_for_both_wrappers(monkeypatch):
+    checked = []
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(ddp, "check_current_device", checked.append)
+    replicated = DistributedDataParallel(Regression(), find_unused_parameters=True)
+    whole = Regression()
+    sharded = fully_shard(Regression(), mesh=init_device_mesh("cpu", (1,)))
+    for model in (replicated, whole, sharded):
+        ranks_of(model)
+    assert checked == [replicated, sharded]
 
 
 @pytest.mark.usefixtures("one_rank")

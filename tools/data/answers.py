@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from statistics import fmean
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gtcompile.tools.data.batches import Encoded
@@ -109,6 +108,8 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
         return {metric: 100 * fmean(matches(answer, accepted) for answer, accepted in pairs)}
     if metric == "accuracy":
         return {metric: 100 * fmean(answer in accepted for answer, accepted in pairs)}
+    from rouge_score.rouge_scorer import RougeScorer  # not where only losses are compared
+
     scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
     results = [scorer.score_multi(list(accepted), answer) for answer, accepted in pairs]
     return {name: 100 * fmean(result[name].fmeasure for result in results) for name in ROUGE_TYPES}
