@@ -27,9 +27,10 @@ from transformers import (
 
 from gtcompile import BudgetError, GTCompileError
 from gtcompile.selection.policies import NAMES
+from gtcompile.tools.finetune.recorder import Recorder
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, comparison, notes, summary_from
-from gtcompile.tools.finetune.training import Recorder, training_arguments
+from gtcompile.tools.finetune.trainer_options import training_arguments
 from gtcompile.tools.inspect.command import inspect_run
 from gtcompile.tools.models.loading import load_language_model
 from gtcompile.tools.runs.preparation import prepare

@@ -17,20 +17,16 @@ from gtcompile.state.restore import restored
 from gtcompile.tools.common.energy import check_energy_known
 from gtcompile.tools.data.answers import generate_answers, score
 from gtcompile.tools.finetune.progress import Reporter
+from gtcompile.tools.finetune.recorder import PlannedError, Recorder
 from gtcompile.tools.finetune.summary import Summary, summarise, summary_from
-from gtcompile.tools.finetune.training import (
-    ALONE,
-    PlannedError,
-    Recorder,
-    make_trainer,
-    train,
-    training_arguments,
-)
+from gtcompile.tools.finetune.trainer_options import training_arguments
+from gtcompile.tools.finetune.training import make_trainer, train
 from gtcompile.tools.inspect import inspect_run, write_report
 from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.settings import Settings
 
+ALONE = Ranks(None)
 REPORT = "report.html"
 """Name of the report in the folder of a finished run."""
 
