@@ -481,7 +481,7 @@ def test_a_configuration_is_read_from_yaml_and_from_a_run(
     given = dict(map(parse_assignment, ["bf16=true", "run_name=2024"]))
     read = settings_from({**read_config(config), "args": None, **given})
     args = {"warmup_steps": 10, "bf16": True, "run_name": "2024"}
-    assert read == Settings(model="demo", dataset="demo", lr=1e-3, num_beams=2, args=args)
+    assert read == Settings(model="demo", dataset="demo", lr=1e-3, num_beams=2, compiler="auto", args=args)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from gtcompile.compiler.blocks import find_blocks
-from gtcompile.costs.budgets import budget_flops
+from gtcompile.costs.budgets import WHOLE, budget_flops
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError
 from gtcompile.selection.selection import Selection
@@ -99,8 +99,9 @@ class Recorder(TrainerCallback):
         """Counts passes of the training under way."""
         adaptive = self.adaptive.adaptive
         if self._counter is None or self._counter.adaptive is not adaptive:
-            recomputes = self.prepared.settings.recomputes
-            self._counter = PassCounter(self.model, adaptive, recomputes=recomputes)
+            settings = self.prepared.settings
+            adapted = settings.lora is not None
+            self._counter = PassCounter(self.model, adaptive, recomputes=settings.recomputes, adapted=adapted)
         return self._counter
 
     def about_to_pass(self, batch: Batch) -> None:
@@ -197,16 +198,19 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Compare steps while the blocks are still compiled."""
         cut_short = self.stopping and state.global_step < state.max_steps
-        if not cut_short and self.prepared.settings.policy != "full":
+        settings = self.prepared.settings
+        if not cut_short and (settings.policy != "full" or settings.lora is not None):
             self.compare(self.prepared.sample())
 
     def compare(self, batch: Batch) -> None:
         """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
-        recomputes, last = self.prepared.settings.recomputes, self.selections[-1]
+        settings, last = self.prepared.settings, self.selections[-1]
         self.model.train()  # an evaluation may have come before
         with cache_paused(self.adaptive.adaptive):
             self.comparison = self.ranks.from_first(
-                lambda: compare_steps(self.model, batch, last, recomputes=recomputes)
+                lambda: compare_steps(
+                    self.model, batch, last, recomputes=settings.recomputes, adapted=settings.lora is not None
+                )
             )
 
     def _add(self, step: dict[str, Any]) -> None:
@@ -228,6 +232,7 @@ class Recorder(TrainerCallback):
             "step_flops": costs.step_flops,
             "budget_flops": budget_flops(costs.whole_flops, adaptive.budget_fraction),
             "full_flops": costs.full_flops,
+            "whole_flops": costs.whole_flops,
             "predicted_seconds": selection.step_seconds,
             "predicted_bytes": selection.step_bytes,
             "cached_step_flops": costs.cached_step_flops,
@@ -240,7 +245,7 @@ class Recorder(TrainerCallback):
         record["seconds"] = perf_counter() + began
         self.selections.append(record)
         count = f"{len(selection.trained)} of {selection.selectable} parameters"
-        share = f"{selection.step_fraction:.1%} of a full step's FLOPs"
+        share = f"{selection.step_fraction:.1%} of {WHOLE[selection.budget_of]}"
         if selection.step_seconds is not None:
             share += f", {selection.step_seconds:.4f} s"
         if selection.step_bytes is not None:

@@ -67,6 +67,7 @@ def adaptive_callback(prepared: Prepared) -> AdaptiveBackpropCallback:
         1.0 if full else settings.budget,
         budget_seconds=settings.budget_seconds,
         budget_memory=settings.budget_memory,
+        budget_of="step" if full else settings.budget_of,
         policy="last_layers" if full else settings.policy,
         every=sys.maxsize if settings.selects_once else later,
         batches=MEASURED_BATCHES,
