@@ -164,9 +164,7 @@ class Settings:
     def _check_lora(self) -> None:
         for name in ("lora_alpha", "target_modules"):
             if self.lora is None and (value := getattr(self, name)) is not None:
-                raise ValueError(
-                    f"{option(name)} {value} is for adapters: give their rank, such as --lora 16"
-                )
+                raise ValueError(f"{option(name)} {value} needs adapters: give their rank, such as --lora 16")
         targets = self.targets
         named = bool(targets) and (ALL_LINEAR not in targets or len(targets) == 1)
         expected = f"names of linear layers separated by commas, or {ALL_LINEAR} alone"
