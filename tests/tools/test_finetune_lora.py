@@ -96,6 +96,7 @@ def counted_full_flops(settings: Settings) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.slow
 def test_flops_are_exact_and_shares_are_of_full_fine_tuning(
     finished: tuple[Path, Summary, str], settings: Settings
 ) -> None:
@@ -117,6 +118,7 @@ def test_flops_are_exact_and_shares_are_of_full_fine_tuning(
     assert "steps that train all weights of the base model, without adapters" in " ".join(notes([summary]))
 
 
+@pytest.mark.slow
 def test_the_adapter_is_in_pefts_format_and_only_it_was_trained(
     finished: tuple[Path, Summary, str], settings: Settings
 ) -> None:
@@ -207,6 +209,7 @@ def test_two_processes_train_one_adapter_from_the_command_line(settings: Setting
     assert kinds == {"q_proj", "v_proj"}
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_step_is_a_share_of_the_step_that_trains_all_adapters(settings: Settings) -> None:
     stream = StringIO()
     plan(replace(settings, budget_of="step"), reporter(stream))
@@ -219,8 +222,9 @@ def test_a_budget_of_a_step_is_a_share_of_the_step_that_trains_all_adapters(sett
     assert "full fine-tuning's" not in said
 
 
+@pytest.mark.slow
 def test_inspect_and_export_see_the_adapters_of_a_run(
-    finished: tuple[Path, Summary, str], settings: Settings
+    finished: tuple[Path, Summary, str], tmp_path: Path
 ) -> None:
     output = finished[0]
     assert (output / "report.html").is_file()
@@ -230,7 +234,9 @@ def test_inspect_and_export_see_the_adapters_of_a_run(
     assert f"{last['step_flops'] / last['whole_flops']:.1%} of full fine-tuning's FLOPs" in str(
         inspection.selection
     )
-    again = inspect_run(output, PlanOptions(importances=output / "selections.json"))
+    known = tmp_path / "selections.json"  # the policy measured none
+    known.write_text(json.dumps([{**last, "importance": dict.fromkeys(last["trained"], 1.0)}]))
+    again = inspect_run(output, PlanOptions(importances=known))
     assert again.selection.budget_flops <= last["budget_flops"]
     model, _ = _model_and_batch(str(output), read_run(output), BatchShape())
     state = model.state_dict()
