@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 import gtcompile
+from gtcompile.costs.budgets import BudgetOf
 from gtcompile.errors import BudgetError, GTCompileError
 from gtcompile.tools.bench.options import BenchOptions
 from gtcompile.tools.common.options import BatchShape, check_model, is_run, parse_list
@@ -27,7 +28,7 @@ from gtcompile.tools.compare.options import CompareOptions, CompilerOrNone
 from gtcompile.tools.inspect.options import DEFAULT_BUDGET, Outputs, PlanOptions
 from gtcompile.tools.onnx.options import ExportOptions
 from gtcompile.tools.runs.given_settings import given_settings
-from gtcompile.tools.runs.settings import Compiler, Policy, Settings, source_of
+from gtcompile.tools.runs.settings import Compiler, CompilerOrAuto, Policy, Settings, source_of
 
 if TYPE_CHECKING:
     from gtcompile.tools.finetune.summary import Summary
@@ -86,6 +87,9 @@ def finetune(
     model: Annotated[str | None, _option(MODEL_HELP)] = None,
     dataset: Annotated[str | None, _option(DATASET_HELP)] = None,
     budget: Budget = 0.5,
+    budget_of: Annotated[
+        BudgetOf, _option("What --budget is a share of. Default: step, with --lora full_finetuning.")
+    ] = "step",
     budget_seconds: Annotated[
         float | None, _option("Seconds a step may take, by steps timed on this machine; needs policy best.")
     ] = None,
@@ -96,6 +100,15 @@ def finetune(
     policy: Annotated[
         Policy, _option("How what is trained is selected within the budget; full trains everything.")
     ] = "best",
+    lora: Annotated[
+        int | None, _option("Train low-rank adapters of this rank instead of weights; needs peft.")
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, _option("Scale adapters by this over their rank. Default: twice the rank.")
+    ] = None,
+    target_modules: Annotated[
+        str | None, _option("Layers that get adapters, such as q_proj,v_proj. Default: all-linear.")
+    ] = None,
     output: Annotated[Path | None, _option("Empty or new folder. Default: a new one in runs/.")] = None,
     resume: Annotated[
         Path | None, _option("Continue the run in this folder, with its settings; --epochs extends it.")
@@ -121,14 +134,19 @@ def finetune(
     max_eval_samples: Annotated[int | None, _option("Evaluate on at most this many examples.")] = None,
     epochs: Annotated[int, _option("Passes over the training examples.")] = 5,
     batch_size: BatchSize = 4,
-    lr: Annotated[float, _option("Learning rate at the first step; falls linearly to 0.")] = 2e-5,
+    lr: Annotated[
+        float | None,
+        _option("Learning rate at the first step; falls linearly to 0. Default: 2e-5, with --lora 2e-4."),
+    ] = None,
     weight_decay: Annotated[float, _option("Weight decay of AdamW.")] = 1e-2,
     reselect_every: Annotated[int, _option("Epochs between selections.")] = 1,
     max_length: MaxLength = 512,
     max_new_tokens: MaxNewTokens = None,
     num_beams: Annotated[int, _option("Beams of generation; 1 is greedy.")] = 1,
     tokenizer: Tokenizer = None,
-    compiler: Annotated[Compiler | None, _option("Default: inductor on a GPU, eager on a CPU.")] = None,
+    compiler: Annotated[
+        CompilerOrAuto, _option("auto generates code (inductor) if that takes less time than it saves.")
+    ] = "auto",
     activation_memory_budget: Annotated[
         float, _option("Share of the bytes saved for backward that may be kept; the rest is recomputed.")
     ] = 1.0,
@@ -154,14 +172,10 @@ def finetune(
         if name in SETTINGS and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
     }
     with _errors_in_one_line():
-        settings, names = given_settings(
+        settings = given_settings(
             given, args or (), config=config, output=output, resume=resume, dry_run=dry_run
         )
         _quiet()
-        if "compiler" not in names:
-            from gtcompile.tools.runs.preparation import default_compiler
-
-            settings = dataclasses.replace(settings, compiler=default_compiler())
         _finetune(Console(), settings, output, resume, compare_full=compare_full, dry_run=dry_run)
 
 

@@ -26,12 +26,28 @@ def full_finetuning_flops(model: nn.Module, batch: Any, loss_fn: LossFunction | 
         ValueError: the model is quantized, so that full fine-tuning of it is not possible.
         CaptureError: as for `backward_costs`.
     """
+    with full_finetuning(model):
+        return backward_costs(model, batch, loss_fn=loss_fn).full_flops
+
+
+@contextlib.contextmanager
+def full_finetuning(model: nn.Module) -> Iterator[None]:
+    """Within the block, let every parameter require a gradient, and switch off PEFT's adapters.
+
+    Code that was compiled before must not run in the block.
+
+    Args:
+        model: its flags and adapters are afterwards as they were.
+
+    Raises:
+        ValueError: the model is quantized, so that full fine-tuning of it is not possible.
+    """
     inner = unwrap(model)
     refuse_quantized(inner)
     with flags_kept(inner), _adapters_off(inner):
         for parameter in inner.parameters():
             parameter.requires_grad_(True)
-        return backward_costs(model, batch, loss_fn=loss_fn).full_flops
+        yield
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -57,7 +57,7 @@ def test_energy_that_was_counted_in_every_step_wins_over_watts():
 def test_a_counter_is_read_around_every_step(settings, tmp_path, monkeypatch):  # noqa: F811
     readings = itertools.count(step=3)
     monkeypatch.setattr(
-        "gtcompile.tools.finetune.training.joules_counter", lambda _: lambda: float(next(readings))
+        "gtcompile.tools.finetune.recorder.joules_counter", lambda _: lambda: float(next(readings))
     )
     summary = finetune(replace(settings, epochs=1), tmp_path / "run", reporter())
     assert summary.joules == 3.0 * summary.steps

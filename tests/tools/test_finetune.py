@@ -27,9 +27,10 @@ from transformers import (
 
 from gtcompile import BudgetError, GTCompileError
 from gtcompile.selection.policies import NAMES
+from gtcompile.tools.finetune.recorder import Recorder
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, comparison, notes, summary_from
-from gtcompile.tools.finetune.training import Recorder, training_arguments
+from gtcompile.tools.finetune.trainer_options import training_arguments
 from gtcompile.tools.inspect.command import inspect_run
 from gtcompile.tools.models.loading import load_language_model
 from gtcompile.tools.runs.preparation import prepare
@@ -480,7 +481,7 @@ def test_a_configuration_is_read_from_yaml_and_from_a_run(
     given = dict(map(parse_assignment, ["bf16=true", "run_name=2024"]))
     read = settings_from({**read_config(config), "args": None, **given})
     args = {"warmup_steps": 10, "bf16": True, "run_name": "2024"}
-    assert read == Settings(model="demo", dataset="demo", lr=1e-3, num_beams=2, args=args)
+    assert read == Settings(model="demo", dataset="demo", lr=1e-3, num_beams=2, compiler="auto", args=args)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gtcompile import GTCompileError
+from gtcompile.tools.finetune.recorder import Recorder
 from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, notes
-from gtcompile.tools.finetune.training import Recorder
 from gtcompile.tools.runs.run_record import read_run
 from gtcompile.tools.runs.settings import Settings
 from tests.support.finetune import assert_same_weights, reporter, short_run, steps_of

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gtcompile.tools.models.adapters import add_lora
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -66,11 +68,7 @@ def unchanged(model: "nn.Module") -> "nn.Module":
 
 def with_lora(model: "nn.Module") -> "nn.Module":
     """Add low-rank adapters to all linear layers except the head."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK, target_modules="all-linear")
-    adapted: nn.Module = get_peft_model(model, config)
-    return adapted
+    return add_lora(model, _LORA_RANK)
 
 
 def with_lora_and_weights(model: "nn.Module") -> "nn.Module":

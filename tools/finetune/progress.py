@@ -65,4 +65,4 @@ class Reporter:
         self.advance(done, text)
         if self._live is None and (done % max(1, per_epoch // LINES_PER_EPOCH) == 0 or done % per_epoch == 0):
             epoch = f"epoch {step['epoch'] + 1}/{-(-last // per_epoch)}"
-            self.say(f"step {done}/{last}  {epoch}  {text} of full  {note}")
+            self.say(f"step {done}/{last}  {epoch}  {text} of full fine-tuning  {note}")

@@ -7,30 +7,30 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gtcompile.costs.budgets import WHOLE
 from gtcompile.distributed.ranks import Ranks
 from gtcompile.errors import GTCompileError, some
 from gtcompile.graph.module_paths import block_of_parameter
 from gtcompile.state.restore import restored
 from gtcompile.tools.common.energy import check_energy_known
 from gtcompile.tools.data.answers import generate_answers, score
+from gtcompile.tools.finetune.compiler_choice import with_chosen_compiler
 from gtcompile.tools.finetune.progress import Reporter
+from gtcompile.tools.finetune.recorder import PlannedError, Recorder
 from gtcompile.tools.finetune.summary import Summary, summarise, summary_from
-from gtcompile.tools.finetune.training import (
-    ALONE,
-    PlannedError,
-    Recorder,
-    make_trainer,
-    train,
-    training_arguments,
-)
+from gtcompile.tools.finetune.trainer_options import training_arguments
+from gtcompile.tools.finetune.training import make_trainer, train
 from gtcompile.tools.inspect import inspect_run, write_report
+from gtcompile.tools.models.adapters import adapted_layers
 from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.run_folder import RunFolder
-from gtcompile.tools.runs.settings import Settings
+from gtcompile.tools.runs.settings import LORA_LR, LORA_RATES, Settings
 
+ALONE = Ranks(None)
 REPORT = "report.html"
 """Name of the report in the folder of a finished run."""
 
@@ -67,7 +67,9 @@ def finetune(
             reporter.say(f"the run in {output} is finished; more --epochs extend it")
             return finished
         arguments = training_arguments(settings, output)
-        prepared = _prepare(settings, reporter)
+        if resume and settings.compiler == "auto":
+            settings = dataclasses.replace(settings, compiler=folder.read_settings()["compiler"])
+        prepared = _prepare(settings, reporter, ranks)
         before = checkpoint = None
         if resume:
             folder.check_same_run(settings, prepared.digest)
@@ -90,7 +92,7 @@ def plan(settings: Settings, reporter: Reporter, *, ranks: Ranks = ALONE) -> Non
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(settings, Path(scratch))
-        prepared = _prepare(settings, reporter)
+        prepared = _prepare(settings, reporter, ranks)
         folder = RunFolder(Path(scratch), writes=False)
         recorder = Recorder(prepared, folder, reporter, ranks, plan_only=True)
         trainer = make_trainer(recorder, arguments)
@@ -105,11 +107,26 @@ def compare_with_full(
 ) -> tuple[Summary, Summary]:
     """Run as `finetune` does, then run full fine-tuning from the same start, into `output/full`.
 
+    If the run has adapters, full fine-tuning has none, and a smaller learning rate.
+
     Returns:
         The two summaries, the full one last.
     """
     first = finetune(settings, output, reporter, resume=resume, evaluate_before=True, ranks=ranks)
-    full = dataclasses.replace(
+    full = dataclasses.replace(full_run_beside(settings), compiler=first.compiler)
+    if full.lr != settings.lr:
+        reporter.say(
+            f"full fine-tuning, without adapters, has a learning rate of {full.lr:g}: adapters get "
+            f"{LORA_RATES:g} times as much"
+        )
+    folder = output / "full"
+    again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
+    return first, finetune(full, folder, reporter, resume=again, ranks=ranks)
+
+
+def full_run_beside(settings: Settings) -> Settings:
+    """The settings of the full fine-tuning that a run is compared with."""
+    plain = dataclasses.replace(
         settings,
         policy="full",
         prefix_cache=None,
@@ -117,9 +134,10 @@ def compare_with_full(
         budget_seconds=None,
         budget_memory=None,
     )
-    folder = output / "full"
-    again = ranks.from_first(lambda: resume and (folder / "run.json").is_file())
-    return first, finetune(full, folder, reporter, resume=again, ranks=ranks)
+    if settings.lora is None:
+        return plain
+    none: dict[str, Any] = dict.fromkeys(("lora", "lora_alpha", "target_modules"))
+    return dataclasses.replace(plain, budget_of="step", lr=settings.lr / LORA_RATES, **none)
 
 
 def evaluate(prepared: Prepared, reporter: Reporter) -> dict[str, float]:
@@ -184,13 +202,15 @@ def _left_if_filled(output: Path) -> Iterator[None]:
                 output.rmdir()
 
 
-def _prepare(settings: Settings, reporter: Reporter) -> Prepared:
+def _prepare(settings: Settings, reporter: Reporter, ranks: Ranks) -> Prepared:
     """Load model and data, and say what was loaded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_energy_known(settings.grid_intensity, settings.watts, device)
     prepared = prepare(settings)
     torch.compiler.reset()
     reporter.say(f"model: {settings.model}, {prepared.language.model.num_parameters():,} parameters")
+    if settings.lora is not None:
+        reporter.say(_adapters_in_words(prepared))
     if anew := prepared.language.random_weights:
         reporter.say(f"weights: the checkpoint lacks {some(anew)}, which start at random")
     reporter.say(f"tokenizer: {prepared.language.tokenizer_origin}")
@@ -201,7 +221,18 @@ def _prepare(settings: Settings, reporter: Reporter) -> Prepared:
     reporter.say(
         f"every batch is {prepared.collate.shape}{padding}; {prepared.steps_per_epoch} steps an epoch"
     )
-    return prepared
+    return with_chosen_compiler(prepared, reporter.say, ranks)
+
+
+def _adapters_in_words(prepared: Prepared) -> str:
+    settings, model = prepared.settings, prepared.language.model
+    numel = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rate = ", the default for LoRA" if settings.lr == LORA_LR else ""
+    budget = "" if settings.policy == "full" else f"; the budget is a share of {WHOLE[settings.budget_of]}"
+    return (
+        f"LoRA: adapters of rank {settings.lora} in {adapted_layers(model)} layers, {numel:,} of these "
+        f"parameters; learning rate {settings.lr:g}{rate}{budget}"
+    )
 
 
 def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
@@ -213,8 +244,12 @@ def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     if selection["cached_step_flops"] < selection["step_flops"]:
         yield f"a step that starts from the prefix cache: {selection['cached_step_flops']:.4e} FLOPs"
     whole = _in_words(full.full_flops, full.full_saved_bytes, full.full_seconds)
-    yield f"a full step of plain PyTorch: {whole}"
     settings = recorder.prepared.settings
+    if settings.lora is None:
+        yield f"a full step of plain PyTorch: {whole}"
+    else:
+        yield f"a step that trains all adapters: {selection['full_flops']:.4e} FLOPs"
+        yield f"a step of full fine-tuning in plain PyTorch, without adapters: {whole}"
     batches = steps * int(settings.args.get("gradient_accumulation_steps", 1))
     epochs = steps / recorder.prepared.steps_per_epoch
     selections = 1 if settings.selects_once else math.ceil(epochs / settings.reselect_every)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gtcompile.costs.batch_shapes import BatchShapes, batch_shapes
+from gtcompile.costs.budgets import BudgetOf
 from gtcompile.huggingface.labelled_logits import POSITIONS, TARGETS
 from gtcompile.tools.common.flop_meter import check_step_flops
 from gtcompile.tools.common.step_memory import passes_memory
@@ -40,10 +41,14 @@ class PassCounter:
         model: with compiled blocks; trains what `adaptive` has selected.
         adaptive: predicts.
         recomputes: whether the backward recomputes activations to save memory.
+        adapted: whether the model has adapters.
     """
 
-    def __init__(self, model: nn.Module, adaptive: AdaptiveBackprop, *, recomputes: bool) -> None:
-        self.adaptive, self._model, self._recomputes = adaptive, model, recomputes
+    def __init__(
+        self, model: nn.Module, adaptive: AdaptiveBackprop, *, recomputes: bool, adapted: bool
+    ) -> None:
+        self.adaptive, self._model = adaptive, model
+        self._recomputes, self._adapted = recomputes, adapted
         self._plain = CostsByShape(model, None)
         self._counts: dict[BatchShapes, tuple[Counts, Counts]] = {}
 
@@ -72,7 +77,7 @@ class PassCounter:
         return counted
 
     def taken(self, batch: Batch, *, hit: bool) -> dict[str, int]:
-        """FLOPs of a pass with the present set: predicted, counted, and those of a plain full step.
+        """FLOPs of a pass with the present set: predicted, counted, and those of full fine-tuning.
 
         Counted are those of the pass that was counted at these shapes, times predicted FLOPs over its own.
 
@@ -90,11 +95,12 @@ class PassCounter:
         }
 
     def plain_full_flops(self, batch: Batch) -> int:
-        """FLOPs of a full step that computes all logits, at the shapes of this batch."""
-        if POSITIONS not in batch:
+        """FLOPs of full fine-tuning, without adapters, with all logits, at the shapes of this batch."""
+        if POSITIONS not in batch and not self._adapted:
             return self.adaptive.costs_of(batch).full_flops
         with cache_paused(self.adaptive):
-            return self._plain.of(without_positions(batch), "step").costs.full_flops
+            whole: BudgetOf = "full_finetuning" if self._adapted else "step"
+            return self._plain.of(without_positions(batch), whole).budget_whole
 
     def _checked(self, batch: Batch, predicted: int) -> int:
         return check_step_flops(self._model, batch, predicted, recomputes=self._recomputes)

@@ -46,7 +46,7 @@ class Summary:
     counted_flops: int
     """FLOPs of all training steps: one counted step of every selection and shape, times its steps."""
     full_flops: int
-    """FLOPs of full steps on the same batches."""
+    """FLOPs of full fine-tuning on the same batches, without adapters."""
     step_seconds: float
     """Median seconds of forward and backward."""
     training_seconds: float
@@ -73,6 +73,8 @@ class Summary:
     """Grams of CO2 equivalent per kilowatt hour, as the user gave them."""
     processes: int = 1
     """Processes that trained together; FLOPs are summed over them."""
+    lora: int | None = None
+    """Rank of the adapters, if adapters were trained."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -112,6 +114,7 @@ def summarise(
         selecting_seconds=sum(selection["seconds"] for selection in selections),
         note=prepared.task.format.note,
         processes=settings.processes,
+        lora=settings.lora,
         grid_intensity=settings.grid_intensity,
         **_energy(settings.watts, steps, selections),
         cached=sum(step["cached"] for step in steps) if settings.prefix_cache else None,
@@ -213,6 +216,15 @@ def _agreement(run: Summary) -> str:
     return f"{recomputed:.1%} more, recomputed to save memory" if recomputed else "both agree"
 
 
+def _adapters(run: Summary) -> str:
+    if run.lora is None:
+        return ""
+    return (
+        f"Only adapters of rank {run.lora} were trained. Full means full fine-tuning: steps that train all "
+        f"weights of the base model, without adapters."
+    )
+
+
 def _savings(run: Summary) -> str:
     if run.cached is None:
         return ""
@@ -229,7 +241,8 @@ def _gain(run: Summary) -> str:
     own, plain = run.comparison.plan_seconds, run.comparison.full_seconds
     if own >= plain:
         return (
-            f"It does not pay on this model: a step takes {own / plain:.2f} of a full step of plain PyTorch."
+            f"It does not pay on this model: a step takes {own / plain:.2f} of a full step of plain PyTorch"
+            f"{'' if run.lora is None else ', without adapters'}."
         )
     overhead = run.selecting_seconds + run.compiling_seconds
     steps = math.ceil(overhead / (plain - own))
@@ -251,6 +264,7 @@ def notes(runs: Sequence[Summary]) -> list[str]:
         "full steps of plain eager PyTorch, taken alternately after training, so that other work on the "
         "machine slows both alike. Seconds of training are all steps including optimizer and compilation; "
         "compiling is what the first step of a selection took beyond the median.",
+        _adapters(run),
         _savings(run),
         _gain(run),
         run.note,

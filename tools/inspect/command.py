@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel
 
 from gtcompile.capture.capture import capture
 from gtcompile.costs.backward_costs import costs_of
+from gtcompile.costs.budgets import smallest_budget
 from gtcompile.errors import CaptureError
 from gtcompile.graph.joint_graph import JointGraph
 from gtcompile.huggingface.labelled_logits import POSITIONS, TARGETS, only_labelled_logits
@@ -105,12 +107,20 @@ def inspect_run(path: Path, options: PlanOptions = AS_TRAINED, progress: Console
     made, shape = model_on_meta(run.model), run.batch_shape
     batch = run.batch()
     positions: dict[str, torch.Tensor] = {name: batch[name] for name in (POSITIONS, TARGETS) if name in batch}
-    traced = _trace(run.model, made, batch, lambda: {**random_batch(made, shape), **positions}, progress)
+    traced = _trace(
+        run.model,
+        made,
+        batch,
+        lambda: {**random_batch(made, shape), **positions},
+        progress,
+        complete=run.adapted,
+    )
     inspection = inspection_of_run(run, traced, type(made).__name__)
     if options.budget is None and options.importances is None:
         return inspection
     if options.budget is None:
-        options = replace(options, budget=float(run.settings["budget"]))
+        most = min(run.selections[-1]["budget_flops"], inspection.costs.full_flops)
+        options = replace(options, budget=smallest_budget(inspection.costs.full_flops, most))
     if options.importances is None:
         options = replace(options, importances=path / "selections.json")
     return _plan(traced, str(path), inspection.architecture, run.shape, options, run)
@@ -137,6 +147,8 @@ def _trace(
     batch: Batch,
     tokens: Callable[[], Batch] | None,
     progress: Console | None,
+    *,
+    complete: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Traced:
     """Capture a model without weights, or with weights if its forward branches on data.
 
@@ -146,24 +158,27 @@ def _trace(
         batch: of the wanted shape.
         tokens: makes a batch of that shape with random tokens; None if `batch` holds real ones.
         progress: where to say that weights are needed.
+        complete: adds what the model of a run has beside its base.
     """
-    made.config.use_cache = False
-    if POSITIONS in batch:
-        only_labelled_logits(made)
+
+    def ready(base: PreTrainedModel) -> nn.Module:
+        base.config.use_cache = False
+        model = complete(base)
+        if POSITIONS in batch:
+            only_labelled_logits(model)
+        return model
+
     try:
-        return Traced(capture(made, batch), "no values")
+        return Traced(capture(ready(made), batch), "no values")
     except CaptureError as error:
         if not error.without_values:
             raise
         reason = str(error).partition("\n")[0]
     model, weights = model_with_values(name, made.config)
-    model.config.use_cache = False
-    if POSITIONS in batch:
-        only_labelled_logits(model)
     if progress is not None:
         say(progress, f"{reason} without values: run once with {weights}")
     values = f"{weights} and " + ("the first examples" if tokens is None else "random tokens")
-    return Traced(capture(model, batch if tokens is None else tokens()), values)
+    return Traced(capture(ready(model), batch if tokens is None else tokens()), values)
 
 
 def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Inspection:
@@ -185,6 +200,10 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
             f"of gtcompile, torch or transformers wrote it. Inspect {run.path / 'model'} instead"
         )
     importance = dict(last["importance"])
+    budget_of = run.settings.get("budget_of", "step")
+    whole = (
+        {} if budget_of == "step" else {"budget_of": budget_of, "full_finetuning_flops": last["whole_flops"]}
+    )
     total = math.fsum(importance.get(fqn, 0.0) for fqn in sorted(trained))
     selection = Selection(
         trained=trained,
@@ -194,6 +213,7 @@ def inspection_of_run(run: RunRecord, traced: Traced, architecture: str) -> Insp
         full_flops=last["full_flops"],
         importance=total,
         importance_bound=last["importance_bound"],
+        **whole,
     )
     measured = f"measured in epoch {last['epoch'] + 1}, where plans within the budget reach"
     origin = measured if importance else "not measured by this run"

@@ -49,4 +49,4 @@ def _model_and_batch(name: str, run: RunRecord | None, shape: BatchShape) -> tup
     model = language_model(name, made)
     batch = random_batch(model, shape)
     check_length(model, batch)
-    return model.eval(), batch
+    return (model if run is None else run.adapted(model)).eval(), batch

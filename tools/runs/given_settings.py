@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gtcompile.tools.models.adapters import check_peft
 from gtcompile.tools.runs.run_folder import RunFolder
 from gtcompile.tools.runs.settings import Settings, read_config, settings_from, source_of
 from gtcompile.tools.runs.training_arguments import parse_assignment
@@ -18,7 +19,7 @@ def given_settings(
     output: Path | None,
     resume: Path | None,
     dry_run: bool,
-) -> tuple[Settings, frozenset[str]]:
+) -> Settings:
     """Check everything that can be checked without torch, and return the settings.
 
     Args:
@@ -29,11 +30,9 @@ def given_settings(
         resume: folder of a run to continue, with its settings.
         dry_run: whether nothing will be trained.
 
-    Returns:
-        The settings, and the names of those that were given.
-
     Raises:
         ValueError: these contradict each other or the run, or a name, value, folder or data set is wrong.
+        ImportError: adapters are asked for, and peft is not installed.
     """
     if resume and (output or config):
         raise ValueError("--resume continues a run in its folder; leave out --output and --config")
@@ -53,13 +52,15 @@ def given_settings(
         "processes": _process_count(),
     }
     settings = settings_from(values)
+    if settings.lora is not None:
+        check_peft()
     source_of(settings)
     if os.environ.get("RANK", "0") == "0":
         if resume:
             folder.check_same_run(settings)
         elif output and not dry_run:
             folder.check_new()
-    return settings, frozenset(values)
+    return settings
 
 
 def _process_count() -> int:

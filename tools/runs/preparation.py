@@ -2,14 +2,17 @@
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from gtcompile.huggingface.labelled_logits import only_labelled_logits
 from gtcompile.tools.data.batches import Collator, Encoded, Encoder, collator_for
 from gtcompile.tools.data.causality import check_causal
 from gtcompile.tools.data.tasks import Task, load_task
+from gtcompile.tools.models.adapters import add_lora
 from gtcompile.tools.models.loading import LanguageModel, load_language_model
 from gtcompile.tools.runs.settings import Compiler, Settings, source_of
 
@@ -47,6 +50,13 @@ class Prepared:
         """Optimizer steps of one epoch; its last batch may be padded with copies."""
         batches = -(-len(self.examples) // (self.settings.batch_size * self.settings.processes))
         return -(-batches // int(self.settings.args.get("gradient_accumulation_steps", 1)))
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of the whole run, in each process."""
+        batches = int(self.settings.args.get("gradient_accumulation_steps", 1))
+        steps = int(self.settings.args.get("max_steps", -1))
+        return batches * (steps if steps > 0 else self.settings.epochs * self.steps_per_epoch)
 
     def sample(self) -> Batch:
         """A batch of the first examples, or of those of middle length if they are grouped by it.
@@ -101,6 +111,9 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
     task = load_task(source_of(settings), (settings.max_train_samples, settings.max_eval_samples))
     torch.manual_seed(settings.seed)  # a head that the checkpoint lacks is initialised now
     language = load_language_model(settings.model, settings.tokenizer, weights=weights)
+    if settings.lora is not None:
+        adapted: Any = with_adapters(language.model, settings)
+        language = replace(language, model=adapted)
     if weights:
         language.model.to(default_device())  # type: ignore[arg-type]
     language.model.config.use_cache = False  # generation turns it on itself
@@ -141,6 +154,17 @@ def prepare(settings: Settings, *, weights: bool = True) -> Prepared:
         collate=collate,
         max_new_tokens=max_new_tokens,
     )
+
+
+def with_adapters(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model with the adapters that the settings name.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model has no such layers.
+    """
+    assert settings.lora is not None
+    return add_lora(model, settings.lora, alpha=settings.lora_alpha, targets=settings.targets)
 
 
 def _length_limit(settings: Settings, language: LanguageModel, max_new_tokens: int) -> int:

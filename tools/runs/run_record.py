@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gtcompile.tools.common.files import read_lines
 from gtcompile.tools.common.options import BatchShape
+from gtcompile.tools.runs.preparation import with_adapters
+from gtcompile.tools.runs.settings import RECORDED, settings_from
 
 FORMAT = 1
 """Version of `run.json`; another number means another layout of the folder."""
@@ -43,9 +46,26 @@ class RunRecord:
 
     @property
     def model(self) -> str:
-        """The trained model's folder, or the name of the original model while nothing is saved."""
+        """The trained model's folder, or the name of the original one: of adapters, or if none is saved."""
         own = self.path / "model"
         return str(own) if (own / "config.json").is_file() else str(self.settings["model"])
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """Add the run's adapters, as they were trained if they are saved; without adapters, change nothing.
+
+        Args:
+            model: that `model` names.
+        """
+        if self.settings.get("lora") is None:
+            return model
+        values = {name: value for name, value in self.settings.items() if name not in RECORDED}
+        adapted: Any = with_adapters(model, settings_from(values))
+        own = self.path / "model"
+        if adapted.device.type != "meta" and (own / "adapter_config.json").is_file():
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(adapted, load_peft_weights(str(own)))
+        return adapted  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> str:

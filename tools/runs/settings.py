@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from gtcompile.costs.budgets import WHOLE, BudgetOf
 from gtcompile.graph.names import near_names
-from gtcompile.tools.common.options import check_budget, check_model, expect, option
+from gtcompile.tools.common.options import check_budget, check_model, expect, option, parse_list
 from gtcompile.tools.data.tasks import Source, find_source
+from gtcompile.tools.models.adapters import ALL_LINEAR
 from gtcompile.tools.runs.training_arguments import OURS, check_type, known_arguments, parse_value
 
 Policy = Literal[
@@ -27,6 +29,14 @@ Policy = Literal[
 ]
 """The policies of `gtcompile.policies`, and `full`, which trains everything whatever the budget."""
 Compiler = Literal["inductor", "eager"]
+CompilerOrAuto = Literal["auto", "inductor", "eager"]
+"""A compiler, or `auto`: the one that is measured to take less time."""
+LR = 2e-5
+"""Learning rate of weights, if none is given."""
+LORA_RATES = 10
+"""Learning rate of adapters over that of weights, as in the comparison of methods."""
+LORA_LR = LORA_RATES * LR
+"""Learning rate of adapters, if none is given."""
 RECORDED = ("format", "batch_shape", "batch", "examples")
 """What `run.json` holds in addition to the settings."""
 
@@ -39,6 +49,8 @@ _AT_LEAST_ONE = (
     "max_eval_samples",
     "max_new_tokens",
     "processes",
+    "lora",
+    "lora_alpha",
 )
 _CHANGE_NO_RESULT = ("prefix_cache", "grid_intensity", "watts")
 
@@ -76,25 +88,34 @@ class Settings:
     policy: Policy = "best"
     """How the trained set is selected within the budget, or `full`."""
     budget: float = 0.5
-    """Share of a full step's FLOPs that may be spent, in (0, 1]."""
+    """Share of FLOPs that a step may take, in (0, 1]; `budget_of` says of which."""
+    budget_of: BudgetOf = "step"
+    """What the budget is a share of: a full step of the model as it is, with adapters if it has any, or a
+    step of full fine-tuning without them."""
     budget_seconds: float | None = None
     """Seconds that a step may take; None for no limit."""
     budget_memory: int | None = None
     """Bytes that training may take beside the weights; None for no limit."""
+    lora: int | None = None
+    """Rank of low-rank adapters, which alone are trained; None trains the weights themselves."""
+    lora_alpha: int | None = None
+    """Adapters are scaled by it over their rank; None takes twice the rank."""
+    target_modules: str | None = None
+    """Names of the layers that get adapters, separated by commas; None takes all linear layers."""
     reselect_every: int = 1
     """Epochs between selections."""
     epochs: int = 5
     """Passes over the training examples."""
     batch_size: int = 4
     """Examples per step."""
-    lr: float = 2e-5
+    lr: float = LR
     """Learning rate at the first step; falls linearly to 0."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
     seed: int = 0
     """Seed of dropout, of the order of the examples and of newly made weights."""
-    compiler: Compiler = "eager"
-    """The compiler of the rewritten graphs."""
+    compiler: CompilerOrAuto = "eager"
+    """The compiler of the graphs. The command's default is `auto`; `run.json` holds what was chosen."""
     activation_memory_budget: float = 1.0
     """Share of the bytes saved for backward that may be kept, in [0, 1]; the rest is recomputed."""
     prefix_cache: str | None = None
@@ -133,12 +154,36 @@ class Settings:
         expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
         expect(self.max_length >= 16, "max_length", "at least 16", self.max_length)
         expect(self.policy in get_args(Policy), "policy", f"one of {_listed(Policy)}", self.policy)
-        expect(self.compiler in get_args(Compiler), "compiler", f"one of {_listed(Compiler)}", self.compiler)
+        compilers = f"one of {_listed(CompilerOrAuto)}"
+        expect(self.compiler in get_args(CompilerOrAuto), "compiler", compilers, self.compiler)
+        expect(
+            self.budget_of in get_args(BudgetOf), "budget_of", f"one of {_listed(BudgetOf)}", self.budget_of
+        )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        for name in ("lora_alpha", "target_modules"):
+            if self.lora is None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{option(name)} {value} needs adapters: give their rank, such as --lora 16")
+        targets = self.targets
+        named = bool(targets) and (ALL_LINEAR not in targets or len(targets) == 1)
+        expected = f"names of linear layers separated by commas, or {ALL_LINEAR} alone"
+        expect(named, "target_modules", expected, self.target_modules)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The last parts of the names of the layers that get adapters, or `all-linear` alone."""
+        given = ALL_LINEAR if self.target_modules is None else self.target_modules
+        return parse_list("target_modules", given, str, "names")
 
     @property
     def title(self) -> str:
-        """Policy and budget in a few words."""
-        base = "full fine-tuning" if self.policy == "full" else f"{self.policy}, {self._budgets}"
+        """Adapters, policy and budget in a few words."""
+        base = f"{self.policy}, {self._budgets}"
+        if self.policy == "full":
+            base = "full fine-tuning" if self.lora is None else "all adapters"
+        if self.lora is not None:
+            base = f"LoRA of rank {self.lora}, {base}"
         cached = ", prefix cache" if self.prefix_cache else ""
         return base + (", labelled logits" if self.labelled_logits else "") + cached
 
@@ -158,13 +203,15 @@ class Settings:
         seconds, memory = self.budget_seconds, self.budget_memory
         further = [f"{seconds:g} s a step"] if seconds is not None else []
         further += [f"{memory / 1e6:,.1f} MB"] if memory is not None else []
-        share = [] if further and self.budget == 1 else [f"{self.budget:g}"]
+        whole = "" if self.lora is None else f" of {WHOLE[self.budget_of]}"
+        share = [] if further and self.budget == 1 else [f"{self.budget:g}{whole}"]
         return "budget " + ", ".join([*share, *further])
 
     @property
     def short_name(self) -> str:
         """Model, data and policy in a name for a folder."""
-        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{self.policy}"
+        method = self.policy if self.lora is None else f"lora-{self.policy}"
+        return f"{Path(self.model).name}-{Path(self.dataset).stem}-{method}"
 
     @property
     def recomputes(self) -> bool:
@@ -182,7 +229,9 @@ class Settings:
         More epochs are none, except for `progressive`, whose sets depend on the number of steps. Another
         place for the prefix cache is none, or what energy is computed from: they change no result.
         """
-        former = {**saved, **{name: getattr(self, name) for name in _CHANGE_NO_RESULT}}
+        former = {**_DEFAULTS, **saved, **{name: getattr(self, name) for name in _CHANGE_NO_RESULT}}
+        if self.compiler == "auto":  # what was chosen at first stays
+            former["compiler"] = "auto"
         return [
             f"{_phrase(name)} was {former.get(name)!r} and is now {value!r}"
             for name, value in self.as_dict().items()
@@ -191,6 +240,10 @@ class Settings:
 
     def _extends(self, former_epochs: int) -> bool:
         return self.policy != "progressive" and self.epochs > former_epochs
+
+
+_DEFAULTS = {known.name: known.default for known in fields(Settings) if known.default is not MISSING}
+"""What a run has done whose `run.json` was written before a setting was made."""
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -216,12 +269,20 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
             read = parse_value(value, kind) if isinstance(value, str) else value
             check_type(name, read, kind)
             (own if name in kinds else own["args"])[name] = read
-    if "budget" not in own and own.keys() & {"budget_seconds", "budget_memory"}:
-        own["budget"] = 1.0  # FLOPs are not limited unless the user says so
     for needed in ("model", "dataset"):
         if needed not in own:
             raise ValueError(f"expected {option(needed)}, or a --config or --resume that names it")
-    return Settings(**own)
+    return Settings(**{**_defaults_beside(own), **own})
+
+
+def _defaults_beside(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that depend on what is given."""
+    defaults: dict[str, Any] = {"compiler": "auto"}
+    if given.keys() & {"budget_seconds", "budget_memory"}:
+        defaults["budget"] = 1.0  # FLOPs are not limited unless the user says so
+    if given.get("lora") is not None:
+        defaults |= {"lr": LORA_LR, "budget_of": "full_finetuning"}
+    return defaults
 
 
 def read_config(path: Path) -> dict[str, Any]:
