@@ -3,7 +3,7 @@
 Run it with `python -m benchmarks.exact_epochs`. The model and the data are those of the demo, or any that
 `gtcompile finetune` takes. Every run starts from the same weights, sees the same texts in the same order, and
 trains the same last layers. FLOPs are counted in every step, and gradients are compared with those of plain
-PyTorch at the same weights. A step after the last epoch, with the same savings, shows the memory that it takes.
+PyTorch at the same weights. A step after the last epoch, with the same savings, shows the memory it takes.
 """
 
 import copy
@@ -137,8 +137,9 @@ def main(
 
 def _say(console: Console, savings: Savings, result: Result) -> None:
     """Print what a run took as soon as it is known."""
+    megabytes = result.peak_bytes / 1e6
     console.print(
-        f"{savings.name}: {result.flops:.4e} FLOPs, {result.seconds:.1f} s, {result.peak_bytes / 1e6:.1f} MB, "
+        f"{savings.name}: {result.flops:.4e} FLOPs, {result.seconds:.1f} s, {megabytes:.1f} MB, "
         f"differences up to {result.difference:.1e}, last loss {result.loss:.4f}"
     )
 
@@ -206,9 +207,7 @@ class Comparison:
 class _Run:
     """A model under training, and what its steps took."""
 
-    def __init__(
-        self, start: nn.Module, savings: Savings, trained: frozenset[str] | None, lr: float
-    ) -> None:
+    def __init__(self, start: nn.Module, savings: Savings, trained: frozenset[str] | None, lr: float) -> None:
         self._model, self._plain = copy.deepcopy(start), copy.deepcopy(start)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=lr)
         for model in (self._model, self._plain):
