@@ -103,11 +103,12 @@ class Selection:
             text += f", {self.step_seconds:.4g} s (budget {self.budget_seconds:.4g} s)"
         if self.step_bytes is not None and self.budget_memory is not None:
             text += f", {self.step_bytes / 1e6:,.1f} MB (budget {self.budget_memory / 1e6:,.1f} MB)"
+        blocks = "1 block" if self.kept_blocks == 1 else f"{self.kept_blocks} blocks"
         if self.saved_flops:
             saved = _share(self.saved_flops, self.whole_flops)
-            text += f", {self.kept_blocks} blocks kept in the prefix cache save {saved:.1%}"
+            text += f", {saved:.1%} saved by {blocks} kept in the prefix cache"
         elif self.kept_blocks:
-            text += f", {self.kept_blocks} blocks kept to fill the prefix cache"
+            text += f", {blocks} kept to fill the prefix cache"
         if self.gap is None:
             return text
         proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"

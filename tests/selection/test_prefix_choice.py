@@ -182,8 +182,8 @@ def test_a_held_prefix_lets_more_be_trained_above_it():
     assert kept.trained == {"b1.w0", "b2.w0", "b3.w0"}
     assert (kept.kept_blocks, kept.saved_flops, kept.step_flops) == (1, 10, 74 - 10)
     assert str(kept) == (
-        "3 of 4 parameters, 74.4% of a full step's FLOPs (budget 74.4%), 1 blocks kept in the prefix cache "
-        "save 11.6%, importance 5, proven the best"
+        "3 of 4 parameters, 74.4% of a full step's FLOPs (budget 74.4%), 11.6% saved by 1 block kept in the "
+        "prefix cache, importance 5, proven the best"
     )
 
 
