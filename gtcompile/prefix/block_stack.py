@@ -107,6 +107,11 @@ class BlockStack:
 
         return conclude
 
+    def depths(self) -> dict[str, int]:
+        """By FQN of a parameter, the depth of the longest prefix that it is not part of."""
+        depths = self._known_depths()
+        return {name: depths[name] for name, _ in self._model.named_parameters() if name in depths}
+
     def frozen_depth(self) -> int:
         """Depth of the longest prefix in which nothing is trained."""
         depths = self._known_depths()

@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Greatest median difference to cached values, as a share of the median value, by dtype."""
 _COARSE = 2e-2
 """The same under autocast and for other dtypes."""
-_COMPARED, _FIRST_HIT = 64, 2
+COMPARED, _FIRST_HIT = 64, 2
 """The first of every 64 steps that find their examples is computed again and compared; the second of all is
 the first that leaves blocks out, and its results are checked for NaN."""
 _PLAIN = (bool, int, float, str, torch.dtype)
@@ -67,8 +67,12 @@ class _Store:
     versions: TensorVersions
     rows: dict[bytes, torch.Tensor] = field(default_factory=dict)
     files: PrefixFiles | None = None
+    lookups: int = 0
+    """How often a step looked for its examples here."""
     uses: int = 0
     """How often a step found all of its examples here."""
+    overflowed: bool = False
+    """Whether an example was left out, because there was no room."""
 
 
 class PrefixCache:
@@ -138,6 +142,7 @@ class PrefixCache:
         """Undoes what was done for the present forward."""
         self._after: Callable[[], None] | None = None
         self._after_hit = False
+        self._most_blocks: int | None = None
         self.enabled = True
         """Set it to False to compute every block for a while; values are kept."""
         self.stats = PrefixStats()
@@ -171,6 +176,51 @@ class PrefixCache:
         """How many blocks a step leaves out, with the present trained set, if its examples are cached."""
         usable = self.surveyed and self.enabled and not self.stats.disabled
         return self._depth_of_a_hit() if usable else 0
+
+    def depths(self) -> dict[str, int]:
+        """By FQN of a parameter, how many blocks a step can leave out at most if it trains this one.
+
+        Raises:
+            GTCompileError: no training forward has run yet, from which the order of the modules is known.
+        """
+        return self._blocks.depths()
+
+    def held_blocks(self, forwards: int) -> int:
+        """How many blocks a step leaves out now, if its examples are those of the last forwards; else 0.
+
+        Args:
+            forwards: how many there were.
+        """
+        store = self._store
+        if store is None or store.lookups < forwards or store.overflowed or not self.enabled:
+            return 0
+        return store.depth if store.versions.equals(self._blocks.versions(store.depth)) else 0
+
+    def comparisons(self, first: int, steps: int) -> int:
+        """How many steps are computed again and compared, of so many that find their examples.
+
+        Args:
+            first: how many steps have found theirs before.
+            steps: that will.
+        """
+        return (first + steps + COMPARED - 1) // COMPARED - (first + COMPARED - 1) // COMPARED
+
+    @property
+    def uses(self) -> int:
+        """How many steps have found all of their examples among the present values."""
+        return self._store.uses if self._store else 0
+
+    def keep(self, blocks: int | None) -> None:
+        """Store what leaves this block from now on, even if more blocks are frozen, and never more.
+
+        Values of another block are forgotten.
+
+        Args:
+            blocks: the number of blocks that steps leave out; None for all that are frozen.
+        """
+        self._most_blocks = blocks
+        if self._store is not None and blocks not in (None, self._store.depth):
+            self.clear()
 
     def remove(self) -> None:
         """Undo it: every forward computes every block again."""
@@ -221,7 +271,7 @@ class PrefixCache:
         if self._is_concerned(module, args, kwargs):
             if not self._blocks.surveyed:
                 self._after = self._survey()
-            elif depth := self._blocks.frozen_depth():
+            elif depth := self._frozen_depth():
                 skipped = self._look_up(depth, args, kwargs)
         if _trains(module, self._inputs(args, kwargs).values()):
             self.stats.forwards[skipped] += 1
@@ -278,11 +328,12 @@ class PrefixCache:
             How many blocks are left out.
         """
         store = self._current(depth)
+        store.lookups += 1
         keys = self._keys(args, kwargs)
         found = [row for key in keys if (row := self._find(store, key)) is not None]
         complete = len(found) == len(keys)
         store.uses += complete
-        if complete and store.uses % _COMPARED != 1:
+        if complete and store.uses % COMPARED != 1:
             self.stats.hits += 1
             self._blocks.bypass(store.depth, torch.stack(found), self._hooks)
             self._after_hit = store.uses == _FIRST_HIT
@@ -302,8 +353,12 @@ class PrefixCache:
         self._after = conclude
         return 0
 
-    def _depth_of_a_hit(self) -> int:
+    def _frozen_depth(self) -> int:
         depth = self._blocks.frozen_depth()
+        return depth if self._most_blocks is None else min(depth, self._most_blocks)
+
+    def _depth_of_a_hit(self) -> int:
+        depth = self._frozen_depth()
         return depth if self._store is None else min(depth, self._store.depth)
 
     def _current(self, depth: int) -> _Store:
@@ -350,6 +405,8 @@ class PrefixCache:
         if self.stats.bytes + row.nbytes <= self._max_bytes:
             store.rows[key] = row
             self.stats.bytes += row.nbytes
+        elif store.files is None:
+            store.overflowed = True
 
     def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[bytes]:
         """One digest per example, of everything that its row of the prefix can depend on."""

@@ -3,13 +3,16 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gtcompile.capture.model_io import unwrap
-from gtcompile.prefix.prefix_cache import PrefixCache
+from gtcompile.prefix.prefix_cache import COMPARED, PrefixCache
+from gtcompile.selection.cached_prefix import CachedPrefix
 
 
 def prefix_cache_of(model: nn.Module, given: "PrefixCache | bool | str | Path") -> PrefixCache | None:
@@ -35,6 +38,29 @@ def prefix_cache_of(model: nn.Module, given: "PrefixCache | bool | str | Path") 
     return PrefixCache(model) if given else None
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What can be expected of a cache in an epoch like the last one."""
+
+    held: int
+    """How many blocks it holds for all examples."""
+    hits: Fraction
+    """Share of the steps that start from it, if these blocks stay unchanged."""
+    later_hits: Fraction
+    """The same of an epoch after it has been filled anew."""
+
+    def of(self, depths: Mapping[str, int], block_flops: Sequence[int], epochs: int) -> CachedPrefix:
+        """Return it with the costs of blocks, for so many epochs."""
+        return CachedPrefix(
+            depths=depths,
+            block_flops=tuple(block_flops),
+            epochs=epochs,
+            held=self.held,
+            hits=self.hits,
+            later_hits=self.later_hits,
+        )
+
+
 class PrefixCosts:
     """Counts what training forwards, with their backwards, really compute.
 
@@ -49,6 +75,9 @@ class PrefixCosts:
         leaves blocks out counts in full."""
         self._seen = Counter(cache.stats.forwards)
         self._taken = self._whole = 0
+        self._window: Counter[int] = Counter()
+        """Training forwards since the last selection, by how many blocks they left out."""
+        self._promised, self._uses, self._charged = 0, 0, 0
 
     def cached_step_flops(self, step_flops: int, block_flops: Sequence[int] | None = None) -> int:
         """FLOPs of a step that starts from cached values.
@@ -59,6 +88,49 @@ class PrefixCosts:
         """
         blocks = self.block_flops if block_flops is None else block_flops
         return step_flops - sum(blocks[: self.cache.reachable_depth])
+
+    def outlook(self) -> Outlook:
+        """What an epoch like the last one, since `begin`, can expect."""
+        forwards = self._window.total()
+        held = self.cache.held_blocks(forwards) if forwards else 0
+        return Outlook(
+            held, self._hits(self.cache.uses, forwards) if held else Fraction(0), self._hits(0, forwards)
+        )
+
+    def _hits(self, uses: int, forwards: int) -> Fraction:
+        """Share of the steps of an epoch that are not computed again to be compared."""
+        misses = Fraction(self.cache.comparisons(uses, forwards), forwards or 1)
+        return 1 - max(misses, Fraction(1, COMPARED))
+
+    def begin(self, block_flops: Sequence[int], kept_blocks: int | None, *, promised: bool) -> None:
+        """Start an epoch after a selection.
+
+        Args:
+            block_flops: of the mean step.
+            kept_blocks: as for `PrefixCache.keep`.
+            promised: whether the selection relies on all examples being found.
+        """
+        self.block_flops = tuple(block_flops)
+        self.cache.keep(kept_blocks)
+        self._window.clear()
+        self._promised = (kept_blocks or 0) if promised else 0
+        self._uses, self._charged = self.cache.uses, 0
+
+    def unforeseen_flops(self, steps: int) -> int:
+        """FLOPs that the steps since `begin` took because examples were not found; each is returned once.
+
+        Args:
+            steps: of the optimizer, since `begin`.
+        """
+        forwards = self._window.total()
+        if not self._promised or not forwards:
+            return 0
+        found = sum(count for depth, count in self._window.items() if depth >= self._promised)
+        missed = forwards - found - self.cache.comparisons(self._uses, forwards)
+        owed = max(missed, 0) * sum(self.block_flops[: self._promised]) * steps // forwards
+        new = max(owed - self._charged, 0)
+        self._charged += new
+        return new
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -89,6 +161,7 @@ class PrefixCosts:
         """
         blocks = self.block_flops if block_flops is None else block_flops
         new, self._seen = self.cache.stats.forwards - self._seen, Counter(self.cache.stats.forwards)
+        self._window += new
         for depth, forwards in new.items() if whole_flops else ():
             self._whole += forwards * whole_flops
             self._taken += forwards * (step_flops - sum(blocks[:depth]))

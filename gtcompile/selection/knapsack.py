@@ -94,6 +94,30 @@ def solve_knapsack(
     return taken, missed * total if missed > _TOLERANCE else 0.0
 
 
+def knapsack_bound(values: Sequence[float], capacities: Sequence[Capacity]) -> float:
+    """Return more value than `solve_knapsack` can find, in less time: works may be done in part.
+
+    Args:
+        values: finite, not negative; one per item.
+        capacities: at least one.
+
+    Raises:
+        GTCompileError: the solver failed.
+    """
+    total = math.fsum(values)
+    if not total:
+        return 0.0
+    works, budgets = _joined(capacities), [capacity.budget for capacity in capacities]
+    free = math.fsum(v for item, v in enumerate(values) if not any(items >> item & 1 for items in works))
+    nodes = _affordable(_decisions([value / total for value in values], works), budgets)
+    if _fits(_total([node.costs for node in nodes], budgets), budgets):
+        return free + total * math.fsum(node.value for node in nodes)
+    columns = [[node.costs[row] for node in nodes] for row in range(len(budgets))]
+    rows = [_budget_row(costs, budget) for costs, budget in zip(columns, budgets, strict=True) if any(costs)]
+    _, bound = _maximise([node.value for node in nodes], [*_precedence_rows(nodes), *rows], whole=False)
+    return free + total * bound
+
+
 def _joined(capacities: Sequence[Capacity]) -> dict[int, Costs]:
     """The costs of each work that costs anything, in the order in which the capacities name them."""
     sets = dict.fromkeys(items for capacity in capacities for items, cost in capacity.works.items() if cost)
@@ -211,9 +235,9 @@ def _cover_row(costs: Sequence[int], done: Sequence[int], budget: int) -> _Row:
 
 
 def _maximise(
-    values: Sequence[float], rows: Sequence[_Row], deadline: float | None
+    values: Sequence[float], rows: Sequence[_Row], deadline: float | None = None, *, whole: bool = True
 ) -> tuple[list[int], float]:
-    """Run HiGHS once, with a binary variable per value.
+    """Run HiGHS once, with a variable per value: 0 or 1, or anything between them unless `whole`.
 
     Returns:
         The indices of the values gained, and the bound proven.
@@ -227,14 +251,15 @@ def _maximise(
         -np.array(values) * _SCALE,
         constraints=LinearConstraint(matrix, ub=limits),
         bounds=Bounds(0, 1),
-        integrality=np.ones(len(values)),
+        integrality=np.full(len(values), int(whole)),
         options=options,
     )
     optimal, out_of_time = 0, 1
     if result.status not in (optimal, out_of_time):  # infeasible is impossible: doing nothing fits
         raise GTCompileError(f"HiGHS could not solve a selection of {len(values)} works: {result.message}")
     chosen = [] if result.x is None else np.flatnonzero(result.x > 0.5).tolist()
-    return chosen, math.inf if result.mip_dual_bound is None else -result.mip_dual_bound / _SCALE
+    bound = result.mip_dual_bound if whole else result.fun
+    return chosen, math.inf if bound is None else -bound / _SCALE
 
 
 def _stack(rows: Sequence[_Row], variables: int) -> tuple[csr_array, list[float]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from gtcompile.costs.budgets import (
 from gtcompile.costs.prices import NANOSECONDS, Price, StepPrices
 from gtcompile.errors import BudgetError, some
 from gtcompile.graph.names import match_patterns, refuse_string
+from gtcompile.selection.cached_prefix import CachedPrefix
 
 if TYPE_CHECKING:
     from gtcompile.costs.backward_costs import BackwardCosts
@@ -86,11 +87,35 @@ class Limits:
     """FLOPs of the cheapest step that trains something, and `always` with it."""
     bounds: tuple[Bound, ...] = ()
     """Budgets in seconds and bytes, which hold in addition to the FLOPs."""
+    prefix: CachedPrefix | None = None
+    """A prefix cache whose savings the budget may spend; None counts every step as a whole one."""
 
     @property
     def trainable(self) -> frozenset[str]:
         """Every FQN that may be trained, at any cost."""
         return self.costs.fqns - self.never
+
+    @property
+    def cached_prefix(self) -> CachedPrefix:
+        """The prefix cache.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.prefix is None:
+            raise ValueError("expected limits that know a prefix cache")
+        return self.prefix
+
+    @property
+    def to_measure(self) -> frozenset[str]:
+        """FQNs whose importance decides: those that the budgets can train, with any blocks kept."""
+        if self.prefix is None:
+            return self.undecided
+        each = (
+            restricted(self, self.prefix.inside(kept), self.prefix.saved_flops(kept)).undecided
+            for kept in range(len(self.prefix.block_flops) + 1)
+        )
+        return self.undecided.union(*each)
 
 
 def make_terms(
@@ -255,6 +280,24 @@ def _bound_error(bound: Bound, minimum: int, reason: str) -> BudgetError:
         f"budget_seconds {bound.budget / NANOSECONDS!r} is too small: {reason} {seconds!r} seconds",
         minimum_budget_seconds=seconds,
     )
+
+
+def restricted(limits: Limits, frozen: frozenset[str], saved_flops: int) -> Limits:
+    """Return limits that train nothing in some blocks, and spend what leaving these out saves.
+
+    Args:
+        limits: of steps that compute everything.
+        frozen: FQNs that may not be trained either.
+        saved_flops: FLOPs by which a step may cost more.
+    """
+    budget, given = limits.budget_flops + saved_flops, limits.always
+    flops = flops_with_each(limits.costs, limits.trainable - given - frozen, given)
+    undecided = frozenset(
+        fqn
+        for fqn, each in flops.items()
+        if each <= budget and all(bound.price.of(given | {fqn}) <= bound.budget for bound in limits.bounds)
+    )
+    return replace(limits, budget_flops=budget, never=limits.never | frozen, undecided=undecided)
 
 
 def step_budget_fraction(costs: "BackwardCosts", terms: Terms, whole_flops: int) -> float:

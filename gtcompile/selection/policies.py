@@ -25,6 +25,7 @@ from gtcompile.selection.blocks import (
 )
 from gtcompile.selection.limits import Limits, Terms
 from gtcompile.selection.paper import chain_costs, select_by_paper
+from gtcompile.selection.prefix_choice import choose_prefix
 from gtcompile.selection.schedule import Plan, steps_of_falling_cost
 from gtcompile.selection.selection import select_within
 
@@ -93,9 +94,19 @@ class Best:
     two_pass: ClassVar[bool] = False
 
     def plan(self, limits: Limits, importance: Mapping[str, float], generator: torch.Generator) -> Plan:
-        """One set: the optimum of `select_parameters`."""
-        selection = select_within(limits, importance)
-        return Plan(sets=(selection.trained,), shallow=_shallow(limits), selection=selection)
+        """One set: the optimum of `select_parameters`, or that of `choose_prefix` with a prefix cache."""
+        if limits.prefix is None:
+            selection = select_within(limits, importance)
+            return Plan(sets=(selection.trained,), shallow=_shallow(limits), selection=selection)
+        selection = choose_prefix(limits, importance)
+        outside = replace(limits, never=limits.never | limits.prefix.inside(selection.kept_blocks))
+        return Plan(
+            sets=(selection.trained,),
+            shallow=_shallow(outside),
+            selection=selection,
+            kept_blocks=selection.kept_blocks,
+            saved_flops=selection.saved_flops,
+        )
 
 
 @dataclass(frozen=True, slots=True)

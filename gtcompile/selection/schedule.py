@@ -4,7 +4,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -37,6 +37,10 @@ class Plan:
     """For how many steps each set is trained, in order, then `shallow`; empty if sets take turns."""
     selection: "Selection | None" = None
     """The only set with its importance and bound, if the policy computed them."""
+    kept_blocks: int | None = None
+    """How many blocks a prefix cache keeps, in which no set trains anything; None if that was not weighed."""
+    saved_flops: int = 0
+    """FLOPs that this saves in the mean step; sets cost so much less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,10 @@ class Schedule:
         self.budget_fraction, self.seed, self.number = budget_fraction, seed, number
         self.whole_flops = costs.full_flops if whole_flops is None else whole_flops
         self._budget, self._propose = budget_flops(self.whole_flops, budget_fraction), propose
-        self._flops_of = lru_cache(maxsize=256)(costs.step_flops)
+        self._flops_of = lru_cache(maxsize=256)(self._planned_flops)
+
+    def _planned_flops(self, trained: frozenset[str]) -> int:
+        return self.costs.step_flops(trained) - self.plan.saved_flops
 
     @property
     def spent_fraction(self) -> float:
@@ -111,6 +118,10 @@ class Schedule:
         steps = self.progress.steps - 1
         spent = self.progress.spent_flops - self._flops_of(self._planned(steps))
         return Progress(steps=steps, spent_flops=round(spent * whole_flops / self.whole_flops))
+
+    def charge(self, flops: int) -> None:
+        """Add FLOPs that steps took beyond the plan; cheaper steps pay for them if the budget requires it."""
+        self.progress = replace(self.progress, spent_flops=self.progress.spent_flops + flops)
 
     def next_set(self) -> frozenset[str]:
         """Return the set to train in the next step."""

@@ -31,6 +31,8 @@ def schedule_state(schedule: Schedule, fqns: Sequence[str]) -> dict[str, Any]:
         "shallow": _pack(plan.shallow, fqns),
         "at_random": plan.at_random,
         "lasts": list(plan.lasts),
+        "kept_blocks": plan.kept_blocks,
+        "saved_flops": plan.saved_flops,
         "progress": {
             **asdict(progress),
             "waiting": None if progress.waiting is None else _pack(progress.waiting, fqns),
@@ -71,6 +73,8 @@ def schedule_from(
             shallow=_unpack(state["shallow"], fqns),
             at_random=state["at_random"],
             lasts=tuple(state["lasts"]),
+            kept_blocks=state.get("kept_blocks"),
+            saved_flops=state.get("saved_flops", 0),
         ),
         costs,
         state["budget_fraction"],

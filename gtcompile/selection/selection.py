@@ -9,7 +9,7 @@ from gtcompile.costs.budgets import WHOLE, BudgetOf, resolved_budget
 from gtcompile.costs.prices import NANOSECONDS, StepPrices
 from gtcompile.errors import GTCompileError
 from gtcompile.graph.names import near_names
-from gtcompile.selection.knapsack import Capacity, solve_knapsack
+from gtcompile.selection.knapsack import Capacity, knapsack_bound, solve_knapsack
 from gtcompile.selection.limits import Limits, apply_terms, make_terms, quoted
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Selection:
     selectable: int
     """How many parameters could have been trained."""
     step_flops: int
-    """FLOPs of one training step with this selection, never above `budget_flops`."""
+    """FLOPs of one training step with this selection, never above `budget_flops`; of the mean step, where
+    a prefix cache saves some."""
     budget_flops: int
     """FLOPs one training step may take."""
     full_flops: int
@@ -47,6 +48,16 @@ class Selection:
     """Predicted bytes of training with this selection, beside the weights; None without `budget_memory`."""
     budget_memory: int | None = None
     """Bytes that training may take beside the weights; None without such a budget."""
+    kept_blocks: int = 0
+    """How many blocks near the input are left unchanged for a prefix cache, where selections weigh it."""
+    saved_flops: int = 0
+    """FLOPs that the prefix cache saves in the mean step; `step_flops` are what is left."""
+    planned_epochs: int = 1
+    """Epochs over which the prefix was weighed; the rest of the training."""
+    planned_importance: float | None = None
+    """Sum of the importances in all these epochs, if they stay the same; None if nothing was weighed."""
+    planned_bound: float | None = None
+    """No other choice of kept blocks and of sets has a greater such sum."""
 
     @property
     def whole_flops(self) -> int:
@@ -68,12 +79,16 @@ class Selection:
     def gap(self) -> float | None:
         """Importance that a better selection may add, as a share of the bound; 0.0 when proven best.
 
-        None when the policy did not look for the best.
+        None when the policy did not look for the best. Where a prefix cache was weighed, it is that of the
+        importance in all planned epochs.
         """
-        if self.importance_bound is None:
+        found, bound = self.planned_importance, self.planned_bound
+        if found is None or bound is None:
+            found, bound = self.importance, self.importance_bound
+        if bound is None:
             return None
-        missing = self.importance_bound - self.importance
-        return missing / max(abs(self.importance_bound), abs(self.importance)) if missing else 0.0
+        missing = bound - found
+        return missing / max(abs(bound), abs(found)) if missing else 0.0
 
     def __repr__(self) -> str:
         return f"<Selection: {self}>"
@@ -88,10 +103,19 @@ class Selection:
             text += f", {self.step_seconds:.4g} s (budget {self.budget_seconds:.4g} s)"
         if self.step_bytes is not None and self.budget_memory is not None:
             text += f", {self.step_bytes / 1e6:,.1f} MB (budget {self.budget_memory / 1e6:,.1f} MB)"
+        blocks = "1 block" if self.kept_blocks == 1 else f"{self.kept_blocks} blocks"
+        if self.saved_flops:
+            saved = _share(self.saved_flops, self.whole_flops)
+            text += f", {saved:.1%} saved by {blocks} kept in the prefix cache"
+        elif self.kept_blocks:
+            text += f", {blocks} kept to fill the prefix cache"
         if self.gap is None:
             return text
         proof = f"at most {self.gap:.2%} below the best" if self.gap else "proven the best"
-        return f"{text}, importance {self.importance:.4g}, {proof}"
+        text += f", importance {self.importance:.4g}"
+        if self.planned_importance is not None and self.planned_epochs > 1:
+            text += f" ({self.planned_importance:.4g} in {self.planned_epochs} epochs)"
+        return f"{text}, {proof}"
 
 
 def select_parameters(
@@ -182,12 +206,25 @@ def select_within(
     Raises:
         ValueError: an importance missing, not finite, or of no selectable parameter.
     """
-    _check_importance(limits, importance)
-    if not any(importance[fqn] for fqn in limits.undecided):
-        importance = {**importance, **dict.fromkeys(limits.undecided, 1.0)}
-    if not limits.never and _everything_fits(limits):
+    check_importance(limits, importance)
+    return optimum(limits, comparable(limits, importance), time_limit_s=time_limit_s)
+
+
+def comparable(limits: Limits, importance: Mapping[str, float]) -> Mapping[str, float]:
+    """The importances; 1 for each that decides, if all of these are 0."""
+    deciding = limits.to_measure
+    if any(importance[fqn] for fqn in deciding):
+        return importance
+    return {**importance, **dict.fromkeys(deciding, 1.0)}
+
+
+def optimum(
+    limits: Limits, importance: Mapping[str, float], *, time_limit_s: float | None = None
+) -> Selection:
+    """Return the best set within limits, for importances that were checked."""
+    if everything_fits(limits):
         return describe(limits, importance, limits.costs.fqns, 0.0)
-    names = sorted(fqn for fqn in limits.undecided if importance[fqn] >= 0)
+    names = _worth_training(limits, importance)
     chosen, missed = solve_knapsack(
         [importance[fqn] for fqn in names], _capacities(limits, names), time_limit_s=time_limit_s
     )
@@ -196,10 +233,22 @@ def select_within(
     return describe(limits, importance, trained, missed)
 
 
-def _everything_fits(limits: Limits) -> bool:
+def importance_bound(limits: Limits, importance: Mapping[str, float]) -> float:
+    """Return more than the importance that `optimum` finds, in less time."""
+    names = _worth_training(limits, importance)
+    given = math.fsum(importance.get(fqn, 0.0) for fqn in limits.always)
+    return given + knapsack_bound([importance[fqn] for fqn in names], _capacities(limits, names))
+
+
+def everything_fits(limits: Limits) -> bool:
+    """Whether everything may be trained, and fits the budgets."""
     fqns = limits.costs.fqns
     bounded = all(bound.price.of(fqns) <= bound.budget for bound in limits.bounds)
-    return bounded and limits.budget_flops >= limits.costs.full_flops
+    return not limits.never and bounded and limits.budget_flops >= limits.costs.full_flops
+
+
+def _worth_training(limits: Limits, importance: Mapping[str, float]) -> list[str]:
+    return sorted(fqn for fqn in limits.undecided if importance[fqn] >= 0)
 
 
 def _check_within(limits: Limits, trained: frozenset[str]) -> None:
@@ -246,7 +295,12 @@ def describe(
     )
 
 
-def _check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
+def check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
+    """Check that the importances that decide are there.
+
+    Raises:
+        ValueError: one is missing, not finite, or of no selectable parameter.
+    """
     fqns = limits.costs.fqns
     if unknown := importance.keys() - fqns:
         near = near_names(min(unknown), sorted(fqns))
@@ -254,7 +308,7 @@ def _check_importance(limits: Limits, importance: Mapping[str, float]) -> None:
     if bad := [fqn for fqn, value in importance.items() if not math.isfinite(value)]:
         values = ", ".join(f"{importance[fqn]}" for fqn in sorted(bad)[:3])
         raise ValueError(f"importance of {quoted(bad)} is not finite ({values}); did the loss overflow?")
-    if missing := limits.undecided - importance.keys():
+    if missing := limits.to_measure - importance.keys():
         raise ValueError(f"importance is missing {quoted(missing)}, which the budget could train")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from gtcompile.errors import GTCompileError
 from gtcompile.graph.joint_graph import names_of
 from gtcompile.importance.estimators import check_batches
 from gtcompile.prefix.prefix_cache import PrefixCache
-from gtcompile.prefix.prefix_costs import PrefixCosts, prefix_cache_of
+from gtcompile.prefix.prefix_costs import Outlook, PrefixCosts, prefix_cache_of
 from gtcompile.prices.budget_prices import BudgetPrices
 from gtcompile.prices.step_prices import refuse_sharded
+from gtcompile.selection.cached_prefix import CachedPrefix
 from gtcompile.selection.limits import Limits, Terms, apply_terms, check_patterns, make_terms
-from gtcompile.selection.policies import Choose, Policy, check_holds, find_policy, for_training
+from gtcompile.selection.policies import Best, Choose, Policy, check_holds, find_policy, for_training
 from gtcompile.selection.schedule import Plan, Schedule, seeded
 from gtcompile.selection.schedule_state import schedule_from, schedule_state
 from gtcompile.selection.selection import Selection, describe
@@ -90,8 +91,12 @@ class AdaptiveBackprop:
         seed: of the policies that draw at random; the same on all ranks.
         prefix_cache: True to compute the frozen blocks near the input once per example instead of once per
             epoch, as `PrefixCache` does; a folder to keep their outputs on disk as well; or a `PrefixCache`
-            of this model. The budget is that of steps which compute everything, so a cached step is cheaper:
-            see `cached_step_flops` and `computed_fraction`.
+            of this model. Without `epochs` the budget is that of steps which compute everything, so a cached
+            step is cheaper: see `cached_step_flops` and `computed_fraction`.
+        epochs: how many epochs the training has, with one `reselect` before each. Selections then spend what
+            the prefix cache saves: they weigh keeping blocks unchanged, so that an epoch's mean step has more
+            FLOPs left, against training deeper, which fills the cache anew. Call `step` after each step of
+            the optimizer. With the policy "best" and in one process only. None spends nothing of it.
         cuda_graphs: record whole training steps as CUDA graphs, one per trained set, so that the host
             queues one graph instead of a thousand kernels. Train with `train_step` then.
 
@@ -100,7 +105,7 @@ class AdaptiveBackprop:
             that matches nothing, or a `DistributedDataParallel` or `FullyShardedDataParallel` that would
             train or send something else; a `prefix_cache` of another model; `budget_seconds` in several
             processes, or a budget of seconds or bytes for a sharded model; `cuda_graphs` where steps cannot
-            be recorded.
+            be recorded; `epochs` without a prefix cache, with another policy or in several processes.
         GTCompileError: a `prefix_cache` for a model without repeated blocks, or compiled as a whole.
         TypeError: a single string where patterns are expected.
     """
@@ -122,6 +127,7 @@ class AdaptiveBackprop:
         frozen_state: Setting = "keep",
         seed: int = 0,
         prefix_cache: PrefixCache | bool | str | Path = False,
+        epochs: int | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         self._ranks, model = ranks_of(model), without_replicas(model)
@@ -140,6 +146,8 @@ class AdaptiveBackprop:
         )
         if budget_of == "full_finetuning":
             refuse_quantized(unwrap(model))
+        self._epochs = epochs
+        self._check_epochs(cached=prefix_cache is not False)
         self._graphed = self._graphed_step(prefix_cache) if cuda_graphs else None
         self._history: tuple[Selection, ...] = ()
         self._importance: dict[str, float] = {}
@@ -201,7 +209,10 @@ class AdaptiveBackprop:
 
     @property
     def step_fraction(self) -> float:
-        """Cost of a step with the present set as such a share; 0.0 before `reselect`."""
+        """Cost of a step with the present set as such a share; 0.0 before `reselect`.
+
+        With `epochs` it is that of the mean step of the epoch, less what the prefix cache saves.
+        """
         return self._schedule.fraction_of(self._trained) if self._schedule else 0.0
 
     @property
@@ -296,6 +307,7 @@ class AdaptiveBackprop:
         if self._graphed:
             self._graphed.forget()  # measuring needs memory
         ranks.agree(self._common_ground())
+        outlook = self._outlook()
         with self._not_counted(), restored(unwrap(self._model)):
             chosen = first_batches(batches, max_batches)
             checked, known = ranks.together(lambda: self._prepare(chosen, like))
@@ -303,6 +315,8 @@ class AdaptiveBackprop:
             limits = ranks.from_first(
                 lambda: apply_terms(known.costs, self._terms, known.whole_flops, prices)
             )
+            if outlook is not None:
+                limits = replace(limits, prefix=self._cached_prefix(outlook, known))
             importance, plan = self._plan(limits, checked, two_pass=self._two_pass)
             if trains_nothing(plan) and self.selection is None and not self._two_pass:
                 logger.warning("%s: measured within each batch instead", reason(limits))
@@ -312,7 +326,8 @@ class AdaptiveBackprop:
         ranks.agree({"the trained set": sorted(trained_parameters(self._model))})
         self._importance, self._schedule = importance, schedule
         if self._prefix:
-            self._prefix.block_flops = known.block_flops
+            kept, promised = schedule.plan.kept_blocks, schedule.plan.saved_flops > 0
+            self._prefix.begin(known.block_flops, kept, promised=promised)
         self._history += (selection,)
         return selection
 
@@ -330,6 +345,9 @@ class AdaptiveBackprop:
             ValueError, TypeError: your own policy returned no parameters of the model.
         """
         schedule = self._selected("there is no selection to go on from; call reselect(batches) before step()")
+        if self._prefix and self._epochs is not None:
+            self._count_forwards()
+            schedule.charge(self._prefix.unforeseen_flops(schedule.progress.steps))
         trained = schedule.next_set()
         if trained != self._trained:
             self._train(trained)
@@ -448,6 +466,9 @@ class AdaptiveBackprop:
         self._passes = PassTotals(self._costs, self._prefix, *state.get("counted", ()))
         if self._prefix and "prefix" in state:
             self._prefix.restore(state["prefix"])
+        if self._prefix and schedule:
+            plan = schedule.plan
+            self._prefix.begin(self._prefix.block_flops, plan.kept_blocks, promised=plan.saved_flops > 0)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that `load_state_dict` would refuse; nothing changes.
@@ -462,6 +483,11 @@ class AdaptiveBackprop:
             raise ValueError(
                 f"this is the state of the policy {state['policy']}, and here the policy is "
                 f"{self._policy!r}; give the same one"
+            )
+        if (state["schedule"] or {}).get("saved_flops") and self._epochs is None:
+            raise ValueError(
+                "this is the state of a training that spends what its prefix cache saves; give prefix_cache "
+                "and the same epochs here"
             )
         self._terms_in(state)
 
@@ -490,6 +516,48 @@ class AdaptiveBackprop:
         if self._terms.budget_memory is not None:
             memory = self._prices.bytes(known.saved, self._cache_bytes())
         return StepPrices(nanoseconds=nanoseconds, memory=memory)
+
+    def _check_epochs(self, *, cached: bool) -> None:
+        """Check the argument `epochs`.
+
+        Raises:
+            ValueError: it is out of range, or nothing here can be weighed.
+        """
+        epochs = self._epochs
+        if epochs is None:
+            return
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"expected epochs as a number of at least 1, got {epochs!r}")
+        if not cached:
+            raise ValueError(
+                "epochs let selections spend what a prefix cache saves: give prefix_cache=True as well, or "
+                "leave them out"
+            )
+        if not isinstance(self._policy, Best):
+            raise ValueError(
+                f'epochs work with policy="best" alone, got the policy {self._policy!r}; leave them out, or '
+                f"use that policy"
+            )
+        if self._ranks.count > 1:
+            raise ValueError(
+                "epochs work in one process, since each process caches its own examples; leave them out"
+            )
+
+    def _outlook(self) -> Outlook | None:
+        """What can be expected of the prefix cache; None if selections do not weigh it."""
+        if self._prefix is None or self._epochs is None:
+            return None
+        self._count_forwards()
+        return self._prefix.outlook()
+
+    def _cached_prefix(self, outlook: Outlook, known: StepCosts) -> CachedPrefix | None:
+        """What selections know of the prefix cache; None if no forward could show where blocks begin."""
+        cache, left = self.prefix_cache, max(1, (self._epochs or 1) - len(self._history))
+        if cache is None or not cache.surveyed or cache.stats.disabled:
+            return None
+        depths = cache.depths()
+        here = {fqn: depths.get(fqn, 0) for fqn in known.costs.fqns}
+        return outlook.of(here, known.block_flops, left)
 
     def _cache_bytes(self) -> int:
         """Bytes that a prefix cache may take of the memory in which the model is."""

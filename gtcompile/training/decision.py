@@ -55,7 +55,7 @@ class Decision:
         if self.policy.measured == "nothing":
             return []
         affordable = self.policy.measured == "affordable"
-        return sorted(limits.undecided if affordable else limits.trainable - limits.always)
+        return sorted(limits.to_measure if affordable else limits.trainable - limits.always)
 
     def _measure(self, wanted: list[str], batches: Sequence[Any], *, two_pass: bool) -> dict[str, float]:
         """Measure the importance of the wanted parameters; 0 for those that these batches did not use."""
