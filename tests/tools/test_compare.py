@@ -16,7 +16,7 @@ from gtcompile.tools.compare.datasets import FILES, find_data, read_data
 from gtcompile.tools.compare.options import CompareOptions
 from gtcompile.tools.compare.plan import Speed, remembered_speed
 from gtcompile.tools.compare.report import paired_interval, summarise, tables_of
-from gtcompile.tools.compare.run import Run, Training
+from gtcompile.tools.compare.run import Run
 from gtcompile.tools.compare.setting import Costs
 from gtcompile.tools.compare.text_batches import Batches
 from gtcompile.tools.data.formats import FORMATS, PIQA_SOLUTIONS, Example
@@ -408,23 +408,6 @@ def test_the_speed_is_that_of_a_second_step(measured_speed, tmp_path):
     assert speed.flops_per_second > 0
     assert speed.starting_seconds > 0
     assert speed.scoring_seconds > 0
-
-
-@pytest.mark.filterwarnings(FROM_PEFT)
-def test_adapters_everywhere_and_weights_of_the_last_blocks_stay_within_one_budget(tmp_path):
-    tiny = tiny_setting(tmp_path)
-    chosen = Run(arm="lora_and_weights", budget=0.6, learning_rate=1e-3, seed=0, steps=4, purpose="steps")
-    costs = Costs(tiny)
-    training = Training(chosen, tiny, costs)
-    trainable = {name for name, p in training._model.named_parameters() if p.requires_grad}
-    for index in range(8):
-        own = {name for name in trainable if f".layers.{index}." in name}
-        assert any("lora_" in name for name in own)
-        assert any("lora_" not in name for name in own) == (index >= 6), "a sixth of 8 blocks, rounded up"
-    assert [group["lr"] for group in training._optimizer.param_groups] == pytest.approx([1e-3, 2e-4])
-    for _ in range(chosen.steps):
-        training.advance()
-    assert training.flops <= 0.6 * chosen.steps * costs.full.full_flops
 
 
 def row(arm, seed, loss, purpose="steps"):

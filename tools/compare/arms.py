@@ -1,6 +1,5 @@
 """The methods that are compared. This module imports no torch, so that their names can be checked at once."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,11 +10,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LORA_RANK = 16
-_WITH_WEIGHTS = 1 / 6
-"""Share of the blocks, those nearest the output, whose weights are trained beside adapters."""
-_SLOWER = 0.2
-"""Learning rate of weights beside adapters, as a share of that of the adapters: as far apart as those of
-`last_layers` and `lora`."""
 Prepare: TypeAlias = "Callable[[nn.Module], nn.Module]"
 
 
@@ -48,17 +42,7 @@ class Arm:
     @property
     def adapted(self) -> bool:
         """Whether the model gets adapters, which need peft."""
-        return self.prepare in (with_lora, with_lora_and_weights)
-
-    def parameter_groups(self, model: "nn.Module", learning_rate: float) -> list[dict[str, Any]]:
-        """What the optimizer updates, by learning rate: weights beside adapters learn slower."""
-        adapters: list[nn.Parameter] = []
-        weights: list[nn.Parameter] = []
-        for fqn, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (weights if self.adapted and "lora_" not in fqn else adapters).append(parameter)
-        groups = [{"params": adapters, "lr": learning_rate}]
-        return [*groups, {"params": weights, "lr": _SLOWER * learning_rate}] if weights else groups
+        return self.prepare is with_lora
 
 
 def unchanged(model: "nn.Module") -> "nn.Module":
@@ -69,19 +53,6 @@ def unchanged(model: "nn.Module") -> "nn.Module":
 def with_lora(model: "nn.Module") -> "nn.Module":
     """Add low-rank adapters to all linear layers except the head."""
     return add_lora(model, _LORA_RANK)
-
-
-def with_lora_and_weights(model: "nn.Module") -> "nn.Module":
-    """Add adapters in all blocks, and train the weights of the last blocks as well."""
-    from gtcompile.selection.blocks import blocks_of
-
-    adapted = with_lora(model)
-    parameters = dict(adapted.named_parameters())
-    blocks = list(blocks_of(parameters).values())
-    for block in blocks[-math.ceil(_WITH_WEIGHTS * len(blocks)) :]:
-        for fqn in block:
-            parameters[fqn].requires_grad_(True)
-    return adapted
 
 
 def biases_and_norms(model: "nn.Module") -> "nn.Module":
@@ -131,12 +102,6 @@ ARMS: Mapping[str, Arm] = {
         _PROGRESSIVE,
         "adapters of all blocks at first, then of fewer and fewer of the last blocks",
         **_ADAPTERS,
-    ),
-    "lora_and_weights": _saving(
-        _PROGRESSIVE,
-        "as lora_progressive, and with the adapters of the last sixth of the blocks their weights as well",
-        prepare=with_lora_and_weights,
-        learning_rate=_LORA.learning_rate,
     ),
     "lora_occasionally_full": _saving(
         _OCCASIONALLY, "adapters of the last blocks at most steps, all adapters at random steps", **_ADAPTERS

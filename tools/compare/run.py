@@ -104,8 +104,8 @@ class Training:
         self._own_costs = own = costs.of(arm, setting.example(arm), self._model)
         if setting.compiler is not None:
             compile_blocks(self._model, compiler=setting.compiler)
-        groups = arm.parameter_groups(self._model, chosen.learning_rate)
-        self._optimizer = torch.optim.AdamW(groups, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
+        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, lr=chosen.learning_rate, weight_decay=_WEIGHT_DECAY)
         self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1.0, 0.0, chosen.steps)
         budget = 1.0 if chosen.budget is None else chosen.budget * costs.full.full_flops / own.full_flops
         self._adaptive = AdaptiveBackprop(
