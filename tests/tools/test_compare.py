@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gtcompile.cli import app
@@ -15,7 +16,8 @@ from gtcompile.tools.compare.arms import ARMS
 from gtcompile.tools.compare.datasets import FILES, find_data, read_data
 from gtcompile.tools.compare.options import CompareOptions
 from gtcompile.tools.compare.plan import Speed, remembered_speed
-from gtcompile.tools.compare.report import paired_interval, summarise, tables_of
+from gtcompile.tools.compare.records import Records
+from gtcompile.tools.compare.report import paired_interval, summarise, tables_of, values_of
 from gtcompile.tools.compare.run import Run
 from gtcompile.tools.compare.setting import Costs
 from gtcompile.tools.compare.text_batches import Batches
@@ -389,8 +391,11 @@ def test_the_speed_follows_from_finished_runs():
     assert speed.seconds(work) == 1200 / 300 + 2 * 3.0 + 2 * 5.0
 
 
-def test_rows_of_an_earlier_version_without_times_of_starting_count_none():
-    speed = remembered_speed([{"flops": 600, "seconds": 2.0}])
+def test_a_comparison_of_an_earlier_version_is_read_without_scores_and_times_of_starting(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"key": "full", "loss": 2.5, "flops": 600, "seconds": 2.0}\n')
+    (row,) = Records(tmp_path / "runs.jsonl", Console()).rows.values()
+    assert values_of(row) == {"loss": 2.5}
+    speed = remembered_speed([row])
     assert (speed.flops_per_second, speed.starting_seconds, speed.scoring_seconds) == (300, 0, 0)
 
 

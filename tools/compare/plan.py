@@ -157,13 +157,12 @@ def remembered_speed(rows: Sequence[Row]) -> Speed:
     """How fast finished runs were, the time of compiling included.
 
     Args:
-        rows: at least one. Those of earlier versions lack the seconds of starting and scoring; they count
-            as none.
+        rows: at least one.
     """
     return Speed(
         flops_per_second=sum(row["flops"] for row in rows) / sum(row["seconds"] for row in rows),
-        starting_seconds=fmean(row.get("starting_seconds", 0.0) for row in rows),
-        scoring_seconds=max(row.get("scoring_seconds", 0.0) for row in rows),
+        starting_seconds=fmean(row["starting_seconds"] for row in rows),
+        scoring_seconds=max(row["scoring_seconds"] for row in rows),
         origin=f"as fast as the {len(rows)} finished",
     )
 

@@ -11,6 +11,8 @@ from gtcompile.tools.common.files import write_lines
 from gtcompile.tools.common.terminal import say
 
 Row = dict[str, Any]
+_LATER = {"scores": {}, "starting_seconds": 0.0, "scoring_seconds": 0.0}
+"""What rows of earlier versions lack, and what it is then."""
 
 
 class Records:
@@ -26,7 +28,7 @@ class Records:
         self.rows: dict[str, Row] = {}
         for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
             try:
-                row: Row = json.loads(line)
+                row: Row = {**_LATER, **json.loads(line)}
             except json.JSONDecodeError:
                 say(console, f"{path}: dropped an incomplete line")
                 continue
