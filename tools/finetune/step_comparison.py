@@ -18,7 +18,8 @@ from gtcompile.tools.common.step_memory import passes_memory
 from gtcompile.tools.finetune.step_counts import without_positions
 from gtcompile.tools.runs.preparation import Batch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 PAIRS_TIMED = 5
 """Timed steps of each kind, after one that compiles."""
 

@@ -14,6 +14,7 @@ from gtcompile.tools.common.energy import ESTIMATED, JOULES_PER_WATT_HOUR, MEASU
 from gtcompile.tools.common.terminal import say
 from gtcompile.tools.finetune.step_comparison import StepComparison
 from gtcompile.tools.runs.preparation import Prepared
+from gtcompile.tools.runs.settings import CompilerOrAuto
 
 IN_TURN = "seconds of a step, in turn"
 """Name of the figure that compares with plain PyTorch."""
@@ -35,7 +36,7 @@ class Summary:
     """The shape of every batch, or of the largest."""
     real_tokens: float
     """Share of the batches' input positions that is not padding."""
-    compiler: str
+    compiler: CompilerOrAuto
     """The compiler of the graphs."""
     device: str
     """The device."""

@@ -58,7 +58,7 @@ def add_lora(
     with warnings.catch_warnings():
         # GPT-2 keeps its weights transposed; peft finds out by itself, and says so
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
 
