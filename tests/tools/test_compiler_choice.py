@@ -130,10 +130,11 @@ def test_the_choice_is_said_with_the_seconds_that_the_budget_leaves(
     said: list[str] = []
     prepared = with_chosen_compiler(prepare(settings), said.append, Ranks(None))
     assert prepared.settings == replace(settings, compiler="eager")
-    assert said[0].startswith("compiler: eager. 6 passes of at most 0.06 s take 0 s: generating code takes")
+    assert said[0].startswith("compiler: timing a step of eager PyTorch")
+    assert said[1].startswith("compiler: eager. 6 passes of at most 0.06 s take 0 s: generating code takes")
     whole = replace(settings, policy="full")
     with_chosen_compiler(prepare(whole), said.append, Ranks(None))
-    assert "6 passes of at most 0.12 s" in said[1]
+    assert "6 passes of at most 0.12 s" in said[3]
 
 
 def test_what_was_chosen_at_first_is_no_other_run_for_a_command_that_would_choose(settings: Settings) -> None:

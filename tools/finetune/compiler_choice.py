@@ -89,6 +89,7 @@ def with_chosen_compiler(prepared: Prepared, say: Callable[[str], None], ranks: 
     settings = prepared.settings
     if settings.compiler != "auto":
         return prepared
+    say("compiler: timing a step of eager PyTorch, and a block's code if the run is long, to choose")
     choice = ranks.from_first(lambda: _choice(prepared))
     say(f"compiler: {choice.compiler}. {choice.reason[0].upper()}{choice.reason[1:]}")
     return replace(prepared, settings=replace(settings, compiler=choice.compiler))
