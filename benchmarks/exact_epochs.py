@@ -7,6 +7,7 @@ PyTorch at the same weights. A step after the last epoch, with the same savings,
 """
 
 import copy
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -262,12 +263,14 @@ class _Run:
 def _difference(model: nn.Module, plain: nn.Module) -> float:
     """The greatest difference between two models' gradients, as a share of the greatest of that gradient."""
     pairs: Any = zip(model.parameters(), plain.parameters(), strict=True)
-    differences = [0.0]
+    differences = [torch.tensor(0.0)]
     for own, other in pairs:
         assert (own.grad is None) == (other.grad is None)
         if own.grad is not None:
-            differences.append(float((own.grad - other.grad).abs().max() / other.grad.abs().max()))
-    return max(differences)
+            differences.append((own.grad - other.grad).abs().max() / other.grad.abs().max())
+    greatest = float(torch.stack(differences).max())  # unlike max(), keeps a NaN
+    assert math.isfinite(greatest), "a gradient is not finite, or zero throughout"
+    return greatest
 
 
 if __name__ == "__main__":

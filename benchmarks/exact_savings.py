@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gtcompile
 from benchmarks.measurement import in_turns, keep_memory, median_interval
 from gtcompile.costs.budgets import budget_flops
+from gtcompile.huggingface.labelled_logits import all_logits_meant
 from gtcompile.selection.blocks import last_layers
 from gtcompile.tools.bench.measurement import describe_machine
 
@@ -121,7 +122,7 @@ def make_model(layers: int, device: torch.device) -> nn.Module:
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     device = batch["input_ids"].device.type
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16), all_logits_meant():
         loss = model(**batch).loss
     loss.backward()
     optimizer.step()

@@ -5,13 +5,15 @@ import functools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-KEYS = {"torch", "accelerator", "current", "devices", "python", "numpy"}
+T = TypeVar("T")
+KEYS = {"torch", "accelerator", "devices", "python", "numpy"}
+"""What a state must have; those of earlier versions lack `current`."""
 
 
 def random_state() -> dict[str, Any]:
@@ -46,11 +48,9 @@ def check_random_state(*states: Mapping[str, Any]) -> None:
                 f"expected a random state as this version of gtcompile saves it, got one without "
                 f"{', '.join(missing)}"
             )
-        for name, take in _trials(state).items():
-            try:
-                take()
-            except (LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"the random state has an unusable entry for {name}: {error}") from error
+        trials = _tried("devices", functools.partial(_trials, state))
+        for name, take in trials.items():
+            _tried(name, take)
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
@@ -93,6 +93,13 @@ def random_state_kept() -> Iterator[None]:
         restore_random_state(state)
 
 
+def _tried(name: str, take: Callable[[], T]) -> T:
+    try:
+        return take()
+    except (LookupError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the random state has an unusable entry for {name}: {error}") from error
+
+
 def _trials(state: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
     """By generator, a function that raises if the generator would not take its state; none changes one."""
     trials: dict[str, Callable[[], object]] = {
@@ -125,7 +132,7 @@ def _places(state: Mapping[str, Any]) -> dict[int, Any]:
     here = list(range(_device_count()))
     if len(here) == len(saved):
         return dict(zip(here, saved, strict=True))
-    before = _first(list(range(len(saved))), state["current"])
+    before = _first(list(range(len(saved))), state.get("current"))
     return {place: saved[i] for place, i in zip(_first(here, _current_device()), before, strict=False)}
 
 

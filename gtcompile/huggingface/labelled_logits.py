@@ -6,10 +6,11 @@ the collator runs; `only_labelled_logits` makes the head take just these hidden 
 those of all logits, up to rounding: the same sum with the zeros left out.
 """
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,11 @@ TARGETS: Final = "labelled_targets"
 """Key in the batch: the next token at each of these positions, or -100 for padding; int64 of shape [k]."""
 IGNORED: Final = -100
 """The label that transformers' losses ignore."""
+NO_POSITIONS: Final = (
+    "only_labelled_logits: a batch in training names no labelled positions, so all logits are computed; "
+    "make batches with gtcompile.add_labelled_positions(batch)"
+)
+"""The warning that nothing is saved."""
 
 
 def add_labelled_positions(batch: Mapping[str, Any], *, multiple: int = 64) -> dict[str, Any]:
@@ -60,8 +66,8 @@ def add_labelled_positions(batch: Mapping[str, Any], *, multiple: int = 64) -> d
 def only_labelled_logits(model: nn.Module) -> "Installed":
     """Compute the head and the loss of a causal language model at labelled positions alone, in training.
 
-    It concerns batches from `add_labelled_positions`. Others, in training with a warning, and evaluation mode
-    compute all logits.
+    It concerns batches from `add_labelled_positions`. Others, and evaluation mode, compute all logits; in
+    training there is a warning, except in a model that is compiled as a whole.
     `output.logits` of such a training step has shape [1, k, vocabulary], k being the number of positions.
 
     It needs batches that are not cut by rows after the collator: not `nn.DataParallel`, and not accelerate's
@@ -82,6 +88,14 @@ def only_labelled_logits(model: nn.Module) -> "Installed":
     return Installed(model, _causal_model(model))
 
 
+@contextlib.contextmanager
+def all_logits_meant() -> Iterator[None]:
+    """Within the block, batches in training may do without labelled positions: there is no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_POSITIONS.partition(",")[0])
+        yield
+
+
 class Installed:
     """What `only_labelled_logits` changed: hooks of the model and its head, and the model's loss function.
 
@@ -94,7 +108,6 @@ class Installed:
         self._base, self._former_loss = base, base.loss_function
         self._kept: dict[str, torch.Tensor] = {}
         """Labels, positions and targets of the present forward."""
-        self._warned = False
         self._hooks: tuple[RemovableHandle, ...] = (
             model.register_forward_pre_hook(self._take_from_batch, with_kwargs=True),
             base.get_output_embeddings().register_forward_pre_hook(self._select),
@@ -121,18 +134,8 @@ class Installed:
         if module.training and POSITIONS in kwargs:
             self._kept.update({key: _argument(kwargs, key) for key in (POSITIONS, TARGETS, "labels")})
         elif module.training and kwargs.get("labels") is not None and not torch.compiler.is_compiling():
-            self._warn()
+            warnings.warn(NO_POSITIONS, stacklevel=1)
         return args, {key: value for key, value in kwargs.items() if key not in (POSITIONS, TARGETS)}
-
-    def _warn(self) -> None:
-        """Say once that nothing is saved."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "only_labelled_logits: a batch in training names no labelled positions, so all logits are "
-                "computed; make batches with gtcompile.add_labelled_positions(batch)",
-                stacklevel=2,
-            )
 
     def _select(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Hand the head the hidden states at labelled positions alone."""

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtcompile import BudgetError, policies, select_parameters
+from gtcompile import BudgetError, select_parameters
+from gtcompile.selection import policies
 from gtcompile.selection.blocks import weighted_order
 from gtcompile.selection.limits import apply_terms, make_terms
 from gtcompile.selection.schedule import Plan, Schedule, seeded

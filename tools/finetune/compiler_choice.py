@@ -15,8 +15,9 @@ from gtcompile.capture.batch_tree import split_batch
 from gtcompile.capture.model_io import tensors_of
 from gtcompile.compiler.blocks import compile_blocks, find_blocks
 from gtcompile.distributed.ranks import Ranks
+from gtcompile.errors import GTCompileError
 from gtcompile.state.restore import restored
-from gtcompile.tools.finetune.step_comparison import seconds_of_step
+from gtcompile.tools.finetune.step_comparison import FULL_DOES_NOT_FIT, seconds_of_step
 from gtcompile.tools.runs.preparation import Prepared, default_compiler
 from gtcompile.tools.runs.settings import Compiler
 
@@ -63,6 +64,8 @@ def choose_compiler(
         step_seconds: times a forward and backward of eager PyTorch that trains everything. The first time,
             it may take longer than later.
         block_times: tries code for one block.
+
+    The choice is "eager" if no code can be generated, as on a machine without a compiler of C++.
     """
     for said in ("at most ", ""):
         seconds = share * step_seconds()
@@ -73,7 +76,11 @@ def choose_compiler(
                 f"{of_the_run} take {passes * seconds:.0f} s: generating code takes half a minute or so, and "
                 f"is tried in runs of {TRIED_FROM:.0f} s or more, so code is not generated",
             )
-    block = block_times()
+    try:
+        block = block_times()
+    except (RuntimeError, GTCompileError) as error:  # those of Dynamo and Inductor are RuntimeErrors
+        line = str(error).strip().partition("\n")[0]
+        return Choice("eager", f"code could not be generated for a block ({type(error).__name__}: {line})")
     saved = passes * share * block.count * (block.eager - block.code)
     pays = saved > block.generating
     would = f"would save about {saved:.0f} s" if saved > 0 else "would save nothing"
@@ -101,7 +108,13 @@ def _choice(prepared: Prepared) -> Choice:
         reason = f"the model has no repeated blocks to try, so it is the one for {prepared.device.type}"
         return Choice(default_compiler(), reason)
     share = settings.budget if settings.policy != "full" and settings.budget_of == "step" else 1.0
-    return choose_compiler(prepared.passes, share, timer.step_seconds, timer.block_times)
+    try:
+        return choose_compiler(prepared.passes, share, timer.step_seconds, timer.block_times)
+    except torch.OutOfMemoryError:
+        return Choice(
+            default_compiler(),
+            f"{FULL_DOES_NOT_FIT}, so nothing was timed: this is the one for {prepared.device.type}",
+        )
 
 
 class Timer:
@@ -118,11 +131,12 @@ class Timer:
         self.blocks = list(find_blocks(self._model))
         """Names of the repeated blocks."""
         self._inputs: tuple[Any, dict[str, Any]] = (), {}
-        """What the first block got last."""
+        """What the last block got. Its input requires a gradient like that of most blocks, whereas nothing
+        below the first one may be trained."""
 
     def step_seconds(self) -> float:
         """Time a forward and backward of eager PyTorch."""
-        block = self._model.get_submodule(self.blocks[0])
+        block = self._model.get_submodule(self.blocks[-1])
         note = block.register_forward_pre_hook(self._note, with_kwargs=True)
         try:
             with restored(self._model), self._autocast():
@@ -131,8 +145,8 @@ class Timer:
             note.remove()
 
     def block_times(self) -> BlockTimes:
-        """Generate code for a copy of the first block, and time it in turns with eager PyTorch."""
-        holder = nn.ModuleDict({"block": copy.deepcopy(self._model.get_submodule(self.blocks[0]))})
+        """Generate code for a copy of the last block, and time it in turns with eager PyTorch."""
+        holder = nn.ModuleDict({"block": copy.deepcopy(self._model.get_submodule(self.blocks[-1]))})
         frugality = self._prepared.settings.activation_memory_budget
         compile_blocks(holder, blocks=["block"], compiler="inductor", activation_memory_budget=frugality)
         run = functools.partial(self._block_seconds, holder["block"])
@@ -157,9 +171,10 @@ class Timer:
         )
         began = self._clock()
         outputs = [each for each in tensors_of(block(*args, **kwargs)) if each.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
-        if outputs[0].is_cuda:
-            torch.cuda.synchronize(outputs[0].device)
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+        if self._prepared.device.type == "cuda":
+            torch.cuda.synchronize(self._prepared.device)
         return self._clock() - began
 
     def _autocast(self) -> torch.autocast:

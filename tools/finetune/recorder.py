@@ -4,6 +4,7 @@ import math
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -14,7 +15,7 @@ from gtcompile.errors import GTCompileError
 from gtcompile.selection.selection import Selection
 from gtcompile.tools.common.energy import joules_counter
 from gtcompile.tools.finetune.progress import Reporter
-from gtcompile.tools.finetune.step_comparison import StepComparison, compare_steps
+from gtcompile.tools.finetune.step_comparison import FULL_DOES_NOT_FIT, StepComparison, compare_steps
 from gtcompile.tools.finetune.step_counts import PassCounter, cache_paused, measure_steps
 from gtcompile.tools.finetune.trainer_options import adaptive_callback
 from gtcompile.tools.runs.preparation import MEASURED_BATCHES, Batch, Prepared
@@ -203,15 +204,24 @@ class Recorder(TrainerCallback):
             self.compare(self.prepared.sample())
 
     def compare(self, batch: Batch) -> None:
-        """Compare a step of the last selection with a full one of plain PyTorch; the first process does."""
+        """Compare a step of the last selection with a full one of plain PyTorch; the first process does.
+
+        A full step may not fit the memory, although the run does; then there is no comparison.
+        """
         settings, last = self.prepared.settings, self.selections[-1]
         self.model.train()  # an evaluation may have come before
-        with cache_paused(self.adaptive.adaptive):
-            self.comparison = self.ranks.from_first(
-                lambda: compare_steps(
+
+        def compared() -> StepComparison | None:
+            try:
+                return compare_steps(
                     self.model, batch, last, recomputes=settings.recomputes, adapted=settings.lora is not None
                 )
-            )
+            except torch.OutOfMemoryError:
+                self.reporter.say(f"{FULL_DOES_NOT_FIT}, so steps are not compared with it")
+                return None
+
+        with cache_paused(self.adaptive.adaptive):
+            self.comparison = self.ranks.from_first(compared)
 
     def _add(self, step: dict[str, Any]) -> None:
         self._spent += step["flops"]

@@ -237,28 +237,29 @@ def _adapters_in_words(prepared: Prepared) -> str:
 
 def _plan_in_words(recorder: Recorder, steps: int) -> Iterator[str]:
     selection, full = recorder.selections[0], recorder.comparison
-    assert full is not None
     blocks = Counter(map(block_of_parameter, selection["trained"]))
     yield "trained first: " + ", ".join(f"{count} of {block}" for block, count in blocks.items())
-    yield f"a step: {_in_words(selection['step_flops'], selection['saved_bytes'], full.plan_seconds)}"
+    own = None if full is None else full.plan_seconds
+    yield f"a step: {_in_words(selection['step_flops'], selection['saved_bytes'], own)}"
     if selection["cached_step_flops"] < selection["step_flops"]:
         yield f"a step that starts from the prefix cache: {selection['cached_step_flops']:.4e} FLOPs"
-    whole = _in_words(full.full_flops, full.full_saved_bytes, full.full_seconds)
     settings = recorder.prepared.settings
-    if settings.lora is None:
-        yield f"a full step of plain PyTorch: {whole}"
-    else:
+    if settings.lora is not None:
         yield f"a step that trains all adapters: {selection['full_flops']:.4e} FLOPs"
-        yield f"a step of full fine-tuning in plain PyTorch, without adapters: {whole}"
+    if full is not None:
+        plain = "a full step of plain PyTorch"
+        if settings.lora is not None:
+            plain = "a step of full fine-tuning in plain PyTorch, without adapters"
+        yield f"{plain}: {_in_words(full.full_flops, full.full_saved_bytes, full.full_seconds)}"
     batches = steps * int(settings.args.get("gradient_accumulation_steps", 1))
     epochs = steps / recorder.prepared.steps_per_epoch
     selections = 1 if settings.selects_once else math.ceil(epochs / settings.reselect_every)
     which = "the only selection" if selections == 1 else f"{selections} selections, the first of which"
-    yield (
-        f"the run: {steps} steps, about {batches * full.plan_seconds:.0f} s, and {which} took "
-        f"{selection['seconds']:.1f} s; nothing was trained or written"
-    )
+    time = f", about {batches * own:.0f} s" if own is not None else ""
+    yield f"the run: {steps} steps{time}, and {which} took {selection['seconds']:.1f} s"
+    yield "nothing was trained or written"
 
 
-def _in_words(flops: int, saved_bytes: int, seconds: float) -> str:
-    return f"{flops:.4e} FLOPs, {saved_bytes / 2**20:,.1f} MiB saved for backward, {seconds:.4f} s"
+def _in_words(flops: int, saved_bytes: int, seconds: float | None) -> str:
+    time = f", {seconds:.4f} s" if seconds is not None else ""
+    return f"{flops:.4e} FLOPs, {saved_bytes / 2**20:,.1f} MiB saved for backward{time}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from gtcompile.capture.model_io import loss_of
 from gtcompile.costs.full_finetuning import full_finetuning
+from gtcompile.huggingface.labelled_logits import all_logits_meant
 from gtcompile.state.restore import restored, temporarily_training
 from gtcompile.state.trained_set import train_only
 from gtcompile.tools.common.flop_meter import check_step_flops
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 PAIRS_TIMED = 5
 """Timed steps of each kind, after one that compiles."""
+FULL_DOES_NOT_FIT = "a full step of plain PyTorch does not fit the memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ def compare_steps(
     count, measure, run = check_step_flops, passes_memory, torch.compiler.disable(seconds_of_step)
     full_seconds: list[float] = []
     plan_seconds: list[float] = []
-    with restored(model), temporarily_training(model, None):
+    with restored(model), temporarily_training(model, None), all_logits_meant():
         if adapted:
             count, measure = _of_the_base(count, model), _of_the_base(measure, model)
             run = _of_the_base(run, model)
@@ -81,7 +83,7 @@ def compare_steps(
 
 def _of_the_base(function: Callable[P, R], model: nn.Module) -> Callable[P, R]:
     """A function that runs steps, such that it trains all weights of the base model, eagerly."""
-    eager = torch.compiler.disable(function)
+    eager: Callable[P, R] = torch.compiler.disable(function)
 
     def of_the_base(*args: P.args, **kwargs: P.kwargs) -> R:
         with full_finetuning(model):

@@ -9,7 +9,7 @@ from torch import nn
 
 from gtcompile.costs.batch_shapes import BatchShapes, batch_shapes
 from gtcompile.costs.budgets import BudgetOf
-from gtcompile.huggingface.labelled_logits import POSITIONS, TARGETS
+from gtcompile.huggingface.labelled_logits import POSITIONS, TARGETS, all_logits_meant
 from gtcompile.tools.common.flop_meter import check_step_flops
 from gtcompile.tools.common.step_memory import passes_memory
 from gtcompile.tools.runs.preparation import Batch
@@ -98,7 +98,7 @@ class PassCounter:
         """FLOPs of full fine-tuning, without adapters, with all logits, at the shapes of this batch."""
         if POSITIONS not in batch and not self._adapted:
             return self.adaptive.costs_of(batch).full_flops
-        with cache_paused(self.adaptive):
+        with cache_paused(self.adaptive), all_logits_meant():
             whole: BudgetOf = "full_finetuning" if self._adapted else "step"
             return self._plain.of(without_positions(batch), whole).budget_whole
 

@@ -52,8 +52,8 @@ def add_lora(
         raise ValueError(f"LoRA needs linear layers, and {type(model).__name__} has none that peft can adapt")
     if unknown := [target for target in targets if target not in (*known, ALL_LINEAR)]:
         raise ValueError(
-            f"{type(model).__name__} has no linear layers called {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(known))}"
+            f"{type(model).__name__} has no linear layers called {', '.join(unknown)}; it has, beside the "
+            f"head, {', '.join(sorted(known))}"
         )
     with warnings.catch_warnings():
         # GPT-2 keeps its weights transposed; peft finds out by itself, and says so
