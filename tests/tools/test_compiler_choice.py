@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.distributed.ranks import Ranks
-from gtcompile.tools.finetune import compiler_choice
+from gtcompile.tools.finetune import compiler_choice, recorder
 from gtcompile.tools.finetune.compiler_choice import (
     TRIED_FROM,
     BlockTimes,
@@ -24,6 +24,7 @@ from gtcompile.tools.finetune.compiler_choice import (
     with_chosen_compiler,
 )
 from gtcompile.tools.finetune.run import finetune
+from gtcompile.tools.finetune.run import plan as plan_run
 from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.settings import Settings, settings_from
 from tests.support.finetune import reporter, short_run
@@ -34,6 +35,10 @@ BLOCK = BlockTimes(count=10, generating=40.0, eager=0.03, code=0.02)
 
 def never() -> BlockTimes:
     raise AssertionError("code was generated to try it")
+
+
+def out_of_memory(*_: object, **__: object) -> float:
+    raise torch.OutOfMemoryError("a stand-in")
 
 
 def measured(*seconds: float) -> Callable[[], float]:
@@ -73,6 +78,17 @@ def test_code_that_is_slower_is_never_generated() -> None:
     choice = choose_compiler(10**6, 1.0, measured(2.0, 2.0), lambda: slower)
     assert choice.compiler == "eager"
     assert "would save nothing" in choice.reason
+
+
+def test_where_no_code_can_be_generated_the_run_is_eager_and_the_reason_is_said() -> None:
+    def without_compiler() -> BlockTimes:
+        raise RuntimeError("no compiler of C++ was found\nand a long explanation")
+
+    choice = choose_compiler(10**6, 1.0, measured(2.0, 2.0), without_compiler)
+    assert choice == Choice(
+        "eager",
+        "code could not be generated for a block (RuntimeError: no compiler of C++ was found)",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +151,31 @@ def test_the_choice_is_said_with_the_seconds_that_the_budget_leaves(
     whole = replace(settings, policy="full")
     with_chosen_compiler(prepare(whole), said.append, Ranks(None))
     assert "6 passes of at most 0.12 s" in said[3]
+
+
+def test_a_full_step_that_does_not_fit_the_memory_leaves_the_compiler_of_the_device(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_choice, "seconds_of_step", out_of_memory)
+    said: list[str] = []
+    prepared = with_chosen_compiler(prepare(settings), said.append, Ranks(None))
+    assert prepared.settings.compiler == "eager"
+    assert said[1].startswith("compiler: eager. A full step of plain PyTorch does not fit the memory")
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_run_that_fits_the_memory_ends_well_where_a_full_step_does_not_fit(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: bool
+) -> None:
+    monkeypatch.setattr(recorder, "compare_steps", out_of_memory)
+    stream, short = StringIO(), replace(settings, epochs=1, compiler="eager")
+    if plan:
+        plan_run(short, reporter(stream))
+    else:
+        assert finetune(short, tmp_path / "run", reporter(stream)).comparison is None
+        assert (tmp_path / "run" / "model" / "config.json").is_file()
+        assert finetune(short, tmp_path / "run", reporter(stream), resume=True).comparison is None
+    assert "does not fit the memory, so steps are not compared with it" in stream.getvalue()
 
 
 def test_what_was_chosen_at_first_is_no_other_run_for_a_command_that_would_choose(settings: Settings) -> None:
