@@ -230,6 +230,27 @@ def test_the_policy_trains_nothing_in_the_blocks_that_it_keeps():
     assert "b0.w0" not in plan.shallow | plan.sets[0]
 
 
+@settings(max_examples=150, deadline=None)
+@given(questions())
+def test_steps_that_pay_for_others_train_something_outside_of_the_kept_blocks(question):
+    limits, importance = question
+    plan = Best().plan(limits, importance, torch.Generator())
+    assume(plan.sets[0])
+    assert plan.shallow
+    assert plan.shallow.isdisjoint(limits.prefix.inside(plan.kept_blocks))
+    assert limits.costs.step_flops(plan.shallow) - plan.saved_flops <= limits.budget_flops
+
+
+def test_the_cheapest_step_outside_of_the_kept_blocks_may_need_what_the_cache_saves():
+    costs, depths = stack_costs([[10], [30], [10]], [2] * 3, [10] * 3, 0)
+    prefix = CachedPrefix(depths=depths, block_flops=(10,) * 3, epochs=2, held=1, hits=Fraction(1))
+    terms = make_terms(55 / costs.full_flops, (), ["b2.w0"])
+    plan = Best().plan(
+        replace(apply_terms(costs, terms), prefix=prefix), importances(1.0, 5.0), torch.Generator()
+    )
+    assert plan.shallow == plan.sets[0] == {"b1.w0"}
+
+
 def test_a_model_as_large_as_opt_2_7b_is_weighed_by_a_few_searches(monkeypatch):
     """32 blocks with ten matrices and vectors each; bounds leave most numbers of blocks out."""
     unit = 10**9
