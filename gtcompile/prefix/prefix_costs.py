@@ -78,7 +78,7 @@ class PrefixCosts:
         self._window: Counter[int] = Counter()
         """Training forwards since the last selection, by how many blocks they left out."""
         self._all_here = True
-        """Whether all of them ran on this cache; not if a state was loaded since the selection."""
+        """Whether all of them ran on this cache; not if a state was loaded after some."""
         self._steps = 0
         """Steps of the optimizer since the last selection, as far as they are known."""
         self._promised, self._uses, self._charged = 0, 0, 0
@@ -119,7 +119,7 @@ class PrefixCosts:
         self._keep(kept_blocks, promised=promised)
 
     def resume(self, state: Mapping[str, Any], kept_blocks: int | None, *, promised: bool) -> None:
-        """Go on in the middle of an epoch, whose forwards so far may have run on another cache.
+        """Go on in an epoch whose forwards so far may have run on another cache.
 
         Args:
             state: as `state` returned it; empty if it is of a training without a cache.
@@ -128,8 +128,9 @@ class PrefixCosts:
         """
         self.block_flops = tuple(state.get("block_flops", ()))
         self._taken, self._whole = state.get("taken", 0), state.get("whole", 0)
-        self._window, self._all_here = Counter(dict(state.get("forwards", ()))), False
-        self._steps, self._uses, self._charged = state.get("epoch", (0, 0, 0))
+        self._window = Counter(dict(state.get("forwards", ())))
+        self._all_here = "forwards" in state and not self._window
+        self._steps, self._uses, self._charged = (state.get(key, 0) for key in ("steps", "uses", "charged"))
         self._keep(kept_blocks, promised=promised)
 
     def _keep(self, blocks: int | None, *, promised: bool) -> None:
@@ -198,6 +199,8 @@ class PrefixCosts:
             "block_flops": list(self.block_flops),
             "taken": self._taken,
             "whole": self._whole,
-            "forwards": sorted(self._window.items()),
-            "epoch": [self._steps, self._uses, self._charged],
+            "forwards": [[depth, forwards] for depth, forwards in sorted(self._window.items())],
+            "steps": self._steps,
+            "uses": self._uses,
+            "charged": self._charged,
         }

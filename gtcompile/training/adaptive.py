@@ -444,7 +444,7 @@ class AdaptiveBackprop:
         on. The next calls of `step` return the sets that would have come next, with one exception. Values in
         a prefix cache are not part of a state: without a folder, the next steps compute them again. With
         `epochs`, where the budget counted on these values, cheaper sets then pay for that, and the next
-        selection counts on none, so such a training does not equal one that never stopped.
+        selection may count on none. Such a training does not equal one that never stopped.
 
         Raises:
             ValueError: this is no such state, or that of another model (names the differences), policy or

@@ -219,11 +219,21 @@ def test_a_cache_of_unknown_examples_is_not_counted_on_after_a_resumption():
     assert here[2].reselect(batches).saved_flops > 0
 
 
+def test_an_epoch_that_runs_here_as_a_whole_fills_the_cache_after_a_resumption():
+    training, batches = make_training(0.5, 4), make_batches(8)
+    training[2].reselect(batches)
+    training[2].load_state_dict(saved_state(training))
+    train_epoch(training, batches)
+    assert training[2].reselect(batches).saved_flops > 0
+
+
 def test_a_state_without_the_forwards_of_its_epoch_counts_from_when_it_is_loaded():
     training, batches = promised_training(20)
     train_epoch(training, batches[:15])
     state = saved_state(training)
-    del state["prefix"]["forwards"], state["prefix"]["epoch"], state["epochs"]
+    del state["epochs"]
+    for key in ("forwards", "steps", "uses", "charged"):
+        del state["prefix"][key]
     resumed = make_training(0.5, 4)
     resumed[2].load_state_dict(state)
     charged = []
@@ -255,7 +265,7 @@ def test_an_earlier_state_that_fills_the_cache_is_refused_without_epochs():
     training = make_training(0.5, 4)
     assert training[2].reselect(make_batches(4)).saved_flops == 0
     state = saved_state(training)
-    del state["epochs"]
+    state.pop("epochs", None)
     with pytest.raises(ValueError, match="give prefix_cache and the same epochs here"):
         make_training(0.5, None)[2].load_state_dict(state)
     make_training(0.5, 4)[2].load_state_dict(state)
