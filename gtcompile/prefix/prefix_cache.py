@@ -186,10 +186,13 @@ class PrefixCache:
         return self._blocks.depths()
 
     def held_blocks(self, forwards: int) -> int:
-        """How many blocks a step leaves out now, if its examples are those of the last forwards; else 0.
+        """How many blocks are left out by steps whose examples are those of the latest training forwards.
+
+        0 if the values of some of these examples are not kept, or are of other weights.
 
         Args:
-            forwards: how many there were.
+            forwards: how many of the latest ones; all of them must have run on this cache, not before a state
+                was loaded.
         """
         store = self._store
         if store is None or store.lookups < forwards or store.overflowed or not self.enabled:

@@ -77,6 +77,10 @@ class PrefixCosts:
         self._taken = self._whole = 0
         self._window: Counter[int] = Counter()
         """Training forwards since the last selection, by how many blocks they left out."""
+        self._all_here = True
+        """Whether all of them ran on this cache; not if a state was loaded after some."""
+        self._steps = 0
+        """Steps of the optimizer since the last selection, as far as they are known."""
         self._promised, self._uses, self._charged = 0, 0, 0
 
     def cached_step_flops(self, step_flops: int, block_flops: Sequence[int] | None = None) -> int:
@@ -90,9 +94,9 @@ class PrefixCosts:
         return step_flops - sum(blocks[: self.cache.reachable_depth])
 
     def outlook(self) -> Outlook:
-        """What an epoch like the last one, since `begin`, can expect."""
+        """What an epoch can expect that has the batches of the forwards since the last selection."""
         forwards = self._window.total()
-        held = self.cache.held_blocks(forwards) if forwards else 0
+        held = self.cache.held_blocks(forwards) if forwards and self._all_here else 0
         return Outlook(
             held, self._hits(self.cache.uses, forwards) if held else Fraction(0), self._hits(0, forwards)
         )
@@ -110,24 +114,42 @@ class PrefixCosts:
             kept_blocks: as for `PrefixCache.keep`.
             promised: whether the selection relies on all examples being found.
         """
-        self.block_flops = tuple(block_flops)
-        self.cache.keep(kept_blocks)
-        self._window.clear()
-        self._promised = (kept_blocks or 0) if promised else 0
-        self._uses, self._charged = self.cache.uses, 0
+        self.block_flops, self._window, self._all_here = tuple(block_flops), Counter(), True
+        self._steps, self._uses, self._charged = 0, self.cache.uses, 0
+        self._keep(kept_blocks, promised=promised)
 
-    def unforeseen_flops(self, steps: int) -> int:
-        """FLOPs that the steps since `begin` took because examples were not found; each is returned once.
+    def resume(self, state: Mapping[str, Any], kept_blocks: int | None, *, promised: bool) -> None:
+        """Go on in an epoch whose forwards so far may have run on another cache.
 
         Args:
-            steps: of the optimizer, since `begin`.
+            state: as `state` returned it; empty if it is of a training without a cache.
+            kept_blocks: as for `PrefixCache.keep`.
+            promised: whether the selection of the epoch relies on all examples being found.
+        """
+        self.block_flops = tuple(state.get("block_flops", ()))
+        self._taken, self._whole = state.get("taken", 0), state.get("whole", 0)
+        self._window = Counter(dict(state.get("forwards", ())))
+        self._all_here = "forwards" in state and not self._window
+        self._steps, self._uses, self._charged = (state.get(key, 0) for key in ("steps", "uses", "charged"))
+        self._keep(kept_blocks, promised=promised)
+
+    def _keep(self, blocks: int | None, *, promised: bool) -> None:
+        self.cache.keep(blocks)
+        self._promised = (blocks or 0) if promised else 0
+
+    def unforeseen_flops(self) -> int:
+        """FLOPs that steps since the last selection took because examples were not found.
+
+        To be called once after each step of the optimizer. Each FLOP is returned once. A state that does not
+        tell the forwards of its epoch counts from when it was loaded.
         """
         forwards = self._window.total()
-        if not self._promised or not forwards:
+        if not forwards:
             return 0
+        self._steps += 1
         found = sum(count for depth, count in self._window.items() if depth >= self._promised)
         missed = forwards - found - self.cache.comparisons(self._uses, forwards)
-        owed = max(missed, 0) * sum(self.block_flops[: self._promised]) * steps // forwards
+        owed = max(missed, 0) * sum(self.block_flops[: self._promised]) * self._steps // forwards
         new = max(owed - self._charged, 0)
         self._charged += new
         return new
@@ -172,10 +194,13 @@ class PrefixCosts:
         return self._taken / self._whole if self._whole else 0.0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON types."""
-        return {"block_flops": list(self.block_flops), "taken": self._taken, "whole": self._whole}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
-        self.block_flops = tuple(state["block_flops"])
-        self._taken, self._whole = state["taken"], state["whole"]
+        """What `resume` needs, as JSON types."""
+        return {
+            "block_flops": list(self.block_flops),
+            "taken": self._taken,
+            "whole": self._whole,
+            "forwards": [[depth, forwards] for depth, forwards in sorted(self._window.items())],
+            "steps": self._steps,
+            "uses": self._uses,
+            "charged": self._charged,
+        }

@@ -23,7 +23,7 @@ from gtcompile.selection.blocks import (
     last_layers,
     weighted_order,
 )
-from gtcompile.selection.limits import Limits, Terms
+from gtcompile.selection.limits import Limits, Terms, flops_with_each, restricted
 from gtcompile.selection.paper import chain_costs, select_by_paper
 from gtcompile.selection.prefix_choice import choose_prefix
 from gtcompile.selection.schedule import Plan, steps_of_falling_cost
@@ -99,10 +99,10 @@ class Best:
             selection = select_within(limits, importance)
             return Plan(sets=(selection.trained,), shallow=_shallow(limits), selection=selection)
         selection = choose_prefix(limits, importance)
-        outside = replace(limits, never=limits.never | limits.prefix.inside(selection.kept_blocks))
+        frozen = limits.prefix.inside(selection.kept_blocks)
         return Plan(
             sets=(selection.trained,),
-            shallow=_shallow(outside),
+            shallow=_shallow(_outside(limits, frozen, selection.saved_flops)),
             selection=selection,
             kept_blocks=selection.kept_blocks,
             saved_flops=selection.saved_flops,
@@ -403,6 +403,14 @@ def _shallow(limits: Limits) -> frozenset[str]:
     least = limits.cheapest_flops
     limit = least + int(_SHALLOW * (limits.budget_flops - least))
     return last_layers(limits.costs, limits.trainable, limit, limits.always)
+
+
+def _outside(limits: Limits, frozen: frozenset[str], saved_flops: int) -> Limits:
+    """Limits outside of kept blocks, where the cheapest step may need what leaving these out saves."""
+    outside = restricted(limits, frozen, saved_flops)
+    each = flops_with_each(limits.costs, outside.undecided, limits.always)
+    least = limits.cheapest_flops if limits.always else min(each.values(), default=limits.cheapest_flops)
+    return replace(outside, cheapest_flops=least, budget_flops=max(limits.budget_flops, least))
 
 
 def _uniform(names: Iterable[str], generator: torch.Generator) -> dict[str, float]:

@@ -50,7 +50,8 @@ def choose_prefix(limits: Limits, importance: Mapping[str, float]) -> Selection:
         importance: by FQN, of `limits.to_measure`.
 
     Returns:
-        The set of the coming epoch, with the blocks that it keeps.
+        The set of the coming epoch, with the blocks that it keeps. It is empty only if nothing that the
+        coming epoch can train has a positive importance, whatever is kept.
 
     Raises:
         ValueError: an importance missing, not finite, or of no selectable parameter.
@@ -58,7 +59,7 @@ def choose_prefix(limits: Limits, importance: Mapping[str, float]) -> Selection:
     check_importance(limits, importance)
     importance, epochs = comparable(limits, importance), limits.cached_prefix.epochs
     plain = optimum(limits, importance)
-    if everything_fits(limits) or not plain.trained:
+    if everything_fits(limits):
         return _described(limits, plain, plain, _option(limits, 0, held=False))
     known = [(0, plain)]
     """Optima of the coming epoch within the plain budget, by the blocks that they may not train."""
@@ -83,7 +84,8 @@ def choose_prefix(limits: Limits, importance: Mapping[str, float]) -> Selection:
         rank = found.planned_importance, option.saved > 0, option.kept
         if best is None or rank > best[0]:
             best = rank, found
-    assert best is not None  # to keep no block is an option, and its set is not empty
+    if best is None:
+        return _described(limits, plain, plain, _option(limits, 0, held=False))
     return replace(best[1], planned_bound=bound)
 
 

@@ -41,7 +41,8 @@ class Selection:
     full_finetuning_flops: int | None = None
     """FLOPs of one step of full fine-tuning, where the budget is a share of these."""
     step_seconds: float | None = None
-    """Predicted seconds of one training step with this selection; None without `budget_seconds`."""
+    """Predicted seconds of one training step with this selection, which computes everything even where a
+    prefix cache saves FLOPs; None without `budget_seconds`."""
     budget_seconds: float | None = None
     """Seconds one training step may take; None without such a budget."""
     step_bytes: int | None = None

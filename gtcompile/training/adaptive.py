@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 MOST_BATCHES = 16
 """How many batches `reselect` takes unless it is told otherwise: a loader may have thousands."""
-_OPTIONAL = {"prefix", "counted", "budget_seconds", "budget_memory", "rates"}
-"""Parts of a state that only some trainings have."""
+_OPTIONAL = {"prefix", "counted", "budget_seconds", "budget_memory", "rates", "epochs"}
+"""Parts of a state that only some trainings have, or that states of earlier versions lack."""
 
 
 class AdaptiveBackprop:
@@ -347,7 +347,7 @@ class AdaptiveBackprop:
         schedule = self._selected("there is no selection to go on from; call reselect(batches) before step()")
         if self._prefix and self._epochs is not None:
             self._count_forwards()
-            schedule.charge(self._prefix.unforeseen_flops(schedule.progress.steps))
+            schedule.charge(self._prefix.unforeseen_flops())
         trained = schedule.next_set()
         if trained != self._trained:
             self._train(trained)
@@ -425,6 +425,7 @@ class AdaptiveBackprop:
             "never": list(self._terms.never),
             "policy": repr(self._policy),
             "seed": self._seed,
+            "epochs": self._epochs,
             "parameters": shapes,
             "trained": sorted(trained_parameters(self._model)),
             "ever_trained": sorted(ever_trained(self._model)),
@@ -440,12 +441,14 @@ class AdaptiveBackprop:
         """Continue from a state that `state_dict` returned, in the middle of an epoch or not.
 
         Budget, patterns, seed and history become those of the state, and its trained set is trained from now
-        on. The next calls of `step` return the sets that would have come next. Values in a prefix cache are
-        not part of a state: without a folder, the next steps compute them again.
+        on. The next calls of `step` return the sets that would have come next, with one exception. Values in
+        a prefix cache are not part of a state: without a folder, the next steps compute them again. With
+        `epochs`, where the budget counted on these values, cheaper sets then pay for that, and the next
+        selection may count on none. Such a training does not equal one that never stopped.
 
         Raises:
-            ValueError: this is no such state, or that of another model (names the differences) or policy;
-                nothing has changed then.
+            ValueError: this is no such state, or that of another model (names the differences), policy or
+                number of `epochs`; nothing has changed then.
         """
         self.check_state(state)
         history = tuple(
@@ -464,17 +467,16 @@ class AdaptiveBackprop:
         self._prices.restore(state)
         self._costs = self._new_costs()
         self._passes = PassTotals(self._costs, self._prefix, *state.get("counted", ()))
-        if self._prefix and "prefix" in state:
-            self._prefix.restore(state["prefix"])
-        if self._prefix and schedule:
-            plan = schedule.plan
-            self._prefix.begin(self._prefix.block_flops, plan.kept_blocks, promised=plan.saved_flops > 0)
+        if self._prefix:
+            kept, saved = (schedule.plan.kept_blocks, schedule.plan.saved_flops) if schedule else (None, 0)
+            self._prefix.resume(state.get("prefix", {}), kept, promised=saved > 0)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that `load_state_dict` would refuse; nothing changes.
 
         Raises:
-            ValueError: this is no such state, or that of another model (names the differences) or policy.
+            ValueError: this is no such state, or that of another model (names the differences), policy or
+                number of `epochs`.
         """
         if missing := sorted(self.state_dict().keys() - _OPTIONAL - state.keys()):
             raise ValueError(f"expected the state of an AdaptiveBackprop; it lacks {', '.join(missing)}")
@@ -484,12 +486,22 @@ class AdaptiveBackprop:
                 f"this is the state of the policy {state['policy']}, and here the policy is "
                 f"{self._policy!r}; give the same one"
             )
-        if (state["schedule"] or {}).get("saved_flops") and self._epochs is None:
+        self._check_same_epochs(state)
+        self._terms_in(state)
+
+    def _check_same_epochs(self, state: Mapping[str, Any]) -> None:
+        saved, weighed = state.get("epochs"), (state["schedule"] or {}).get("kept_blocks") is not None
+        if self._epochs is None and (weighed or saved is not None):
+            same = "the same epochs" if saved is None else f"epochs={saved}"
             raise ValueError(
                 "this is the state of a training that spends what its prefix cache saves; give prefix_cache "
-                "and the same epochs here"
+                f"and {same} here"
             )
-        self._terms_in(state)
+        if "epochs" in state and saved != self._epochs:
+            raise ValueError(
+                f"this is the state of a training with epochs={saved}, and here are epochs={self._epochs}; "
+                f"give the same"
+            )
 
     def _terms_in(self, state: Mapping[str, Any]) -> Terms:
         return self._checked_terms(

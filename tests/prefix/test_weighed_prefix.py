@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gtcompile
 from gtcompile.graph.flops import count_flops
+from gtcompile.selection.schedule import Schedule
 from gtcompile.training.step_costs import CostsByShape
 
 BLOCKS = 5
@@ -137,18 +138,137 @@ def test_without_room_for_all_examples_nothing_is_spent():
         train_epoch(training, batches, epoch)
 
 
+def saved_state(training):
+    return json.loads(json.dumps(training[2].state_dict()))
+
+
+def counted_share(training, flops):
+    """Share of the budget's whole that steps took, with the one that is announced."""
+    adaptive, whole = training[2], training[2].selection.full_flops
+    return (sum(flops) + adaptive.step_fraction * whole) / ((len(flops) + 1) * whole)
+
+
 def test_the_choice_goes_on_from_a_saved_state():
-    training, batches = promised_training()
-    state = json.loads(json.dumps(training[2].state_dict()))
+    training, _ = promised_training()
+    state = saved_state(training)
     resumed = make_training(0.5, 4)
     resumed[2].load_state_dict(state)
     assert resumed[2].step_fraction == training[2].step_fraction
     assert resumed[2].history == training[2].history
-    # its cache is empty, so that all steps compute everything, and cheaper sets pay for it
-    flops = train_epoch(resumed, batches * 3)
-    assert sum(flops[3:]) <= len(flops[3:]) * training[2].selection.budget_flops
-    with pytest.raises(ValueError, match="spends what its prefix cache saves; give prefix_cache and"):
+    assert saved_state(resumed) == state
+
+
+@pytest.mark.parametrize("after", [0, 5, 9, 15])
+@pytest.mark.parametrize("same_objects", [True, False])
+def test_what_an_empty_cache_costs_after_a_resumption_is_charged_exactly(after, same_objects):
+    """Steps of the resumed epoch compute everything, and the schedule knows of every one."""
+    training, batches = promised_training(20)
+    selection = training[2].selection
+    flops, state = train_epoch(training, batches[:after]), saved_state(training)
+    resumed = training if same_objects else make_training(0.5, 4)
+    resumed[2].load_state_dict(state)
+    resumed[2].prefix_cache.clear()
+    charged, charge = [], Schedule.charge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "charge", lambda self, more: charged.append(more) or charge(self, more))
+        flops += train_epoch(resumed, batches[after:])
+    missed = 20 - after - (after == 0)  # one step of every epoch was expected to be computed again
+    assert len(charged) == 20 - after
+    assert sum(charged) == missed * saved_by_a_hit(resumed)
+    assert max(charged) <= 2 * saved_by_a_hit(resumed)
+    one_flop = 1 / selection.full_flops  # of each step; savings are rounded down
+    assert resumed[2].spent_fraction == pytest.approx(counted_share(resumed, flops), rel=0, abs=one_flop)
+
+
+def saved_by_a_hit(training):
+    """FLOPs of the forward of the blocks that the selection keeps."""
+    adaptive = training[2]
+    return sum(adaptive._prefix.block_flops[: adaptive.selection.kept_blocks])
+
+
+def test_a_step_that_was_not_announced_as_done_before_saving_is_charged_once():
+    training, batches = promised_training(4)
+    model, optimizer, adaptive = training
+    adaptive.prefix_cache.clear()
+    for batch in batches[:2]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = saved_state(training)
+        adaptive.step()
+    resumed = make_training(0.5, 4)
+    resumed[2].load_state_dict(state)
+    resumed[2].step()
+    assert saved_state(resumed)["schedule"] == saved_state(training)["schedule"]
+    assert saved_state(resumed)["prefix"] == saved_state(training)["prefix"]
+
+
+def test_a_cache_of_unknown_examples_is_not_counted_on_after_a_resumption():
+    """The objects have seen other examples; the first steps of the epoch ran elsewhere."""
+    elsewhere, batches = make_training(0.5, 4), make_batches(8)
+    elsewhere[2].reselect(batches)
+    train_epoch(elsewhere, batches[:6])
+    here, others = make_training(0.5, 4), make_batches(24, seed=1)
+    here[2].reselect(others)
+    train_epoch(here, others)
+    here[2].load_state_dict(saved_state(elsewhere))
+    train_epoch(here, batches[6:])
+    assert here[2].prefix_cache.held_blocks(8) > 0  # these lookups were of the other examples
+    assert here[2].reselect(batches).saved_flops == 0
+    train_epoch(here, batches)
+    assert here[2].reselect(batches).saved_flops > 0
+
+
+def test_an_epoch_that_runs_here_as_a_whole_fills_the_cache_after_a_resumption():
+    training, batches = make_training(0.5, 4), make_batches(8)
+    training[2].reselect(batches)
+    training[2].load_state_dict(saved_state(training))
+    train_epoch(training, batches)
+    assert training[2].reselect(batches).saved_flops > 0
+
+
+def test_a_state_without_the_forwards_of_its_epoch_counts_from_when_it_is_loaded():
+    training, batches = promised_training(20)
+    train_epoch(training, batches[:15])
+    state = saved_state(training)
+    del state["epochs"]
+    for key in ("forwards", "steps", "uses", "charged"):
+        del state["prefix"][key]
+    resumed = make_training(0.5, 4)
+    resumed[2].load_state_dict(state)
+    charged = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "charge", lambda self, more: charged.append(more))
+        train_epoch(resumed, batches[15:])
+    assert sum(charged) == 4 * saved_by_a_hit(resumed)  # one is taken for a comparison
+
+
+@pytest.mark.parametrize(
+    ("saved", "epochs", "message"),
+    [
+        (4, None, "spends what its prefix cache saves; give prefix_cache and epochs=4 here"),
+        (4, 5, "with epochs=4, and here are epochs=5; give the same"),
+        (None, 4, "with epochs=None, and here are epochs=4; give the same"),
+    ],
+)
+def test_the_state_of_a_training_with_other_epochs_is_refused(saved, epochs, message):
+    training = make_training(0.5, saved)
+    training[2].reselect(make_batches(4))
+    other = make_training(0.5, epochs)
+    before = saved_state(other)
+    with pytest.raises(ValueError, match=message):
+        other[2].load_state_dict(saved_state(training))
+    assert saved_state(other) == before
+
+
+def test_an_earlier_state_that_fills_the_cache_is_refused_without_epochs():
+    training = make_training(0.5, 4)
+    assert training[2].reselect(make_batches(4)).saved_flops == 0
+    state = saved_state(training)
+    state.pop("epochs", None)
+    with pytest.raises(ValueError, match="give prefix_cache and the same epochs here"):
         make_training(0.5, None)[2].load_state_dict(state)
+    make_training(0.5, 4)[2].load_state_dict(state)
 
 
 def test_without_epochs_selections_do_not_know_the_cache():
