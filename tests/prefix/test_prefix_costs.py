@@ -10,24 +10,14 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 
 import gtcompile
 from gtcompile.graph.flops import count_flops
-from gtcompile.training.step_costs import CostsByShape
+from tests.support.known_costs import shapes_captured_once
 
 BLOCKS = 5
 
 
 @pytest.fixture(scope="module", autouse=True)
 def costs_captured_once():
-    """A capture takes most of a short test; equal models have equal costs."""
-    known, capture = {}, CostsByShape._capture
-
-    def remembered(self, batch, budget_of):
-        key = type(self._model), self._blocks, self._loss_fn, tuple(batch["input_ids"].shape)
-        if key not in known:
-            known[key] = capture(self, batch, budget_of)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CostsByShape, "_capture", remembered)
+    with shapes_captured_once():
         yield
 
 

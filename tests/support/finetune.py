@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gtcompile.tools.finetune.progress import Reporter
 from gtcompile.tools.runs.settings import Settings
@@ -16,6 +16,21 @@ from gtcompile.tools.runs.settings import Settings
 def reporter(stream: StringIO | None = None) -> Reporter:
     """What a run prints to: a stream of 200 columns, by default one that nobody reads."""
     return Reporter(Console(file=stream or StringIO(), width=200))
+
+
+def tiny_llama(layers: int) -> PreTrainedModel:
+    """A Llama without dropout, always with the same random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config)
 
 
 def short_run(folder: Path, model: PreTrainedModel, **changes: Any) -> Settings:

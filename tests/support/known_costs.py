@@ -1,5 +1,7 @@
 """Costs that several tests need are captured once: a capture takes most of a short test."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from gtcompile import BackwardCosts, backward_costs
 from gtcompile.capture.model_io import unwrap
 from gtcompile.capture.pristine_model import uses_compiled_code
+from gtcompile.training.step_costs import CostsByShape
 
 _KNOWN: dict[object, BackwardCosts] = {}
 
@@ -37,3 +40,24 @@ def _known_costs(model: nn.Module, batch: dict[str, torch.Tensor], **options: An
     if key not in _KNOWN:
         _KNOWN[key] = backward_costs(model, batch, **options)
     return _KNOWN[key]
+
+
+@contextmanager
+def shapes_captured_once() -> Iterator[None]:
+    """Within the block, `AdaptiveBackprop` captures costs once for a class of models and a batch's shape.
+
+    The models of one class must be equal.
+    """
+    known: dict[object, Any] = {}
+    capture = CostsByShape._capture
+
+    def remembered(self: Any, batch: dict[str, torch.Tensor], budget_of: Any) -> Any:
+        shape = tuple(batch["input_ids"].shape)
+        key = type(self._model), self._blocks, self._loss_fn, budget_of, shape
+        if key not in known:
+            known[key] = capture(self, batch, budget_of)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CostsByShape, "_capture", remembered)
+        yield

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gtcompile.compiler.blocks import find_blocks
 from gtcompile.distributed.ranks import Ranks
@@ -27,7 +26,7 @@ from gtcompile.tools.finetune.run import finetune
 from gtcompile.tools.finetune.run import plan as plan_run
 from gtcompile.tools.runs.preparation import Prepared, prepare
 from gtcompile.tools.runs.settings import Settings, settings_from
-from tests.support.finetune import reporter, short_run
+from tests.support.finetune import reporter, short_run, tiny_llama
 
 BLOCK = BlockTimes(count=10, generating=40.0, eager=0.03, code=0.02)
 """Of a model whose full step code shortens by 0.1 s."""
@@ -94,18 +93,8 @@ def test_where_no_code_can_be_generated_the_run_is_eager_and_the_reason_is_said(
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A short run of a tiny Llama that leaves the compiler to the command."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
     options: dict[str, Any] = {"tokenizer": "bytes", "policy": "last_layers", "compiler": "auto", "epochs": 2}
-    return short_run(tmp_path_factory.mktemp("inputs"), LlamaForCausalLM(config), batch_size=6, **options)
+    return short_run(tmp_path_factory.mktemp("inputs"), tiny_llama(3), batch_size=6, **options)
 
 
 def ticking() -> Callable[[], float]:

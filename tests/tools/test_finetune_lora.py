@@ -16,8 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -38,27 +36,13 @@ from gtcompile.tools.runs.given_settings import given_settings
 from gtcompile.tools.runs.preparation import prepare
 from gtcompile.tools.runs.run_record import read_run
 from gtcompile.tools.runs.settings import Settings, settings_from
-from tests.support.finetune import reporter, short_run, steps_of
+from tests.support.finetune import reporter, short_run, steps_of, tiny_llama
 from tests.support.launching import run, torchrun
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 safetensors = pytest.importorskip("safetensors.torch")
 
 EPOCHS, STEPS_PER_EPOCH, RANK = 2, 3, 1
-SIZES: dict[str, Any] = {"vocab_size": 260, "max_position_embeddings": 64}
-
-
-def llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        **SIZES,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         **{"tokenizer": "bytes", "policy": "progressive", "epochs": EPOCHS, "batch_size": 6},
         **{"budget": 0.8, "budget_of": "full_finetuning", "lora": RANK, "labelled_logits": True},
     }
-    return short_run(tmp_path_factory.mktemp("inputs"), llama(), **options)
+    return short_run(tmp_path_factory.mktemp("inputs"), tiny_llama(4), **options)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +308,9 @@ def t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize(("make", "layers"), [(llama, 4 * 7), (gpt2, 2 * 4), (t5, 2 * 6 + 2 * 10)])
+@pytest.mark.parametrize(
+    ("make", "layers"), [(lambda: tiny_llama(4), 4 * 7), (gpt2, 2 * 4), (t5, 2 * 6 + 2 * 10)]
+)
 def test_all_linear_layers_but_the_head_get_adapters_of_any_architecture(make: Any, layers: int) -> None:
     model = make()
     with warnings.catch_warnings():

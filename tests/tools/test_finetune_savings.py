@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gtcompile import GTCompileError
 from gtcompile.tools.finetune.recorder import Recorder
@@ -18,7 +16,7 @@ from gtcompile.tools.finetune.run import compare_with_full, finetune, plan
 from gtcompile.tools.finetune.summary import Summary, notes
 from gtcompile.tools.runs.run_record import read_run
 from gtcompile.tools.runs.settings import Settings
-from tests.support.finetune import assert_same_weights, reporter, short_run, steps_of
+from tests.support.finetune import assert_same_weights, reporter, short_run, steps_of, tiny_llama
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
 
@@ -26,16 +24,6 @@ EPOCHS, STEPS_PER_EPOCH = 4, 3
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A short run of a tiny Llama, which has no dropout, on 18 records."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
     options = {
         "tokenizer": "bytes",
         "policy": "last_layers",
@@ -43,7 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         "batch_size": 6,
         "budget": 0.5,
     }
-    return short_run(tmp_path_factory.mktemp("inputs"), LlamaForCausalLM(config), **options)
+    return short_run(tmp_path_factory.mktemp("inputs"), tiny_llama(5), **options)
 
 
 @pytest.fixture(scope="module")
